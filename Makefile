@@ -1,0 +1,39 @@
+# Every command sets up what it needs in .venv; a second run starts at once.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: help demo build test lint test-gpu bench clean
+
+help:
+	@echo "make demo      prune, pack, evaluate and generate with the bundled model"
+	@echo "make test      run the tests"
+	@echo "make lint      check style, types, imports and formatting"
+	@echo "make build     build the native library and install macko into .venv"
+	@echo "make test-gpu  run the tests that need a GPU"
+	@echo "make bench     measure sizes, perplexities and speeds of the bundled model"
+
+demo: $(INSTALLED)
+	$(BIN)/macko demo
+
+build: $(INSTALLED)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+test-gpu: $(INSTALLED)
+	$(BIN)/python -m pytest tests/gpu
+
+bench: $(INSTALLED)
+	$(BIN)/macko bench quality
+
+lint: $(INSTALLED)
+	$(BIN)/pre-commit run --all-files --show-diff-on-failure
+
+clean:
+	rm -rf .venv build
+
+$(INSTALLED): pyproject.toml constraints.txt $(shell find csrc -type f)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
+	touch $@
