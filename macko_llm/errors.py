@@ -1,0 +1,33 @@
+"""What macko raises at a user: one sentence that says what is wrong and names the fix."""
+
+
+class MackoError(Exception):
+    """A job that failed for a reason the user can mend; the command line exits with `exit_code`."""
+
+    exit_code = 1
+
+
+class UsageError(MackoError):
+    """A call that asks for something impossible: a sparsity of 2, a packed model where a dense one is needed."""
+
+    exit_code = 2
+
+
+class CheckpointError(MackoError):
+    """A model folder that is missing, incomplete, corrupt, or of a kind that is not supported."""
+
+
+class FormatError(CheckpointError):
+    """A matrix that breaks an invariant of the MACKO format (docs/format.md)."""
+
+
+class CalibrationError(MackoError):
+    """Calibration or evaluation text that cannot serve: missing, unreadable, too short."""
+
+
+class NonFiniteError(MackoError):
+    """NaN or infinity in weights or activations, or values that overflow the requested dtype."""
+
+
+class NativeError(MackoError):
+    """The native library is missing, of another version, or refused its arguments."""
