@@ -1,0 +1,33 @@
+"""macko: unstructured pruning of LLMs that pays.
+
+`macko_llm.load(path)` gives a working transformers model, dense or packed, and importing this package is enough for
+`AutoModelForCausalLM.from_pretrained` to read packed checkpoints. The import compiles nothing, downloads nothing and
+touches no GPU.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from macko_llm.import_hook import register_with_transformers
+from macko_llm.version import __version__
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["__version__", "load"]
+
+register_with_transformers()
+
+
+def load(path: str, **options: Any) -> "PreTrainedModel":
+    """Load a causal language model, dense or packed, ready for inference.
+
+    Args:
+        path: a folder or a hub id.
+        options: dtype, device and trust_remote_code of `macko_llm.models.load_model`.
+
+    Raises:
+        MackoError: one sentence that says what is wrong and how to mend it.
+    """
+    from macko_llm.transformers_integration import load
+
+    return load(path, **options)

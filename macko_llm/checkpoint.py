@@ -1,0 +1,309 @@
+"""Hugging Face checkpoints as folders of files: finding them, reading them shard by shard, writing them atomically."""
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from macko_llm.errors import CheckpointError, UsageError
+from macko_llm.version import __version__
+
+CONFIG_FILE = "config.json"
+INDEX_FILE = "model.safetensors.index.json"
+WEIGHTS_FILE = "model.safetensors"
+PROVENANCE_FILE = "macko.json"
+QUANT_METHOD = "macko"
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
+_NEEDED_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken"]
+
+
+def locate(model: str | Path) -> Path:
+    """The local folder of a model: the folder itself, or the download of a hub id.
+
+    Raises:
+        CheckpointError: there is no such model, or the folder holds none.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        if not (folder / CONFIG_FILE).is_file():
+            raise CheckpointError(f"{folder} has no {CONFIG_FILE}; name the folder of a Hugging Face model.")
+        return folder
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)) or str(model).startswith("."):
+        raise CheckpointError(f"There is no model {model}; name an existing folder or a hub id such as owner/name.")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(model), allow_patterns=_NEEDED_FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(
+            f"There is no folder {model}, and the hub did not give a model of that name ({type(error).__name__}); "
+            "check the spelling, the network, and `hf auth login` for gated models."
+        ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        CheckpointError: the file is missing or is not a JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON ({error}); download or write the model again.") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} does not hold a JSON object; download or write the model again.")
+    return content
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON object, keys in the order given."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model folder."""
+    return read_json(folder / CONFIG_FILE)
+
+
+def quantization_method(folder: Path) -> str | None:
+    """How the weights in the folder are stored: "macko", "gptq", ..., or None for an ordinary dense checkpoint."""
+    quantization = read_config(folder).get("quantization_config")
+    if not quantization:
+        return None
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    return str(method or "an unknown method")
+
+
+def is_packed(folder: Path) -> bool:
+    """Whether the folder holds a checkpoint in the MACKO format."""
+    return quantization_method(folder) == QUANT_METHOD
+
+
+def read_provenance(folder: Path) -> dict[str, Any]:
+    """macko.json: how the checkpoint was made; empty for a model that macko has not touched."""
+    path = folder / PROVENANCE_FILE
+    return read_json(path) if path.is_file() else {}
+
+
+def write_provenance(folder: Path, provenance: dict[str, Any]) -> None:
+    """Write macko.json, stamped with this package's version."""
+    history = {key: value for key, value in provenance.items() if key != "macko_version"}
+    write_json(folder / PROVENANCE_FILE, {"macko_version": __version__, **history})
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of the weights on disk."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def copy_side_files(source: Path, target: Path) -> None:
+    """Copy what surrounds the weights: tokenizer, generation config, chat template, custom code, licence."""
+    for path in sorted(source.iterdir()):
+        skipped = path.name in (CONFIG_FILE, PROVENANCE_FILE, "README.md") or path.name.startswith(".")
+        if path.is_file() and not skipped and not path.name.endswith(_WEIGHT_SUFFIXES):
+            shutil.copyfile(path, target / path.name)
+
+
+def check_output(target: Path, *, overwrite: bool, source: Path | None = None) -> None:
+    """Refuse an output folder that would cost the user data; called before any long work.
+
+    Raises:
+        UsageError: the folder holds something and `overwrite` is not set, or it is not a model, or it is the source.
+    """
+    if target.exists() and not target.is_dir():
+        raise UsageError(f"The output {target} is a file; choose another folder with -o.")
+    if source is not None and target.exists():
+        inner, outer = source.resolve(), target.resolve()
+        if inner == outer or outer in inner.parents:
+            raise UsageError(f"The output {target} holds the input model {source}; choose another folder with -o.")
+    if target.is_dir() and any(target.iterdir()):
+        if not overwrite:
+            raise UsageError(f"The output folder {target} is not empty; choose another or add --overwrite.")
+        if not (target / CONFIG_FILE).is_file():
+            raise UsageError(
+                f"The output folder {target} is not a model folder, so it is kept; choose another with -o."
+            )
+
+
+@contextmanager
+def new_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary folder beside `target` that takes its place when the block ends without an error.
+
+    An interrupted job leaves `target` as it was.
+
+    Raises:
+        UsageError: see `check_output`.
+        CheckpointError: the disk is full or not writable.
+    """
+    target = Path(target)
+    check_output(target, overwrite=overwrite)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    except OSError as error:
+        raise CheckpointError(
+            f"{target} cannot be written ({error.strerror}); choose another folder with -o."
+        ) from error
+    try:
+        yield partial
+        partial.chmod(0o777 & ~_umask())  # mkdtemp makes folders that only their owner can read
+        _take_place(partial, target)
+    except OSError as error:
+        raise CheckpointError(
+            f"{target} could not be written ({error}); free some space or choose another disk."
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _take_place(partial: Path, target: Path) -> None:
+    if not target.exists() or not any(target.iterdir()):
+        partial.replace(target)
+        return
+    retired = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".replaced", dir=target.parent))
+    try:
+        target.replace(retired)
+        partial.replace(target)
+    finally:  # an interrupt must not cost the user the model that was there
+        if target.exists():
+            shutil.rmtree(retired, ignore_errors=True)
+        else:
+            retired.replace(target)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a safetensors header says of one tensor."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, in order.
+
+    Raises:
+        CheckpointError: there are none, or the index names a file that is not there.
+    """
+    if (folder / INDEX_FILE).is_file():
+        weight_map = read_json(folder / INDEX_FILE).get("weight_map")
+        names = sorted({str(name) for name in weight_map.values()}) if isinstance(weight_map, dict) else []
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing or not names:
+            raise CheckpointError(f"{folder} lacks {', '.join(missing) or 'its shards'}; download the model again.")
+        return [folder / name for name in names]
+    if (folder / WEIGHTS_FILE).is_file():
+        return [folder / WEIGHTS_FILE]
+    raise CheckpointError(f"{folder} has no safetensors weights; save the model with save_pretrained first.")
+
+
+def tensor_infos(files: list[Path]) -> dict[str, TensorInfo]:
+    """The headers of safetensors files, name -> info, without reading any weights.
+
+    Raises:
+        CheckpointError: a file is corrupt or truncated.
+    """
+    infos: dict[str, TensorInfo] = {}
+    for file in files:
+        with open_tensors(file) as reader:
+            for name in reader.keys():  # noqa: SIM118 - safe_open is not a dict
+                part = reader.get_slice(name)
+                infos[name] = TensorInfo(file, part.get_dtype(), tuple(part.get_shape()))
+    return infos
+
+
+@contextmanager
+def open_tensors(file: Path) -> Iterator[Any]:
+    """Safetensors' `safe_open`, memory-mapped, with a plain error for a damaged file."""
+    try:
+        with safe_open(file, framework="pt") as reader:
+            yield reader
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{file} is corrupt or truncated ({error}); download or write the model again."
+        ) from error
+
+
+class ShardWriter:
+    """Collects tensors into safetensors shards of a folder, at most one shard in memory.
+
+    Args:
+        folder: where the shards go.
+        max_shard_bytes: a shard is written before it would pass this size (a larger single tensor gets its own).
+    """
+
+    def __init__(self, folder: Path, max_shard_bytes: int) -> None:
+        self._folder = folder
+        self._max_shard_bytes = max_shard_bytes
+        self._pending: dict[str, torch.Tensor] = {}
+        self._pending_bytes = 0
+        self._shards: list[list[str]] = []
+        self._total_bytes = 0
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Append one tensor, on the CPU or not."""
+        if self._pending and self._pending_bytes + tensor.nbytes > self._max_shard_bytes:
+            self._flush()
+        self._pending[name] = tensor.cpu().contiguous()
+        self._pending_bytes += tensor.nbytes
+        self._total_bytes += tensor.nbytes
+
+    def close(self) -> None:
+        """Write what is left, give the shards their final names, and write the index if there is more than one."""
+        if self._pending or not self._shards:
+            self._flush()
+        count = len(self._shards)
+        weight_map: dict[str, str] = {}
+        for number, names in enumerate(self._shards, start=1):
+            final = WEIGHTS_FILE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+            self._shard_path(number).rename(self._folder / final)
+            weight_map.update(dict.fromkeys(names, final))
+        if count > 1:
+            index = {"metadata": {"total_size": self._total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+            write_json(self._folder / INDEX_FILE, index)
+
+    def _flush(self) -> None:
+        self._shards.append(list(self._pending))
+        try:
+            save_file(self._pending, self._shard_path(len(self._shards)), metadata={"format": "pt"})
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"A shard could not be written ({error}); free some space on the disk.") from error
+        self._pending, self._pending_bytes = {}, 0
+
+    def _shard_path(self, number: int) -> Path:
+        return self._folder / f"shard-{number:05d}.part"
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as 5GB, 200MB or 1GiB (decimal units are powers of 1000, as in transformers).
+
+    Raises:
+        UsageError: it is not such a size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, flags=re.IGNORECASE)
+    size = 0
+    if match:
+        base = 1024 if match[3] else 1000
+        size = int(float(match[1]) * base ** " KMGT".index(match[2].upper() or " "))
+    if size <= 0:
+        raise UsageError(f"{text!r} is not a size; write for example 5GB or 500MB.")
+    return size

@@ -1,0 +1,267 @@
+"""Transformers models: loading them with plain errors, and finding the linear layers that pruning is about."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.pytorch_utils import Conv1D
+
+from macko_llm import checkpoint
+from macko_llm.errors import CheckpointError, MackoError, UsageError
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+_OTHER_TASKS = ("ForMaskedLM", "ForPreTraining", "Classification", "ForQuestionAnswering", "ForMultipleChoice")
+"""Ends of architecture names that AutoModelForCausalLM would load, although they were not trained to continue text."""
+_REASON_LENGTH = 200
+
+
+def resolve_device(device: str) -> torch.device:
+    """The device of a --device flag: "auto" is the first GPU where there is one, else the CPU.
+
+    Raises:
+        UsageError: there is no such device here.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+        torch.empty(0, device=resolved)
+    except (RuntimeError, AssertionError) as error:
+        raise _no_device(device) from error
+    if resolved.type == "meta":  # holds no data
+        raise _no_device(device)
+    return resolved
+
+
+def resolve_dtype(dtype: str) -> torch.dtype | str:
+    """The torch dtype of a --dtype flag, or "auto".
+
+    Raises:
+        UsageError: it is not one of auto, float16, bfloat16, float32.
+    """
+    if dtype == "auto":
+        return dtype
+    if dtype not in DTYPES:
+        raise UsageError(f"The dtype {dtype} is not supported; use auto, {', '.join(DTYPES)}.")
+    return DTYPES[dtype]
+
+
+def load_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The configuration of the model in `folder`.
+
+    Raises:
+        CheckpointError: it cannot be understood.
+    """
+    checkpoint.read_config(folder)  # a file that is no JSON gets a plainer error here
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (StrictDataclassError, AttributeError, TypeError) as error:
+        raise CheckpointError(
+            f"The config.json of {folder} makes no sense ({_reason(error)}); download the model again."
+        ) from error
+    except (ValueError, KeyError, OSError, ImportError) as error:
+        raise CheckpointError(
+            f"The config.json of {folder} is not understood ({_reason(error)}); "
+            "update transformers, or add --trust-remote-code if you trust the model's own code."
+        ) from error
+
+
+def skeleton(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model without weights, on the meta device.
+
+    Raises:
+        CheckpointError: it is not a causal language model.
+    """
+    config = load_config(folder, trust_remote_code=trust_remote_code)
+    _require_causal(folder, config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, ImportError) as error:
+        raise _cannot_build(folder, error) from error
+
+
+def load_model(
+    folder: Path, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Load a causal language model for inference.
+
+    Args:
+        folder: a local checkpoint (`checkpoint.locate` finds it).
+        dtype: "auto" (the checkpoint's), "float16", "bfloat16" or "float32".
+        device: "auto", "cpu", "cuda", "cuda:1", ...
+        trust_remote_code: run Python code that lies in the folder.
+
+    Raises:
+        CheckpointError: the model is missing, incomplete, corrupt, or not a causal language model.
+        UsageError: unknown dtype or device.
+    """
+    torch_dtype, torch_device = resolve_dtype(dtype), resolve_device(device)
+    _require_causal(folder, load_config(folder, trust_remote_code=trust_remote_code))
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch_dtype,
+            device_map={"": torch_device} if torch_device.type != "cpu" else None,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
+        )
+    except MackoError:
+        raise
+    except (SafetensorError, OSError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise CheckpointError(f"{folder} does not fit on {torch_device}; use --device cpu.") from error
+        raise CheckpointError(
+            f"The weights of {folder} are missing, corrupt or truncated ({_reason(error)}); "
+            "download or write the model again, as safetensors."
+        ) from error
+    except (ValueError, KeyError, ImportError) as error:
+        raise _cannot_build(folder, error) from error
+    model, info = loaded
+    for name, found, expected in sorted(info["mismatched_keys"]):
+        raise CheckpointError(
+            f"{name} of {folder} is {list(found)}, but config.json makes it {list(expected)}; download the model again."
+        )
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise CheckpointError(
+            f"{folder} lacks {len(missing)} of the model's weights, {missing[0]} first; download or write it again."
+        )
+    return cast(PreTrainedModel, model.eval())
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of the model in `folder`.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, OSError, AttributeError, TypeError, ImportError) as error:
+        raise CheckpointError(
+            f"{folder} has no usable tokenizer ({_reason(error)}); copy the tokenizer files of the model into it."
+        ) from error
+
+
+def max_positions(config: PretrainedConfig) -> int | None:
+    """Longest context in tokens that the model was made for, None where its config does not say."""
+    value = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return int(value) if value else None
+
+
+def check_token_ids(ids: Sequence[int], config: PretrainedConfig, what: str) -> None:
+    """Refuse tokens outside the model's vocabulary; `what` begins the error's sentence.
+
+    Raises:
+        CheckpointError: the tokenizer belongs to another model.
+    """
+    known = config.get_text_config().vocab_size
+    unknown = next((token for token in ids if not 0 <= token < known), None)
+    if unknown is not None:
+        raise CheckpointError(
+            f"{what} has the token {unknown}, but the model knows only {known}; "
+            "use the tokenizer that belongs to the model."
+        )
+
+
+def decoder_blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The decoder blocks, qualified name -> module, first to last.
+
+    Raises:
+        CheckpointError: the model does not keep its blocks in one nn.ModuleList.
+    """
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    inside_decoder = {id(module) for module in model.get_decoder().modules()}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count and id(module) in inside_decoder:
+            return {f"{name}.{index}": block for index, block in enumerate(module)}
+    raise CheckpointError(
+        f"{type(model).__name__} does not keep its decoder blocks in one nn.ModuleList; use a Llama-like causal model."
+    )
+
+
+def prunable_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
+    """The linear layers inside the decoder blocks, qualified name -> module.
+
+    Embeddings, norms and the lm_head lie outside the blocks and are never pruned.
+
+    Raises:
+        CheckpointError: the blocks hold weights of a kind that cannot be pruned or packed (yet).
+    """
+    linears: dict[str, nn.Linear] = {}
+    for block_name, block in decoder_blocks(model).items():
+        for name, module in block.named_modules(prefix=block_name):
+            if isinstance(module, Conv1D):
+                raise CheckpointError(
+                    f"{name} is a Conv1D layer, as in GPT-2, which is not supported; use a model whose blocks hold nn.Linear."
+                )
+            if isinstance(module, nn.Linear):
+                linears[name] = module
+        for name, parameter in block.named_parameters(prefix=block_name):
+            if parameter.ndim > 2:
+                raise CheckpointError(
+                    f"{name} is {list(parameter.shape)}, several experts or a convolution in one tensor, which is not "
+                    "supported; use a model whose blocks hold nn.Linear."
+                )
+    if not linears:
+        raise CheckpointError(f"The decoder blocks of {type(model).__name__} hold no nn.Linear; use another model.")
+    return linears
+
+
+def memory_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers, each storage counted once."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def _require_causal(folder: Path, config: PretrainedConfig) -> None:
+    """Raise CheckpointError unless the model was made to continue text."""
+    architectures = config.architectures or []
+    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    other_task = bool(architectures) and all(name.endswith(_OTHER_TASKS) for name in architectures)
+    if other_task or not (known or own_code):
+        raise CheckpointError(
+            f"{folder} holds a {' or '.join(architectures) or config.model_type}, which is not a causal language model; "
+            "use one that AutoModelForCausalLM can load."
+        )
+
+
+def _cannot_build(folder: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"The model in {folder} cannot be built ({_reason(error)}); download it again, or install what it needs."
+    )
+
+
+def _no_device(device: str) -> UsageError:
+    return UsageError(f"The device {device!r} is not available; use cpu, or see `macko doctor` for what is.")
+
+
+def _reason(error: Exception) -> str:
+    """The first sentence of another library's error, on one line."""
+    text = " ".join(str(error).split()).split(". ")[0].rstrip(".")
+    if isinstance(error, KeyError):
+        text = f"unknown {text}"
+    if len(text) > _REASON_LENGTH:
+        text = text[:_REASON_LENGTH].rsplit(" ", 1)[0] + " ..."
+    return text or type(error).__name__

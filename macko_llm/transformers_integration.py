@@ -1,0 +1,179 @@
+"""The "macko" quantization method of transformers: packed checkpoints load with plain `from_pretrained`."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from macko_llm import checkpoint, models, ops
+from macko_llm.errors import FormatError, UsageError
+from macko_llm.format import DELTA_BITS, FORMAT_VERSION, VALUE_DTYPES
+from macko_llm.linear import ARRAY_NAMES, MackoLinear
+
+HEADER_DTYPES = {"float16": "F16", "bfloat16": "BF16"}
+"""What safetensors calls the dtypes of the values."""
+
+
+@register_quantization_config(checkpoint.QUANT_METHOD)
+class MackoConfig(QuantizationConfigMixin):
+    """`quantization_config` of a packed checkpoint (docs/format.md).
+
+    Args:
+        value_dtype: "float16" or "bfloat16".
+        modules_to_not_convert: names of the linear layers that stay dense.
+        format_version: refused when newer than this package.
+        delta_bits: bits of a delta; 4 in this version.
+        unknown: keys of a later minor version, ignored.
+
+    Raises:
+        FormatError: this package cannot read such a checkpoint.
+    """
+
+    def __init__(
+        self,
+        value_dtype: str = "float16",
+        modules_to_not_convert: list[str] | None = None,
+        format_version: int = FORMAT_VERSION,
+        delta_bits: int = DELTA_BITS,
+        **unknown: Any,
+    ) -> None:
+        del unknown
+        if not isinstance(format_version, int) or not 1 <= format_version <= FORMAT_VERSION:
+            raise FormatError(
+                f"The checkpoint has MACKO format version {format_version} and this package reads {FORMAT_VERSION}; "
+                "update macko-llm."
+            )
+        if delta_bits != DELTA_BITS or value_dtype not in VALUE_DTYPES:
+            raise FormatError(
+                f"The checkpoint has {delta_bits}-bit deltas and {value_dtype} values; this package reads {DELTA_BITS}-bit "
+                f"deltas and {' or '.join(VALUE_DTYPES)} values, so update macko-llm or pack the model again."
+            )
+        self.quant_method = checkpoint.QUANT_METHOD  # type: ignore[assignment]
+        self.format_version = format_version
+        self.delta_bits = delta_bits
+        self.value_dtype = value_dtype
+        self.modules_to_not_convert = list(modules_to_not_convert or ())
+
+
+@register_quantizer(checkpoint.QUANT_METHOD)
+class MackoQuantizer(HfQuantizer):
+    """Puts `MackoLinear` placeholders where the checkpoint holds packed matrices, and checks them once they are filled."""
+
+    quantization_config: MackoConfig
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Refuse a dtype that the packed values cannot serve: activations have their dtype, or float32."""
+        if dtype not in (self._value_dtype, torch.float32):
+            raise UsageError(
+                f"The checkpoint holds {self.quantization_config.value_dtype} values, so it cannot be loaded as {dtype}; "
+                f"load it as {self.quantization_config.value_dtype} or float32, or pack it with the other --dtype."
+            )
+        return dtype
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> PreTrainedModel:
+        if not checkpoint_files:
+            raise UsageError("A packed model loads from its safetensors files; pass from_pretrained its folder.")
+        infos = checkpoint.tensor_infos([Path(file) for file in checkpoint_files])
+        self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+        linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        for name in check_headers(linears, infos, self.quantization_config.value_dtype):
+            padded = infos[f"{name}.{ARRAY_NAMES[0]}"].shape[0]
+            model.set_submodule(name, _placeholder(linears[name], padded, self._value_dtype))
+        return model
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        for name, parameter in model.named_parameters():
+            dtype = self._dtypes.get(name, parameter.dtype)
+            if parameter.dtype != dtype:  # a renamed tensor of a quantized model may be left as it was stored
+                parameter.data = parameter.data.to(dtype)
+        for name, module in model.named_modules():
+            if not isinstance(module, MackoLinear):
+                continue
+            for parameter in module.parameters():
+                parameter.requires_grad_(False)  # transformers gives every floating tensor gradients
+            if module.weight_values.device.type != "meta":  # offloaded to disk
+                ops.validate(module.matrix, name)
+        return model
+
+    @property
+    def _value_dtype(self) -> torch.dtype:
+        return VALUE_DTYPES[self.quantization_config.value_dtype]
+
+    def is_serializable(self, *_: Any) -> bool:
+        """`save_pretrained` writes the canonical arrays."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Packed weights have no gradient."""
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        """Every op has a fake kernel, so that `generate` may compile a static cache."""
+        return True
+
+
+def load(
+    path: str | Path, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Load a causal language model, dense or packed, by folder or hub id; see `models.load_model`."""
+    folder = checkpoint.locate(path)
+    return models.load_model(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+
+
+def check_headers(
+    linears: dict[str, nn.Linear], infos: dict[str, checkpoint.TensorInfo], value_dtype: str
+) -> list[str]:
+    """Compare what the files say of the packed matrices with the model, before anything is allocated for them.
+
+    Args:
+        linears: the model's linear layers by name.
+        infos: the tensors of the checkpoint.
+        value_dtype: "float16" or "bfloat16", as the config says.
+
+    Returns:
+        The names of the packed layers.
+
+    Raises:
+        FormatError: an array is missing, has another shape or dtype, or belongs to no layer.
+    """
+    packed = dict.fromkeys(key.rpartition(".")[0] for key in infos if key.rpartition(".")[2] in ARRAY_NAMES)
+    for name in packed:
+        if name not in linears:
+            raise FormatError(f"The checkpoint packs {name}, which its config.json does not have; download it again.")
+        _check_layer_headers(name, linears[name], infos, value_dtype)
+    return list(packed)
+
+
+def _check_layer_headers(
+    name: str, linear: nn.Linear, infos: dict[str, checkpoint.TensorInfo], value_dtype: str
+) -> None:
+    values, deltas, row_offsets = (infos.get(f"{name}.{array}") for array in ARRAY_NAMES)
+    if values is None or deltas is None or row_offsets is None:
+        raise FormatError(f"The checkpoint lacks an array of {name}; download or pack the model again.")
+    padded = values.shape[0] if len(values.shape) == 1 else -1
+    consistent = (
+        (values.dtype, deltas.dtype, row_offsets.dtype) == (HEADER_DTYPES[value_dtype], "U8", "I32")
+        and padded % 8 == 0
+        and deltas.shape == (padded // 2,)
+        and row_offsets.shape == (linear.out_features + 1,)
+    )
+    if not consistent:
+        raise FormatError(
+            f"The arrays of {name} ({values.dtype} {list(values.shape)}, {deltas.dtype} {list(deltas.shape)}, "
+            f"{row_offsets.dtype} {list(row_offsets.shape)}) do not fit its {linear.out_features} x {linear.in_features} "
+            f"matrix of {value_dtype}; download or pack the model again."
+        )
+
+
+def _placeholder(linear: nn.Linear, padded: int, dtype: torch.dtype) -> MackoLinear:
+    layer = MackoLinear(linear.in_features, linear.out_features, padded, dtype=dtype, device="meta")
+    layer.bias = linear.bias
+    return layer
