@@ -1,0 +1,389 @@
+"""Checkpoint to packed checkpoint and back, one tensor at a time."""
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from macko_llm import checkpoint, models, ops
+from macko_llm.checkpoint import ShardWriter, TensorInfo
+from macko_llm.errors import CheckpointError, NonFiniteError, UsageError
+from macko_llm.format import DELTA_BITS, FORMAT_VERSION, VALUE_DTYPES, MackoMatrix, check_packable
+from macko_llm.linear import ARRAY_NAMES
+from macko_llm.progress import Progress, no_progress
+from macko_llm.transformers_integration import HEADER_DTYPES, MackoConfig, check_headers
+from macko_llm.version import __version__
+
+MAX_SHARD_SIZE = "5GB"
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One linear layer of a packed checkpoint.
+
+    Attributes:
+        rows, cols: shape of the matrix.
+        sparsity: share of zeros.
+        entries: stored values; more than the nonzeros by the explicit zeros that bridge long gaps. 0 if it stays dense.
+        bytes_dense, bytes_packed: size before, and as stored.
+        packed: False where packing would have made it larger.
+    """
+
+    rows: int
+    cols: int
+    sparsity: float
+    entries: int
+    bytes_dense: int
+    bytes_packed: int
+    packed: bool
+
+
+@dataclass(frozen=True)
+class PackReport:
+    """A packed checkpoint: `layers` are the linears of its blocks, the byte counts are of all tensors."""
+
+    value_dtype: str
+    bytes_dense: int
+    bytes_packed: int
+    layers: dict[str, LayerReport]
+    seconds: float
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros over all layers listed."""
+        elements = sum(layer.rows * layer.cols for layer in self.layers.values())
+        return sum(layer.sparsity * layer.rows * layer.cols for layer in self.layers.values()) / max(elements, 1)
+
+    @property
+    def kept_dense(self) -> list[str]:
+        """Layers that packing would have made larger."""
+        return [name for name, layer in self.layers.items() if not layer.packed]
+
+
+def pack_checkpoint(
+    source: Path,
+    target: Path | None,
+    *,
+    dtype: str | None = None,
+    max_shard_size: str = MAX_SHARD_SIZE,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress = no_progress,
+) -> PackReport:
+    """Store a pruned checkpoint in the MACKO format.
+
+    Args:
+        source: folder of a dense checkpoint.
+        target: folder to write; None writes nothing and only reports the sizes.
+        dtype: "float16" or "bfloat16"; None keeps a 16-bit checkpoint's dtype and makes float16 of float32.
+        max_shard_size: largest safetensors file, such as "5GB".
+        overwrite: replace a model that lies in `target`.
+        trust_remote_code: run Python code that lies in `source`.
+        progress: told of each tensor.
+
+    Raises:
+        UsageError: `source` is packed already, or `target` would cost data.
+        CheckpointError: `source` is damaged or of a kind that cannot be packed.
+        NonFiniteError: weights hold NaN or infinity, or overflow the dtype.
+    """
+    started = time.perf_counter()
+    method = checkpoint.quantization_method(source)
+    if method == checkpoint.QUANT_METHOD:
+        raise UsageError(f"{source} is packed already; give `macko pack` a dense checkpoint.")
+    if method is not None:
+        raise UsageError(
+            f"{source} is quantized with {method}; pack a pruned model whose weights are 16-bit or float32."
+        )
+    shard_bytes = checkpoint.parse_size(max_shard_size)
+    if target is not None:
+        checkpoint.check_output(target, overwrite=overwrite, source=source)
+    if dtype is not None and dtype not in VALUE_DTYPES:
+        raise UsageError(f"The dtype {dtype} cannot be packed; use {' or '.join(VALUE_DTYPES)}.")
+    skeleton = models.skeleton(source, trust_remote_code=trust_remote_code)
+    linears = models.prunable_linears(skeleton)
+    infos = checkpoint.tensor_infos(checkpoint.weight_files(source))
+    _check_dense(linears, infos)
+    value_dtype = dtype or _own_dtype(
+        {infos[f"{name}.weight"].dtype for name in linears}, checkpoint.read_config(source)
+    )
+
+    layers: dict[str, LayerReport] = {}
+    bytes_dense = bytes_packed = 0
+    with ExitStack() as stack:
+        partial = None if target is None else stack.enter_context(checkpoint.new_folder(target, overwrite=overwrite))
+        writer = None if partial is None else ShardWriter(partial, shard_bytes)
+        for number, (key, tensor) in enumerate(_tensors(infos)):
+            progress("packing", number, len(infos))
+            tensor = _cast(tensor, VALUE_DTYPES[value_dtype], key)
+            stored = {key: tensor}
+            name = key.removesuffix(".weight")
+            if name in linears and key.endswith(".weight"):
+                layers[name], stored = _pack_layer(name, tensor)
+            bytes_dense += tensor.nbytes
+            bytes_packed += sum(part.nbytes for part in stored.values())
+            for part_name, part in stored.items() if writer else ():
+                writer.add(part_name, part)  # type: ignore[union-attr]
+        progress("packing", len(infos), len(infos))
+        ordered = {name: layers[name] for name in linears}
+        report = PackReport(value_dtype, bytes_dense, bytes_packed, ordered, time.perf_counter() - started)
+        if partial is not None and writer is not None:
+            writer.close()
+            _write_packed_surroundings(source, partial, skeleton, report)
+    return report
+
+
+def unpack_checkpoint(
+    source: Path,
+    target: Path,
+    *,
+    max_shard_size: str = MAX_SHARD_SIZE,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress = no_progress,
+) -> None:
+    """Give the pruned dense checkpoint back, bit for bit.
+
+    Args:
+        source: folder of a packed checkpoint.
+        target: folder to write.
+        max_shard_size: largest safetensors file, such as "5GB".
+        overwrite: replace a model that lies in `target`.
+        trust_remote_code: run Python code that lies in `source`.
+        progress: told of each tensor.
+
+    Raises:
+        UsageError: `source` is not packed, or `target` would cost data.
+        FormatError: a matrix breaks an invariant of the format.
+    """
+    require_packed(source)
+    shard_bytes = checkpoint.parse_size(max_shard_size)
+    checkpoint.check_output(target, overwrite=overwrite, source=source)
+    _, linears, infos = _read_packed(source, trust_remote_code)
+    with checkpoint.new_folder(target, overwrite=overwrite) as partial:
+        writer = ShardWriter(partial, shard_bytes)
+        pending: dict[str, Tensor] = {}
+        for number, (key, tensor) in enumerate(_tensors(infos)):
+            progress("unpacking", number, len(infos))
+            name, _, array = key.rpartition(".")
+            if array not in ARRAY_NAMES:
+                writer.add(key, tensor)
+                continue
+            pending[key] = tensor
+            keys = [f"{name}.{part}" for part in ARRAY_NAMES]
+            if all(part in pending for part in keys):
+                matrix = _matrix(name, linears[name], [pending.pop(part) for part in keys])
+                writer.add(f"{name}.weight", ops.unpack(matrix))
+        writer.close()
+        progress("unpacking", len(infos), len(infos))
+        config = checkpoint.read_config(source)
+        del config["quantization_config"]
+        checkpoint.write_json(partial / checkpoint.CONFIG_FILE, config)
+        checkpoint.copy_side_files(source, partial)
+        provenance = checkpoint.read_provenance(source)
+        provenance.pop("pack", None)
+        checkpoint.write_provenance(partial, provenance)
+
+
+def inspect_checkpoint(
+    source: Path, *, trust_remote_code: bool = False, progress: Progress = no_progress
+) -> PackReport:
+    """Read a packed checkpoint, check every invariant of the format, and report what is inside.
+
+    Raises:
+        UsageError: `source` is not packed.
+        FormatError: a matrix breaks an invariant of the format.
+    """
+    started = time.perf_counter()
+    require_packed(source)
+    value_dtype, linears, infos = _read_packed(source, trust_remote_code)
+    layers: dict[str, LayerReport] = {}
+    bytes_dense = bytes_packed = 0
+    for number, (key, tensor) in enumerate(_tensors(infos)):
+        progress("checking", number, len(infos))
+        name, _, array = key.rpartition(".")
+        bytes_packed += tensor.nbytes
+        if array == ARRAY_NAMES[0]:
+            matrix = _matrix(name, linears[name], _arrays(name, infos))
+            layers[name] = _layer_report(matrix.values, matrix)
+            bytes_dense += layers[name].bytes_dense
+        elif array not in ARRAY_NAMES:
+            bytes_dense += tensor.nbytes
+            if name in linears and array == "weight":
+                layers[name] = _layer_report(tensor, None)
+    progress("checking", len(infos), len(infos))
+    ordered = {name: layers[name] for name in linears}
+    return PackReport(value_dtype, bytes_dense, bytes_packed, ordered, time.perf_counter() - started)
+
+
+def require_packed(folder: Path) -> None:
+    """Raise UsageError unless `folder` holds a packed checkpoint."""
+    if not checkpoint.is_packed(folder):
+        raise UsageError(f"{folder} is not packed; make a packed checkpoint with `macko pack` first.")
+
+
+def _own_dtype(stored: set[str], config: dict[str, Any]) -> str:
+    """The dtype to pack a checkpoint in: the stored one where it has 16 bits, else what its config says, else float16."""
+    for name in VALUE_DTYPES:
+        if stored == {HEADER_DTYPES[name]}:
+            return name
+    own = str(config.get("dtype") or config.get("torch_dtype") or "")
+    return own if own in VALUE_DTYPES else "float16"
+
+
+def _read_packed(source: Path, trust_remote_code: bool) -> tuple[str, dict[str, nn.Linear], dict[str, TensorInfo]]:
+    """The value dtype, the linears and the tensors of a packed checkpoint, as far as they can be checked without weights."""
+    config = MackoConfig.from_dict(checkpoint.read_config(source)["quantization_config"])
+    linears = models.prunable_linears(models.skeleton(source, trust_remote_code=trust_remote_code))
+    infos = checkpoint.tensor_infos(checkpoint.weight_files(source))
+    packed = check_headers(linears, infos, config.value_dtype)
+    _check_dense({name: linear for name, linear in linears.items() if name not in packed}, infos)
+    return config.value_dtype, linears, infos
+
+
+def _check_dense(linears: dict[str, nn.Linear], infos: dict[str, TensorInfo]) -> None:
+    """Raise CheckpointError unless the checkpoint holds a dense weight for each of the linears."""
+    for name, linear in linears.items():
+        info = infos.get(f"{name}.weight")
+        if info is None:
+            raise CheckpointError(f"The checkpoint has no tensor {name}.weight; save it again with save_pretrained.")
+        if info.shape != (linear.out_features, linear.in_features):
+            raise CheckpointError(
+                f"{name}.weight is {list(info.shape)}, but config.json makes it {[linear.out_features, linear.in_features]}; "
+                "download the model again."
+            )
+        if info.dtype not in (*HEADER_DTYPES.values(), "F32", "F64"):
+            raise CheckpointError(
+                f"{name}.weight is stored as {info.dtype}, which needs scales to be understood; pack a model whose weights "
+                "are 16-bit or float32."
+            )
+
+
+def _tensors(infos: dict[str, TensorInfo]) -> Iterator[tuple[str, Tensor]]:
+    """All tensors, one file open at a time."""
+    files: dict[Path, list[str]] = {}
+    for name, info in infos.items():
+        files.setdefault(info.file, []).append(name)
+    for file, names in files.items():
+        with checkpoint.open_tensors(file) as reader:
+            for name in names:
+                yield name, reader.get_tensor(name)
+
+
+def _arrays(name: str, infos: dict[str, TensorInfo]) -> list[Tensor]:
+    arrays = []
+    for array in ARRAY_NAMES:
+        with checkpoint.open_tensors(infos[f"{name}.{array}"].file) as reader:
+            arrays.append(reader.get_tensor(f"{name}.{array}"))
+    return arrays
+
+
+def _matrix(name: str, linear: nn.Linear, arrays: list[Tensor]) -> MackoMatrix:
+    values, deltas, row_offsets = arrays
+    matrix = MackoMatrix(values, deltas, row_offsets, (linear.out_features, linear.in_features))
+    ops.validate(matrix, name)
+    return matrix
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    if not torch.isfinite(tensor).all():
+        raise NonFiniteError(f"{name} holds NaN or infinity; repair the checkpoint before packing it.")
+    cast = tensor.to(dtype)
+    if not torch.isfinite(cast).all():
+        raise NonFiniteError(
+            f"{name} holds {tensor.abs().max():.4g}, which overflows {str(dtype).removeprefix('torch.')}; "
+            "pack with --dtype bfloat16."
+        )
+    return cast
+
+
+def _pack_layer(name: str, weight: Tensor) -> tuple[LayerReport, dict[str, Tensor]]:
+    check_packable(weight, name)
+    matrix = ops.pack(weight)
+    if matrix.nbytes >= weight.nbytes:
+        return _layer_report(weight, None), {f"{name}.weight": weight}
+    arrays = (matrix.values, matrix.deltas, matrix.row_offsets)
+    stored = {f"{name}.{array}": tensor for array, tensor in zip(ARRAY_NAMES, arrays, strict=True)}
+    return _layer_report(matrix.values, matrix), stored
+
+
+def _layer_report(values: Tensor, matrix: MackoMatrix | None) -> LayerReport:
+    """Report on a packed matrix, or on a dense weight `values` where `matrix` is None."""
+    rows, cols = matrix.shape if matrix else values.shape
+    nonzeros = int(torch.count_nonzero(values))
+    bytes_dense = rows * cols * values.element_size()
+    return LayerReport(
+        rows=rows,
+        cols=cols,
+        sparsity=1 - nonzeros / max(rows * cols, 1),
+        entries=int(matrix.row_offsets[-1]) if matrix else 0,
+        bytes_dense=bytes_dense,
+        bytes_packed=matrix.nbytes if matrix else bytes_dense,
+        packed=matrix is not None,
+    )
+
+
+def _write_packed_surroundings(source: Path, target: Path, skeleton: PreTrainedModel, report: PackReport) -> None:
+    packed = {name for name, layer in report.layers.items() if layer.packed}
+    all_linears = [name for name, module in skeleton.named_modules() if isinstance(module, nn.Linear)]
+    config = checkpoint.read_config(source)
+    config.pop("torch_dtype", None)
+    for part in (config, *(value for key, value in config.items() if key.endswith("_config") and value)):
+        if part is config or "dtype" in part:
+            part["dtype"] = report.value_dtype
+    config["quantization_config"] = {
+        "quant_method": checkpoint.QUANT_METHOD,
+        "format_version": FORMAT_VERSION,
+        "delta_bits": DELTA_BITS,
+        "value_dtype": report.value_dtype,
+        "modules_to_not_convert": [name for name in all_linears if name not in packed],
+    }
+    checkpoint.write_json(target / checkpoint.CONFIG_FILE, config)
+    checkpoint.copy_side_files(source, target)
+    provenance = checkpoint.read_provenance(source)
+    provenance["pack"] = {
+        "value_dtype": report.value_dtype,
+        "sparsity": report.sparsity,
+        "bytes_dense": report.bytes_dense,
+        "bytes_packed": report.bytes_packed,
+        "layers": {name: layer.sparsity for name, layer in report.layers.items()},
+        "versions": {"macko_llm": __version__, "torch": torch.__version__},
+    }
+    checkpoint.write_provenance(target, provenance)
+    (target / "README.md").write_text(_model_card(provenance, report), encoding="utf-8")
+
+
+def _model_card(provenance: dict[str, Any], report: PackReport) -> str:
+    recipe = provenance.get("prune", {})
+    method = recipe.get("method", "an unknown method")
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [macko, pruned, sparse]
+---
+# A pruned model in the MACKO sparse format
+
+{report.sparsity:.0%} of the weights of its decoder blocks are zero (pruned by {method}); the rest take
+{report.bytes_packed / 1e6:.1f} MB instead of {report.bytes_dense / 1e6:.1f} MB. `macko.json` says exactly how it was made.
+
+```sh
+pip install macko-llm
+macko generate PATH --prompt "Once upon a time"
+```
+
+```python
+import macko_llm  # teaches transformers the format
+
+model = macko_llm.load("PATH")
+# or: transformers.AutoModelForCausalLM.from_pretrained("PATH")
+```
+
+Without `import macko_llm`, transformers does not know the format and would start from random weights.
+"""
