@@ -1,0 +1,70 @@
+"""The main job on the bundled model: prune, pack, evaluate, generate."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from macko_llm import generation, models
+from macko_llm.benchmarks.quality import QualityReport, measure_chain
+from macko_llm.demo.stories import CALIBRATION_SEED, HELD_OUT_SEED, story_text
+from macko_llm.progress import Progress, no_progress
+from macko_llm.recipe import PruneRecipe
+from macko_llm.transformers_integration import load
+
+MODEL_FOLDER = Path(__file__).parent / "model"
+CALIBRATION_CHARACTERS = 400_000
+HELD_OUT_CHARACTERS = 100_000
+SPARSITY = 0.5
+NSAMPLES = 32
+SEQLEN = 512
+PROMPT = "Once upon a time"
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Files of generated stories."""
+
+    calibration: Path
+    held_out: Path
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo shows."""
+
+    report: QualityReport
+    prompt: str
+    story: str
+
+
+def write_texts(folder: Path) -> Texts:
+    """Write stories to calibrate on, and others to evaluate on, into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = Texts(folder / "calibration.txt", folder / "held-out.txt")
+    texts.calibration.write_text(story_text(CALIBRATION_SEED, CALIBRATION_CHARACTERS), encoding="utf-8")
+    texts.held_out.write_text(story_text(HELD_OUT_SEED, HELD_OUT_CHARACTERS), encoding="utf-8")
+    return texts
+
+
+def run(folder: Path, progress: Progress = no_progress) -> DemoResult:
+    """Take the bundled model through the whole chain on the CPU; models and texts stay in `folder`."""
+    progress("writing stories", 0, 1)
+    texts = write_texts(folder)
+    progress("writing stories", 1, 1)
+    recipe = PruneRecipe(calibration=str(texts.calibration), nsamples=NSAMPLES, seqlen=SEQLEN)
+    report = measure_chain(
+        MODEL_FOLDER,
+        folder,
+        recipe,
+        sparsities=[SPARSITY],
+        dataset=str(texts.held_out),
+        seqlen=SEQLEN,
+        prompt=PROMPT,
+        device="cpu",
+        progress=progress,
+    )
+    packed = folder / f"packed-{SPARSITY * 100:g}"
+    tokenizer = models.load_tokenizer(packed)
+    made = generation.generate(
+        load(packed, device="cpu"), tokenizer, generation.encode_prompt(tokenizer, PROMPT), max_new_tokens=400
+    )
+    return DemoResult(report, PROMPT, made.text)
