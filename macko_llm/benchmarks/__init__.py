@@ -1,0 +1,1 @@
+"""What `macko bench` measures."""

@@ -1,0 +1,149 @@
+"""The whole chain on one model: what pruning costs in perplexity and what packing gives back in bytes and speed."""
+
+import statistics
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from macko_llm import calibration, checkpoint, generation, models, packing, perplexity
+from macko_llm.progress import Progress, no_progress
+from macko_llm.pruning.pipeline import prune_checkpoint
+from macko_llm.recipe import PruneRecipe
+from macko_llm.transformers_integration import load
+
+SPEED_RUNS = 3
+SPEED_TOKENS = 100
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One checkpoint, measured.
+
+    Attributes:
+        name: "dense", "magnitude 50%", "wanda 50%", "packed 50%".
+        sparsity: share of zeros in the linears of the blocks.
+        bytes_on_disk: of the weight files.
+        bytes_in_memory: of all parameters and buffers once loaded.
+        perplexity: on the dataset.
+        tokens_per_second: median decode speed of SPEED_RUNS greedy runs of SPEED_TOKENS tokens, batch 1.
+    """
+
+    name: str
+    sparsity: float
+    bytes_on_disk: int
+    bytes_in_memory: int
+    perplexity: float
+    tokens_per_second: float
+
+
+@dataclass(frozen=True)
+class QualityReport:
+    """Measurements of one model and the conditions under which they hold."""
+
+    model: str
+    recipe: PruneRecipe
+    dataset: str
+    seqlen: int
+    windows: int
+    device: str
+    threads: int
+    measurements: list[Measurement]
+
+
+def measure_chain(
+    model: Path,
+    workdir: Path,
+    recipe: PruneRecipe,
+    *,
+    sparsities: list[float],
+    dataset: str,
+    seqlen: int = perplexity.DEFAULT_SEQLEN,
+    limit: int | None = None,
+    prompt: str = "Once upon a time",
+    device: str = "auto",
+    progress: Progress = no_progress,
+) -> QualityReport:
+    """Take a dense model through prune, pack, evaluate and generate, and keep every checkpoint in `workdir`.
+
+    Args:
+        model: folder of a dense checkpoint.
+        workdir: gets a folder a checkpoint: dense, magnitude-50, wanda-50, packed-50, ...; earlier ones are replaced.
+        recipe: calibration settings; method and sparsity are set by this function, and "auto" dtype becomes float16, so
+            that dense and packed values have the same width.
+        sparsities: one magnitude, one Wanda and one packed (Wanda) checkpoint each.
+        dataset: evaluation text, as for `macko eval-perplexity`.
+        seqlen: tokens in an evaluation window.
+        limit: at most this many windows.
+        prompt: what the speed runs continue.
+        device: where to compute.
+        progress: told of each step.
+
+    Raises:
+        MackoError: whatever the steps raise.
+    """
+    text = calibration.evaluation_text(dataset)
+    if recipe.dtype == "auto":
+        recipe = replace(recipe, dtype="float16")
+    measurements: list[Measurement] = []
+    windows = used_seqlen = 0
+
+    def measure(name: str, folder: Path, sparsity: float) -> None:
+        nonlocal windows, used_seqlen
+        loaded = load(folder, device=device)
+        tokenizer = models.load_tokenizer(folder)
+        report = perplexity.evaluate(
+            loaded, tokenizer, text, dataset=dataset, seqlen=seqlen, limit=limit, progress=progress
+        )
+        windows, used_seqlen = report.windows, report.seqlen
+        ids = generation.encode_prompt(tokenizer, prompt)
+        progress(f"generating with {name}", 0, SPEED_RUNS)
+        speeds = []
+        for run in range(SPEED_RUNS):
+            made = generation.generate(loaded, tokenizer, ids, max_new_tokens=SPEED_TOKENS, stop_ids=())
+            speeds.append(made.tokens_per_second or 0.0)
+            progress(f"generating with {name}", run + 1, SPEED_RUNS)
+        measurements.append(
+            Measurement(
+                name=name,
+                sparsity=sparsity,
+                bytes_on_disk=checkpoint.folder_bytes(folder),
+                bytes_in_memory=models.memory_bytes(loaded),
+                perplexity=report.perplexity,
+                tokens_per_second=statistics.median(speeds),
+            )
+        )
+
+    def prune(name: str, method: str, sparsity: float) -> Path:
+        target = workdir / name
+        prune_checkpoint(
+            model,
+            target,
+            replace(recipe, method=method, sparsity=sparsity),
+            device=device,
+            overwrite=True,
+            progress=progress,
+        )
+        return target
+
+    # A sparsity of 0 removes nothing: the dense model, in the dtype of the others.
+    measure("dense", prune("dense", "magnitude", 0.0), 0.0)
+    for sparsity in sparsities:
+        percent = f"{sparsity * 100:g}"
+        for method in ("magnitude", "wanda"):
+            measure(f"{method} {percent}%", prune(f"{method}-{percent}", method, sparsity), sparsity)
+        packed = workdir / f"packed-{percent}"
+        report = packing.pack_checkpoint(workdir / f"wanda-{percent}", packed, overwrite=True, progress=progress)
+        measure(f"packed {percent}%", packed, report.sparsity)
+    used_device = models.resolve_device(device)
+    device_name = torch.cuda.get_device_name(used_device) if used_device.type == "cuda" else str(used_device)
+    return QualityReport(
+        model=str(model),
+        recipe=recipe,
+        dataset=dataset,
+        seqlen=used_seqlen,
+        windows=windows,
+        device=device_name,
+        threads=torch.get_num_threads(),
+        measurements=measurements,
+    )

@@ -1,0 +1,99 @@
+"""`macko bench`."""
+
+import tempfile
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from macko_llm.cli.console import megabytes, plain_errors, print_json, print_table, progress_bars
+from macko_llm.cli.options import DeviceOption, JsonOption
+from macko_llm.recipe import PruneRecipe
+
+if TYPE_CHECKING:
+    from macko_llm.benchmarks.quality import QualityReport
+
+app = typer.Typer(help="Measure.", no_args_is_help=True)
+
+
+@app.command()
+@plain_errors
+def quality(
+    model: Annotated[str | None, typer.Argument(help="A folder or hub id, dense. [default: the bundled model]")] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(help="As for `macko prune`. [default: generated stories for the bundled model, else c4]"),
+    ] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(help="As for eval-perplexity. [default: generated stories for the bundled model, else wikitext2]"),
+    ] = None,
+    sparsity: Annotated[list[float] | None, typer.Option(help="May be given several times. [default: 0.5]")] = None,
+    nsamples: Annotated[int, typer.Option(help="Calibration sequences.")] = PruneRecipe.nsamples,
+    seqlen: Annotated[int, typer.Option(help="Tokens in a calibration sequence and in an evaluation window.")] = 512,
+    seed: Annotated[int, typer.Option(help="Of the calibration draw.")] = PruneRecipe.seed,
+    limit: Annotated[int | None, typer.Option(metavar="WINDOWS", help="Evaluate at most this many windows.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="OUT", help="Keep the checkpoints in this folder.")
+    ] = None,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Prune, pack, evaluate and generate: one table of sizes, perplexities and speeds.
+
+    Examples:
+        macko bench quality
+
+        macko bench quality ./model --sparsity 0.5 --sparsity 0.6 --calibration train.txt --dataset valid.txt
+    """
+    from macko_llm import checkpoint
+    from macko_llm.benchmarks.quality import measure_chain
+    from macko_llm.demo import run as demo
+
+    with ExitStack() as stack:
+        workdir = output or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="macko-bench-")))
+        if model is None:
+            texts = demo.write_texts(workdir)
+        progress = stack.enter_context(progress_bars())
+        report = measure_chain(
+            checkpoint.locate(model) if model else demo.MODEL_FOLDER,
+            workdir,
+            PruneRecipe(
+                calibration=calibration or (PruneRecipe.calibration if model else str(texts.calibration)),
+                nsamples=nsamples,
+                seqlen=seqlen,
+                seed=seed,
+            ),
+            sparsities=sparsity or [PruneRecipe.sparsity],
+            dataset=dataset or ("wikitext2" if model else str(texts.held_out)),
+            seqlen=seqlen,
+            limit=limit,
+            device=device,
+            progress=progress,
+        )
+    if as_json:
+        print_json(asdict(report))
+    else:
+        print_quality(report)
+
+
+def print_quality(report: "QualityReport") -> None:
+    """The table of `macko bench quality` and of the demo."""
+    rows = [
+        [
+            row.name,
+            f"{row.sparsity:.1%}",
+            megabytes(row.bytes_on_disk),
+            megabytes(row.bytes_in_memory),
+            f"{row.perplexity:.2f}",
+            f"{row.tokens_per_second:.0f}",
+        ]
+        for row in report.measurements
+    ]
+    title = (
+        f"{report.windows} windows of {report.seqlen} tokens, {report.recipe.nsamples} x {report.recipe.seqlen} "
+        f"calibration tokens, {report.recipe.dtype}, {report.device}"
+    )
+    print_table(title, ["", "sparsity", "on disk", "in memory", "perplexity", "tokens/s"], rows)

@@ -1,0 +1,120 @@
+"""How the command line talks: results on stdout, everything else on stderr, errors in one sentence."""
+
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, ParamSpec, TypeVar
+
+import typer
+
+from macko_llm.errors import MackoError
+from macko_llm.progress import Progress
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+DEBUG_VARIABLE = "MACKO_DEBUG"
+PIPE_WIDTH = 160
+"""Columns of a table that is not printed to a terminal, wide enough never to cut a name."""
+
+
+def plain_errors(command: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Turn what a command raises into one sentence on stderr and an exit code; MACKO_DEBUG=1 shows the traceback."""
+
+    @functools.wraps(command)
+    def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        try:
+            _quiet_libraries()
+            return command(*args, **kwargs)
+        except (typer.Exit, typer.Abort):
+            raise
+        except KeyboardInterrupt:
+            _say("Interrupted; nothing was written.")
+            raise typer.Exit(130) from None
+        except BrokenPipeError:
+            # Whoever read the output has closed it; keep Python from complaining again at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(1) from None
+        except Exception as error:
+            if os.environ.get(DEBUG_VARIABLE, "") not in ("", "0"):
+                raise
+            _say(_sentence(error))
+            raise typer.Exit(error.exit_code if isinstance(error, MackoError) else 1) from None
+
+    return run
+
+
+@contextmanager
+def progress_bars() -> Iterator[Progress]:
+    """Progress bars on stderr, one a kind of work; they vanish when the work is done."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bars
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Bars(*columns, console=console, transient=True) as bars:
+        current: dict[str, TaskID] = {}
+
+        def report(what: str, done: int, total: int) -> None:
+            if what not in current:
+                for finished in current.values():
+                    bars.remove_task(finished)
+                current.clear()
+                current[what] = bars.add_task(what, total=total)
+            bars.update(current[what], completed=done, total=total)
+
+        yield report
+
+
+def print_json(content: dict[str, Any]) -> None:
+    """Exactly one JSON object on stdout."""
+    print(json.dumps(content, indent=2, ensure_ascii=False))
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table on stdout; the first column is text, the others are numbers."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
+    table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number == 0 else "right", no_wrap=number == 0)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def megabytes(count: int) -> str:
+    """Bytes as people read them, decimal units."""
+    for limit, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= limit:
+            return f"{count / limit:.2f} {unit}"
+    return f"{count} B"
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, MackoError):
+        return str(error)
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        package = error.name.partition(".")[0]
+        return f"The package {package} is missing; install it with `pip install {package}`."
+    first_line = (str(error).strip().splitlines() or [""])[0]
+    return f"Unexpected {type(error).__name__}: {first_line} (set {DEBUG_VARIABLE}=1 for the traceback, and report it)."
+
+
+def _say(sentence: str) -> None:
+    print(f"macko: {sentence}", file=sys.stderr)
+
+
+def _quiet_libraries() -> None:
+    """Keep other libraries' bars and warnings out of our output; what matters in them is checked and raised instead."""
+    # Read when the libraries are imported, which commands do only once they run.
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -1,0 +1,31 @@
+"""`macko inspect`."""
+
+from macko_llm.cli.console import megabytes, plain_errors, print_json, progress_bars
+from macko_llm.cli.options import JsonOption, PackedArgument, TrustOption
+from macko_llm.cli.pack import pack_report_json, print_layers
+
+
+@plain_errors
+def inspect(packed: PackedArgument, trust_remote_code: TrustOption = False, as_json: JsonOption = False) -> None:
+    """Say what is inside a packed checkpoint, and check every invariant of the format.
+
+    Examples:
+        macko inspect ./packed
+    """
+    from macko_llm import checkpoint
+    from macko_llm.packing import inspect_checkpoint
+
+    folder = checkpoint.locate(packed)
+    with progress_bars() as progress:
+        report = inspect_checkpoint(folder, trust_remote_code=trust_remote_code, progress=progress)
+    provenance = checkpoint.read_provenance(folder)
+    if as_json:
+        print_json({"model": packed, "valid": True, **pack_report_json(report), "provenance": provenance})
+        return
+    print_layers(report)
+    pruned_by = provenance.get("prune", {}).get("method", "unknown")
+    print(
+        f"{len(report.layers) - len(report.kept_dense)} of {len(report.layers)} layers packed as {report.value_dtype}, "
+        f"{report.sparsity:.1%} sparsity, pruned by: {pruned_by}; {megabytes(report.bytes_packed)} instead of "
+        f"{megabytes(report.bytes_dense)}. Every invariant of the format holds."
+    )

@@ -1,0 +1,88 @@
+"""`macko pack`."""
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from macko_llm.cli.console import megabytes, plain_errors, print_json, print_table, progress_bars
+from macko_llm.cli.options import DenseArgument, JsonOption, OutputOption, OverwriteOption, ShardSizeOption, TrustOption
+
+if TYPE_CHECKING:
+    from macko_llm.packing import PackReport
+
+
+@plain_errors
+def pack(
+    model: DenseArgument,
+    output: OutputOption,
+    dtype: Annotated[
+        str | None, typer.Option(help="float16 or bfloat16. [default: the checkpoint's, float16 for float32]")
+    ] = None,
+    max_shard_size: ShardSizeOption = "5GB",
+    trust_remote_code: TrustOption = False,
+    overwrite: OverwriteOption = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say how large the result would be.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Store a pruned model in the MACKO sparse format.
+
+    A matrix that packing would make larger (below about 20 % sparsity) stays dense.
+
+    Examples:
+        macko pack ./pruned -o packed
+
+        macko pack ./pruned -o packed --dtype bfloat16 --max-shard-size 2GB
+
+        macko pack ./pruned -o packed --dry-run
+    """
+    from macko_llm import checkpoint
+    from macko_llm.packing import pack_checkpoint
+
+    with progress_bars() as progress:
+        report = pack_checkpoint(
+            checkpoint.locate(model),
+            None if dry_run else output,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+    if as_json:
+        print_json({"output": str(output), "dry_run": dry_run, **pack_report_json(report)})
+        return
+    if dry_run:
+        print_layers(report)
+    verb = "Would pack" if dry_run else "Packed"
+    print(f"{verb} {megabytes(report.bytes_dense)} into {megabytes(report.bytes_packed)} {_ratio(report)}: {output}")
+    if report.kept_dense:
+        print(
+            f"{len(report.kept_dense)} of {len(report.layers)} layers stay dense, because packing would make them larger: "
+            f"{', '.join(report.kept_dense)}"
+        )
+
+
+def pack_report_json(report: "PackReport") -> dict[str, object]:
+    """What --json says of a packed checkpoint."""
+    return {**asdict(report), "sparsity": report.sparsity, "kept_dense": report.kept_dense}
+
+
+def print_layers(report: "PackReport") -> None:
+    """A table of the layers."""
+    rows = [
+        [
+            name,
+            f"{layer.rows} x {layer.cols}",
+            f"{layer.sparsity:.1%}",
+            str(layer.entries) if layer.packed else "dense",
+            megabytes(layer.bytes_dense),
+            megabytes(layer.bytes_packed),
+        ]
+        for name, layer in report.layers.items()
+    ]
+    print_table("", ["layer", "shape", "sparsity", "entries", "dense", "packed"], rows)
+
+
+def _ratio(report: "PackReport") -> str:
+    return f"({report.bytes_dense / max(report.bytes_packed, 1):.2f}x smaller, {report.sparsity:.1%} sparsity)"

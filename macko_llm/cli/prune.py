@@ -1,0 +1,109 @@
+"""`macko prune`."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from macko_llm.cli.console import plain_errors, print_json, print_table, progress_bars
+from macko_llm.cli.options import (
+    DenseArgument,
+    DeviceOption,
+    JsonOption,
+    OutputOption,
+    OverwriteOption,
+    TrustOption,
+)
+from macko_llm.recipe import METHODS, PruneRecipe, load_recipe, make_recipe
+
+
+def _help(text: str, setting: str) -> str:
+    default = getattr(PruneRecipe, setting)
+    return f"{text} [default: {default if default is not None else '2048, or the longest context'}]"
+
+
+@plain_errors
+def prune(
+    model: DenseArgument,
+    output: OutputOption,
+    method: Annotated[str | None, typer.Option(help=_help(f"{' or '.join(METHODS)}.", "method"))] = None,
+    sparsity: Annotated[
+        float | None, typer.Option(help=_help("Share of each row to remove, in [0, 1).", "sparsity"))
+    ] = None,
+    pattern: Annotated[str | None, typer.Option(help=_help("unstructured, 2:4 or 4:8.", "pattern"))] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            help=_help(
+                "c4, wikitext2, or a path: .txt, .jsonl (field text), .parquet, a folder of them, or .safetensors with "
+                "int64 tokens.",
+                "calibration",
+            )
+        ),
+    ] = None,
+    nsamples: Annotated[int | None, typer.Option(help=_help("Calibration sequences.", "nsamples"))] = None,
+    seqlen: Annotated[int | None, typer.Option(help=_help("Tokens in each of them.", "seqlen"))] = None,
+    seed: Annotated[int | None, typer.Option(help=_help("Of the calibration draw.", "seed"))] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help=_help("auto, float16, bfloat16 or float32, to compute and save in.", "dtype"))
+    ] = None,
+    device: DeviceOption = "auto",
+    recipe: Annotated[
+        Path | None, typer.Option(metavar="FILE.toml", help="Settings from a file; flags override it.")
+    ] = None,
+    trust_remote_code: TrustOption = False,
+    overwrite: OverwriteOption = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be pruned.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Set the least important weights of a model to zero.
+
+    Writes an ordinary dense Hugging Face checkpoint with zeros, and macko.json that says how it was made.
+
+    Examples:
+        macko prune meta-llama/Llama-2-7b-hf -o pruned
+
+        macko prune ./model -o pruned --sparsity 0.6 --calibration my-texts.jsonl
+
+        macko prune ./model -o pruned --recipe configs/llama2-7b-wanda-50.toml
+    """
+    from macko_llm.pruning.pipeline import plan, prune_checkpoint
+
+    flags = {
+        "method": method,
+        "sparsity": sparsity,
+        "pattern": pattern,
+        "calibration": calibration,
+        "nsamples": nsamples,
+        "seqlen": seqlen,
+        "seed": seed,
+        "dtype": dtype,
+    }
+    settings = make_recipe(load_recipe(recipe) if recipe else {}, flags)
+    if dry_run:
+        planned = plan(model, output, settings, trust_remote_code=trust_remote_code, overwrite=overwrite)
+        if as_json:
+            print_json({"output": str(output), "dry_run": True, **asdict(planned)})
+        else:
+            rows = [[name, f"{rows} x {cols}"] for name, (rows, cols) in planned.layers.items()]
+            print_table("Would prune", ["layer", "shape"], rows)
+            print(f"{len(rows)} layers to {planned.sparsity:.1%} sparsity; nothing was written.")
+        return
+    with progress_bars() as progress:
+        report = prune_checkpoint(
+            model,
+            output,
+            settings,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    if as_json:
+        print_json({"output": str(output), **asdict(report)})
+    else:
+        print(
+            f"Pruned {len(report.layers)} layers to {report.sparsity:.1%} sparsity with {report.method} "
+            f"in {report.seconds:.1f} s: {output}"
+        )

@@ -1,0 +1,44 @@
+"""`macko unpack`."""
+
+from macko_llm.cli.console import megabytes, plain_errors, print_json, progress_bars
+from macko_llm.cli.options import (
+    JsonOption,
+    OutputOption,
+    OverwriteOption,
+    PackedArgument,
+    ShardSizeOption,
+    TrustOption,
+)
+
+
+@plain_errors
+def unpack(
+    packed: PackedArgument,
+    output: OutputOption,
+    max_shard_size: ShardSizeOption = "5GB",
+    trust_remote_code: TrustOption = False,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Give the pruned dense checkpoint back, bit for bit.
+
+    Examples:
+        macko unpack ./packed -o pruned
+    """
+    from macko_llm import checkpoint
+    from macko_llm.packing import unpack_checkpoint
+
+    with progress_bars() as progress:
+        unpack_checkpoint(
+            checkpoint.locate(packed),
+            output,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+    written = checkpoint.folder_bytes(output)
+    if as_json:
+        print_json({"output": str(output), "bytes_dense": written})
+    else:
+        print(f"Unpacked {packed} into {megabytes(written)}: {output}")
