@@ -12,7 +12,7 @@ from macko_llm.transformers_integration import load
 
 MODEL_FOLDER = Path(__file__).parent / "model"
 CALIBRATION_CHARACTERS = 400_000
-HELD_OUT_CHARACTERS = 100_000
+HELD_OUT_CHARACTERS = 60_000
 SPARSITY = 0.5
 NSAMPLES = 32
 SEQLEN = 512

@@ -46,7 +46,7 @@ class TrainOptions:
         compile: use torch.compile.
     """
 
-    steps: int = 12_000
+    steps: int = 7_648
     batch_size: int = 128
     seqlen: int = 512
     learning_rate: float = 3e-3
