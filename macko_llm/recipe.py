@@ -1,0 +1,151 @@
+"""What a pruning run is made of: every setting with its default, in one place, and as a flat TOML file."""
+
+import json
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from macko_llm.errors import UsageError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+METHODS = ("wanda", "magnitude")
+UNSTRUCTURED = "unstructured"
+
+
+@dataclass(frozen=True)
+class PruneRecipe:
+    """The settings of one pruning run.
+
+    Attributes:
+        method: "wanda" (Sun et al., 2024, arXiv 2306.11695) or "magnitude".
+        sparsity: share of the weights of every output row that is removed, in [0, 1).
+        pattern: "unstructured", or "n:m": the n lowest of every m consecutive columns go. n:m fixes the sparsity to n / m.
+        calibration: "c4", "wikitext2", or a path; see `macko_llm.calibration`.
+        nsamples: calibration sequences.
+        seqlen: tokens in each of them; None means 2048, or the model's longest context where that is shorter.
+        seed: of the draw of the calibration sequences.
+        dtype: "auto" (the checkpoint's), "float16", "bfloat16" or "float32"; the result is saved in it.
+
+    Raises:
+        UsageError: a value that makes no sense.
+    """
+
+    method: str = "wanda"
+    sparsity: float = 0.5
+    pattern: str = UNSTRUCTURED
+    calibration: str = "c4"
+    nsamples: int = 128
+    seqlen: int | None = None
+    seed: int = 0
+    dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        if self.method not in METHODS:
+            raise UsageError(f"There is no pruning method {self.method!r}; use {' or '.join(METHODS)}.")
+        if not 0 <= self.sparsity < 1:
+            raise UsageError(f"The sparsity {self.sparsity} is outside [0, 1); 0.5 removes half of the weights.")
+        if self.nsamples < 1:
+            raise UsageError(f"nsamples is {self.nsamples}; calibrate with at least 1 sequence.")
+        if self.seqlen is not None and self.seqlen < 1:
+            raise UsageError(f"seqlen is {self.seqlen}; a calibration sequence has at least 1 token.")
+        if not self.calibration:
+            raise UsageError("The calibration source is empty; use c4, wikitext2 or a path.")
+        fixed = _pattern_sparsity(self.pattern)
+        if fixed is not None:
+            if self.sparsity not in (fixed, PruneRecipe.sparsity):
+                raise _sparsity_conflict(self.pattern, fixed, self.sparsity)
+            object.__setattr__(self, "sparsity", fixed)
+
+    @property
+    def group(self) -> tuple[int, int] | None:
+        """(n, m) of an n:m pattern, None for an unstructured one."""
+        return _parse_pattern(self.pattern)
+
+
+def load_recipe(path: Path) -> dict[str, Any]:
+    """The settings in a flat TOML file, for `make_recipe`.
+
+    Raises:
+        UsageError: the file is missing, is not TOML, or names something that is not a setting.
+    """
+    try:
+        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"The recipe {path} cannot be read ({error.strerror}); check the path.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"The recipe {path} is not TOML ({error}); write lines such as sparsity = 0.5.") from error
+    _check_keys(values, f"The recipe {path}")
+    return values
+
+
+def make_recipe(file_values: Mapping[str, Any], flags: Mapping[str, Any]) -> PruneRecipe:
+    """A recipe from a file's settings and the command line's; a flag that is not None overrides the file.
+
+    Raises:
+        UsageError: an unknown setting, a value that makes no sense, or an n:m pattern with another sparsity.
+    """
+    _check_keys(file_values, "The recipe")
+    _check_keys(flags, "The call")
+    values = {**file_values, **{name: value for name, value in flags.items() if value is not None}}
+    recipe = PruneRecipe(**values)
+    # Only here is a sparsity of 0.5 that was asked for told from the default of 0.5.
+    if values.get("sparsity", recipe.sparsity) != recipe.sparsity:
+        raise _sparsity_conflict(recipe.pattern, recipe.sparsity, values["sparsity"])
+    return recipe
+
+
+def to_toml(recipe: PruneRecipe) -> str:
+    """The recipe as the TOML that `load_recipe` reads back."""
+    settings = {name: value for name, value in asdict(recipe).items() if value is not None}
+    return "".join(f"{name} = {_toml_value(value)}\n" for name, value in settings.items())
+
+
+def _toml_value(value: str | float) -> str:
+    if isinstance(value, str):
+        # JSON's escapes are TOML's too, but for DEL, which JSON leaves bare.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007F")
+    return repr(value)
+
+
+def _check_types(recipe: PruneRecipe) -> None:
+    kinds: dict[str, tuple[type, ...]] = {"sparsity": (float, int), "nsamples": (int,), "seed": (int,)}
+    kinds["seqlen"] = (int, type(None))
+    for field in fields(recipe):
+        value = getattr(recipe, field.name)
+        allowed = kinds.get(field.name, (str,))
+        if isinstance(value, bool) or not isinstance(value, allowed):
+            raise UsageError(f"{field.name} is {value!r}; it must be of type {allowed[0].__name__}.")
+    object.__setattr__(recipe, "sparsity", float(recipe.sparsity))
+
+
+def _check_keys(values: Mapping[str, Any], where: str) -> None:
+    known = [field.name for field in fields(PruneRecipe)]
+    unknown = [name for name in values if name not in known]
+    if unknown:
+        raise UsageError(f"{where} sets {unknown[0]!r}, which is not a setting; the settings are {', '.join(known)}.")
+
+
+def _parse_pattern(pattern: str) -> tuple[int, int] | None:
+    if pattern == UNSTRUCTURED:
+        return None
+    match = re.fullmatch(r"(\d{1,4}):(\d{1,4})", pattern, flags=re.ASCII)
+    if match is None or not 1 <= int(match[1]) < int(match[2]):
+        raise UsageError(f"There is no pattern {pattern!r}; use {UNSTRUCTURED}, 2:4 or 4:8.")
+    return int(match[1]), int(match[2])
+
+
+def _pattern_sparsity(pattern: str) -> float | None:
+    group = _parse_pattern(pattern)
+    return None if group is None else group[0] / group[1]
+
+
+def _sparsity_conflict(pattern: str, fixed: float, asked: float) -> UsageError:
+    return UsageError(f"The pattern {pattern} fixes the sparsity to {fixed:g}, not {asked:g}; leave the sparsity out.")

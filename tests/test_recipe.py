@@ -1,0 +1,107 @@
+"""Recipes: defaults, precedence, validation, and TOML in and out."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from macko_llm.errors import UsageError
+from macko_llm.recipe import PruneRecipe, load_recipe, make_recipe, to_toml
+
+
+def test_flags_override_the_file_and_the_file_overrides_defaults() -> None:
+    recipe = make_recipe({"sparsity": 0.6, "nsamples": 8}, {"nsamples": 4, "sparsity": None, "seed": None})
+    assert recipe == PruneRecipe(sparsity=0.6, nsamples=4)
+
+
+def test_a_flag_of_zero_is_not_a_missing_flag() -> None:
+    recipe = make_recipe({"seed": 3, "sparsity": 0.5}, {"seed": 0, "sparsity": 0})
+    assert (recipe.seed, recipe.sparsity) == (0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"sparsity": 1.0}, r"outside \[0, 1\)"),
+        ({"sparsity": -0.1}, r"outside \[0, 1\)"),
+        ({"sparsity": float("nan")}, r"outside \[0, 1\)"),
+        ({"sparsity": 2}, r"outside \[0, 1\)"),
+        ({"sparsity": "0.5"}, "type float"),
+        ({"sparsity": True}, "type float"),
+        ({"method": "random"}, "wanda or magnitude"),
+        ({"pattern": "4:4"}, "2:4 or 4:8"),
+        ({"pattern": "0:4"}, "2:4 or 4:8"),
+        ({"pattern": "5:4"}, "2:4 or 4:8"),
+        ({"pattern": "half"}, "2:4 or 4:8"),
+        ({"pattern": "2:4\n"}, "2:4 or 4:8"),
+        ({"nsamples": 0}, "at least 1 sequence"),
+        ({"nsamples": 2.0}, "type int"),
+        ({"seqlen": 0}, "at least 1 token"),
+        ({"seqlen": "512"}, "type int"),
+        ({"seed": None}, "type int"),
+        ({"calibration": ""}, "calibration source is empty"),
+    ],
+)
+def test_senseless_values_are_refused(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        PruneRecipe(**settings)
+
+
+@pytest.mark.parametrize(("pattern", "sparsity"), [("2:4", 0.5), ("4:8", 0.5), ("1:4", 0.25), ("3:4", 0.75)])
+def test_a_pattern_fixes_the_sparsity(pattern: str, sparsity: float) -> None:
+    assert PruneRecipe(pattern=pattern).sparsity == sparsity
+    assert make_recipe({"pattern": pattern}, {"sparsity": sparsity}).sparsity == sparsity
+    with pytest.raises(UsageError, match=f"{pattern} fixes the sparsity to {sparsity}, not 0.6"):
+        PruneRecipe(pattern=pattern, sparsity=0.6)
+
+
+def test_an_asked_for_default_sparsity_still_conflicts_with_a_pattern() -> None:
+    with pytest.raises(UsageError, match=r"1:4 fixes the sparsity to 0.25, not 0.5"):
+        make_recipe({"pattern": "1:4"}, {"sparsity": 0.5})
+
+
+def test_group_of_a_pattern() -> None:
+    assert PruneRecipe().group is None
+    assert PruneRecipe(pattern="4:8").group == (4, 8)
+
+
+def test_unknown_settings_are_named_with_the_known_ones(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text("sparsitty = 0.5\n")
+    with pytest.raises(UsageError, match=r"'sparsitty'.*method, sparsity, pattern"):
+        load_recipe(path)
+    with pytest.raises(UsageError, match=r"'density'"):
+        make_recipe({}, {"density": 0.5})
+
+
+def test_a_missing_or_damaged_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"absent\.toml cannot be read"):
+        load_recipe(tmp_path / "absent.toml")
+    damaged = tmp_path / "damaged.toml"
+    damaged.write_text("sparsity = ")
+    with pytest.raises(UsageError, match=r"damaged\.toml is not TOML"):
+        load_recipe(damaged)
+    damaged.write_bytes(b'calibration = "\xff"\n')
+    with pytest.raises(UsageError, match=r"damaged\.toml is not TOML"):
+        load_recipe(damaged)
+
+
+_RECIPES = st.builds(
+    PruneRecipe,
+    method=st.sampled_from(["wanda", "magnitude"]),
+    sparsity=st.floats(0, 1, exclude_max=True),
+    calibration=st.text(st.characters(exclude_categories=["Cs"]), min_size=1),
+    nsamples=st.integers(1, 10**6),
+    seqlen=st.none() | st.integers(1, 10**6),
+    seed=st.integers(-(10**9), 10**9),
+) | st.builds(PruneRecipe, pattern=st.sampled_from(["2:4", "4:8", "1:3"]))
+
+
+@given(_RECIPES)
+@example(PruneRecipe(calibration='C:\\texts\\"new"\n\t\x00\x1f\x7f\u2028\U0001f98a'))
+def test_toml_keeps_every_setting(tmp_path_factory: pytest.TempPathFactory, recipe: PruneRecipe) -> None:
+    path = tmp_path_factory.getbasetemp() / "round_trip.toml"
+    path.write_bytes(to_toml(recipe).encode())
+    assert make_recipe(load_recipe(path), {}) == recipe
