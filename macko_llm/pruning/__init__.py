@@ -1,0 +1,5 @@
+"""Pruning: which weights matter least (`scores`), and taking them out of a model (`pipeline`)."""
+
+from macko_llm.pruning.pipeline import PrunePlan, PruneReport, plan, prune_checkpoint, prune_model
+
+__all__ = ["PrunePlan", "PruneReport", "plan", "prune_checkpoint", "prune_model"]

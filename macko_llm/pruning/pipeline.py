@@ -1,0 +1,360 @@
+"""Pruning a model, block by block, and a checkpoint, folder to folder."""
+
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import cast
+
+import torch
+import transformers
+from torch import nn
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+
+from macko_llm import checkpoint, models
+from macko_llm.calibration import calibration_tokens, is_token_file, load_tokens, tokens_sha256
+from macko_llm.errors import CalibrationError, CheckpointError, NonFiniteError, UsageError
+from macko_llm.progress import Progress, no_progress
+from macko_llm.pruning.replay import first_hidden_states, record_block_arguments, run_block, watched_inputs
+from macko_llm.pruning.scores import magnitude_scores, removed_per_row, select, squared_norms, wanda_scores
+from macko_llm.recipe import PruneRecipe
+
+_LONGEST_DEFAULT_SEQLEN = 2048
+_MAX_SHARD_SIZE = "5GB"
+# Scores are held for as many rows at once as have about this many weights (64 MiB of fp32).
+_WEIGHTS_AT_ONCE = 1 << 24
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """What pruning did.
+
+    Attributes:
+        method: "wanda" or "magnitude".
+        pattern: "unstructured" or "n:m".
+        sparsity: share of zeros over all pruned linears.
+        layers: qualified name of each pruned linear -> its share of zeros.
+        seconds: wall-clock time of the pruning, without loading and saving.
+        calibration_sha256: hash of the calibration tokens, None for a method that needs none.
+        nsamples: calibration sequences, 0 for a method that needs none.
+        seqlen: tokens in each of them.
+    """
+
+    method: str
+    pattern: str
+    sparsity: float
+    layers: dict[str, float]
+    seconds: float
+    calibration_sha256: str | None
+    nsamples: int
+    seqlen: int
+
+
+@dataclass(frozen=True)
+class PrunePlan:
+    """What a pruning run would do.
+
+    Attributes:
+        recipe: the settings, with nsamples and seqlen as they would be used.
+        layers: qualified name of each linear that would be pruned -> (rows, cols).
+        sparsity: share of the weights of these linears that would be removed.
+    """
+
+    recipe: PruneRecipe
+    layers: dict[str, tuple[int, int]]
+    sparsity: float
+
+
+def plan(
+    model: str | Path,
+    target: Path,
+    recipe: PruneRecipe,
+    *,
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+) -> PrunePlan:
+    """What `prune_checkpoint` would do, without weights in memory and without reading calibration text.
+
+    Raises:
+        UsageError, CheckpointError, CalibrationError: as `prune_checkpoint`, for what shows without weights and text.
+    """
+    _, skeleton, recipe = _prepare(model, Path(target), recipe, trust_remote_code, overwrite)
+    layers = _shapes(_distinct_linears(skeleton))
+    removed = sum(rows * removed_per_row(cols, recipe.sparsity, recipe.group) for rows, cols in layers.values())
+    return PrunePlan(recipe, layers, removed / sum(rows * cols for rows, cols in layers.values()))
+
+
+def prune_checkpoint(
+    model: str | Path,
+    target: Path,
+    recipe: PruneRecipe,
+    *,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+    progress: Progress = no_progress,
+) -> PruneReport:
+    """Prune a dense checkpoint into a new folder: an ordinary dense checkpoint with zeros, and macko.json.
+
+    Whatever can be refused without loading the weights is refused before that. `target` appears only when it is complete.
+
+    Args:
+        model: a folder or a hub id.
+        target: the new folder.
+        recipe: the settings.
+        device: where to compute: "auto", "cpu", "cuda", ...
+        trust_remote_code: run Python code that lies in the model's folder.
+        overwrite: replace `target` when it holds a model.
+        progress: called with (what, done, total).
+
+    Raises:
+        UsageError: a packed or quantized model, an unusable target, sizes that do not fit the pattern or the model.
+        CheckpointError: the model is missing, damaged, too large, or of an unsupported kind.
+        CalibrationError: the calibration source is missing, too short, or from another vocabulary.
+        NonFiniteError: NaN or infinity in weights or activations.
+    """
+    models.resolve_device(device)
+    folder, skeleton, recipe = _prepare(model, Path(target), recipe, trust_remote_code, overwrite)
+    tokens = None
+    if recipe.method == "wanda":
+        progress("drawing calibration tokens", 0, 1)
+        tokens = _calibrate(folder, recipe, trust_remote_code)
+        _check_tokens(skeleton, tokens)
+        progress("drawing calibration tokens", 1, 1)
+
+    with checkpoint.new_folder(Path(target), overwrite=overwrite) as partial:
+        progress("loading the model", 0, 1)
+        loaded = models.load_model(folder, dtype=recipe.dtype, device=device, trust_remote_code=trust_remote_code)
+        progress("loading the model", 1, 1)
+        try:
+            report = prune_model(loaded, tokens, recipe, progress)
+        except torch.OutOfMemoryError as error:
+            raise CheckpointError(f"Pruning {folder} does not fit on {loaded.device}; use --device cpu.") from error
+        progress("saving", 0, 1)
+        _save(loaded, folder, partial)
+        checkpoint.write_provenance(partial, {"prune": _provenance(model, recipe, report)})
+        progress("saving", 1, 1)
+    return report
+
+
+@torch.no_grad()
+def prune_model(
+    model: PreTrainedModel, tokens: torch.Tensor | None, recipe: PruneRecipe, progress: Progress = no_progress
+) -> PruneReport:
+    """Prune the linears inside the decoder blocks of a model, in place.
+
+    Wanda goes block by block: statistics on the still dense block, pruning, and a second run, so that the next block sees what
+    the pruned one computes. A weight shared by several linears is pruned once, where it is first met, with the inputs of all
+    linears of that block that share it.
+
+    Args:
+        model: on any device; evaluated in eval mode, whatever its mode.
+        tokens: int64 [nsamples, seqlen], equally long sequences without padding; None will do for "magnitude".
+        recipe: `calibration`, `nsamples`, `seqlen`, `seed` and `dtype` are not looked at: the tokens and the model decide.
+        progress: called with (what, done, total).
+
+    Raises:
+        UsageError: sizes that do not fit the pattern, sequences longer than the model takes, no tokens for Wanda.
+        CheckpointError: blocks of an unsupported kind.
+        CalibrationError: token ids outside the vocabulary, or a linear that no token reaches.
+        NonFiniteError: NaN or infinity in weights or activations.
+    """
+    started = time.perf_counter()
+    layers = _distinct_linears(model)
+    _check_group(_shapes(layers), recipe)
+    for name, linear in layers.items():
+        if not linear.weight.isfinite().all():
+            raise NonFiniteError(f"The weights of {name} hold NaN or infinity; use an undamaged checkpoint.")
+    if recipe.method == "magnitude":
+        tokens = None
+    elif tokens is None:
+        raise UsageError("Wanda needs calibration tokens; give some, or use the method magnitude.")
+    else:
+        _check_tokens(model, tokens)
+
+    training = model.training
+    model.eval()
+    try:
+        if recipe.sparsity == 0:
+            pass
+        elif tokens is None:
+            _prune_by_magnitude(layers, recipe, progress)
+        else:
+            _prune_by_wanda(model, layers, tokens, recipe, progress)
+    finally:
+        model.train(training)
+    zeros = {name: int((linear.weight == 0).sum()) for name, linear in layers.items()}
+    return PruneReport(
+        method=recipe.method,
+        pattern=recipe.pattern,
+        sparsity=sum(zeros.values()) / sum(linear.weight.numel() for linear in layers.values()),
+        layers={name: zeros[name] / linear.weight.numel() for name, linear in layers.items()},
+        seconds=time.perf_counter() - started,
+        calibration_sha256=None if tokens is None else tokens_sha256(tokens),
+        nsamples=0 if tokens is None else tokens.shape[0],
+        seqlen=0 if tokens is None else tokens.shape[1],
+    )
+
+
+def _prune_by_magnitude(layers: dict[str, nn.Linear], recipe: PruneRecipe, progress: Progress) -> None:
+    for done, linear in enumerate(layers.values()):
+        progress("pruning layers", done, len(layers))
+        _remove_lowest(linear.weight, None, recipe)
+    progress("pruning layers", len(layers), len(layers))
+
+
+def _prune_by_wanda(
+    model: PreTrainedModel, layers: dict[str, nn.Linear], tokens: torch.Tensor, recipe: PruneRecipe, progress: Progress
+) -> None:
+    blocks = models.decoder_blocks(model)
+    arguments = record_block_arguments(model, blocks, tokens)
+    states = first_hidden_states(model, next(iter(blocks.values())), tokens)
+    dense = {id(linear.weight): name for name, linear in layers.items()}  # not pruned yet, by weight: it may be shared
+    for done, (block, given) in enumerate(zip(blocks.values(), arguments, strict=True)):
+        progress("pruning blocks", done, len(blocks))
+        linears = [part for part in block.modules() if isinstance(part, nn.Linear) and id(part.weight) in dense]
+        sums: dict[int, torch.Tensor] = {}
+
+        def see(linear: nn.Linear, inputs: torch.Tensor, sums: dict[int, torch.Tensor] = sums) -> None:
+            key = id(linear.weight)
+            sums[key] = sums[key] + squared_norms(inputs) if key in sums else squared_norms(inputs)
+
+        with watched_inputs(linears, see):
+            for hidden in states:
+                run_block(block, hidden, given)
+        for weight in {id(linear.weight): linear.weight for linear in linears}.values():
+            statistic = _mean_statistic(dense.pop(id(weight)), sums.get(id(weight)), len(states))
+            _remove_lowest(weight, statistic, recipe)
+        if done + 1 < len(blocks):  # nothing sees what the last block computes
+            for index, hidden in enumerate(states):
+                states[index] = run_block(block, hidden, given)
+    progress("pruning blocks", len(blocks), len(blocks))
+
+
+def _mean_statistic(name: str, total: torch.Tensor | None, nsamples: int) -> torch.Tensor:
+    if total is None:
+        raise CalibrationError(f"No calibration token reached {name}; use more text, or the method magnitude.")
+    if not total.isfinite().all():
+        raise NonFiniteError(
+            f"The inputs of {name} hold NaN or infinity; use --dtype float32, or another checkpoint if that does not help."
+        )
+    return total / nsamples
+
+
+def _remove_lowest(weight: torch.Tensor, statistic: torch.Tensor | None, recipe: PruneRecipe) -> None:
+    """Write +0.0 over the weights [rows, cols] that matter least; a statistic, fp32 [cols], makes it Wanda."""
+    if removed_per_row(weight.shape[1], recipe.sparsity, recipe.group) == 0:
+        return
+    for rows in weight.data.split(max(1, _WEIGHTS_AT_ONCE // weight.shape[1])):
+        scores = magnitude_scores(rows) if statistic is None else wanda_scores(rows, statistic)
+        # Weights of -0.0 that stay become +0.0: packing stores no zero, so only then does unpacking give the same bits.
+        rows.masked_fill_(select(scores, recipe.sparsity, recipe.group) | (rows == 0), 0.0)
+
+
+def _distinct_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
+    """The linears to prune, one for each weight: where several share it, the first."""
+    distinct: dict[int, tuple[str, nn.Linear]] = {}
+    for name, linear in models.prunable_linears(model).items():
+        distinct.setdefault(id(linear.weight), (name, linear))
+    return dict(distinct.values())
+
+
+def _shapes(layers: dict[str, nn.Linear]) -> dict[str, tuple[int, int]]:
+    return {name: (linear.weight.shape[0], linear.weight.shape[1]) for name, linear in layers.items()}
+
+
+def _prepare(
+    model: str | Path, target: Path, recipe: PruneRecipe, trust_remote_code: bool, overwrite: bool
+) -> tuple[Path, PreTrainedModel, PruneRecipe]:
+    """Refuse what can be refused without weights; the model's folder, its skeleton, and the recipe with its gaps filled."""
+    checkpoint.check_output(target, overwrite=overwrite)
+    models.resolve_dtype(recipe.dtype)
+    folder = checkpoint.locate(model)
+    checkpoint.check_output(target, overwrite=overwrite, source=folder)
+    if checkpoint.is_packed(folder):
+        raise UsageError(f"{folder} is packed; unpack it first with `macko unpack`, or prune the dense model.")
+    quantized = checkpoint.read_config(folder).get("quantization_config")
+    if quantized:
+        method = quantized.get("quant_method", "some method") if isinstance(quantized, dict) else "some method"
+        raise UsageError(f"{folder} is quantized with {method}; prune the model it was made from.")
+    skeleton = models.skeleton(folder, trust_remote_code=trust_remote_code)
+    _check_group(_shapes(_distinct_linears(skeleton)), recipe)
+    if recipe.method == "wanda":
+        recipe = _fill_gaps(recipe, skeleton.config)
+    return folder, skeleton, recipe
+
+
+def _fill_gaps(recipe: PruneRecipe, config: PretrainedConfig) -> PruneRecipe:
+    """The recipe with the number and length of sequences that will be used."""
+    longest = models.max_positions(config)
+    if not is_token_file(recipe.calibration):
+        default = min(_LONGEST_DEFAULT_SEQLEN, longest or _LONGEST_DEFAULT_SEQLEN)
+        recipe = replace(recipe, seqlen=recipe.seqlen or default)
+    else:
+        nsamples, seqlen = load_tokens(Path(recipe.calibration).expanduser()).shape
+        # A file's tokens are used as they are; a setting that says otherwise is a mistake, a default is not.
+        if recipe.nsamples not in (nsamples, PruneRecipe.nsamples) or recipe.seqlen not in (seqlen, None):
+            raise UsageError(
+                f"{recipe.calibration} holds {nsamples} sequences of {seqlen} tokens, which are used as they are; "
+                "leave nsamples and seqlen out."
+            )
+        recipe = replace(recipe, nsamples=nsamples, seqlen=seqlen)
+    _check_seqlen(recipe.seqlen, longest)
+    return recipe
+
+
+def _calibrate(folder: Path, recipe: PruneRecipe, trust_remote_code: bool) -> torch.Tensor:
+    assert recipe.seqlen is not None  # _fill_gaps has seen to it
+    tokenizer = None
+    if not is_token_file(recipe.calibration):
+        tokenizer = models.load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    return calibration_tokens(recipe.calibration, tokenizer, recipe.nsamples, recipe.seqlen, recipe.seed)
+
+
+def _check_group(layers: dict[str, tuple[int, int]], recipe: PruneRecipe) -> None:
+    if recipe.group is None:
+        return
+    for name, (_, cols) in layers.items():
+        if cols % recipe.group[1]:
+            raise UsageError(
+                f"{name} has {cols} columns, not a multiple of {recipe.group[1]}; use another pattern than {recipe.pattern}."
+            )
+
+
+def _check_seqlen(seqlen: int | None, longest: int | None) -> None:
+    if seqlen is not None and longest is not None and seqlen > longest:
+        raise UsageError(
+            f"seqlen is {seqlen}, but the model takes at most {longest} tokens; use a seqlen of {longest}."
+        )
+
+
+def _check_tokens(model: PreTrainedModel, tokens: torch.Tensor) -> None:
+    _check_seqlen(tokens.shape[1], models.max_positions(model.config))
+    vocabulary = cast(nn.Embedding, model.get_input_embeddings()).weight.shape[0]
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= vocabulary:
+        raise CalibrationError(
+            f"The calibration tokens run from {low} to {high}, but the model knows 0 to {vocabulary - 1}; "
+            "tokenize the text with the model's own tokenizer."
+        )
+
+
+def _save(model: PreTrainedModel, source: Path, folder: Path) -> None:
+    if (source / "generation_config.json").is_file():
+        # The model's own file is copied as it is; transformers refuses to write some that are published (Llama 2's).
+        model.generation_config = GenerationConfig()
+    model.save_pretrained(folder, max_shard_size=_MAX_SHARD_SIZE)
+    checkpoint.copy_side_files(source, folder)
+
+
+def _provenance(model: str | Path, recipe: PruneRecipe, report: PruneReport) -> dict[str, object]:
+    settings = {name: value for name, value in asdict(recipe).items() if value is not None}
+    if report.calibration_sha256 is None:  # calibration settings that were not used would only mislead
+        settings = {name: settings[name] for name in ("method", "sparsity", "pattern", "dtype")}
+    return {
+        **settings,
+        "model": Path(model).resolve().name if Path(model).is_dir() else str(model),
+        "calibration_sha256": report.calibration_sha256,
+        "measured_sparsity": report.sparsity,
+        "layers": report.layers,
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }

@@ -1,0 +1,168 @@
+"""Running the decoder blocks of a model one at a time, with the arguments that the whole model gives them."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from macko_llm.errors import CheckpointError
+
+_HIDDEN = "hidden_states"
+
+
+class _StopForwardError(Exception):
+    """Ends a forward pass early: what was wanted of it has been seen."""
+
+
+@dataclass(frozen=True)
+class BlockArguments:
+    """Everything but the hidden states that a block was called with: masks, position embeddings, ..."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def run_block(block: nn.Module, hidden: torch.Tensor, arguments: BlockArguments) -> torch.Tensor:
+    """The hidden states [1, seqlen, hidden size] that a block makes of others."""
+    return _first_tensor(block(hidden, *arguments.args, **arguments.kwargs))
+
+
+def record_block_arguments(
+    model: PreTrainedModel, blocks: dict[str, nn.Module], tokens: torch.Tensor
+) -> list[BlockArguments]:
+    """What the model passes to each block: it may differ between blocks (sliding, full attention), not between sequences.
+
+    Args:
+        model: in eval mode.
+        blocks: its decoder blocks, first to last.
+        tokens: int64 [nsamples, seqlen], sequences without padding.
+
+    Raises:
+        CheckpointError: the blocks cannot be run one after another on hidden states alone.
+    """
+    recorded = _record(model, blocks, tokens[:1])
+    others = (tokens != tokens[:1]).any(dim=1).nonzero()
+    if len(others):
+        another = _record(model, blocks, tokens[others[0]])
+        for name, mine, theirs in zip(blocks, recorded, another, strict=True):
+            if not _same(mine.args, theirs.args) or not _same(mine.kwargs, theirs.kwargs):
+                raise CheckpointError(
+                    f"The block {name} gets other arguments for another text, which is not supported; "
+                    "use a model whose blocks pass on hidden states only."
+                )
+    return recorded
+
+
+def first_hidden_states(model: PreTrainedModel, block: nn.Module, tokens: torch.Tensor) -> list[torch.Tensor]:
+    """The hidden states entering the first block, [1, seqlen, hidden size] for each sequence."""
+    states: list[torch.Tensor] = []
+
+    def stop(_block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        states.append(_split(args, kwargs)[0].clone())
+        raise _StopForwardError
+
+    with _hooked([block.register_forward_pre_hook(stop, with_kwargs=True)]):
+        for sequence in tokens:
+            _forward(model, sequence)
+    return states
+
+
+def _record(model: PreTrainedModel, blocks: dict[str, nn.Module], tokens: torch.Tensor) -> list[BlockArguments]:
+    names, modules = list(blocks), list(blocks.values())
+    recorded: list[BlockArguments] = []
+    last_output: torch.Tensor | None = None
+
+    def before(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        name = names[len(recorded)]
+        hidden, arguments = _split(args, kwargs)
+        if block is not modules[len(recorded)] or (last_output is not None and not _same(hidden, last_output)):
+            raise CheckpointError(
+                f"The block {name} does not run on the output of the block before it, which is not supported; "
+                "use a model whose blocks follow one another."
+            )
+        if _holds_cache(arguments.args) or _holds_cache(arguments.kwargs):
+            raise CheckpointError(
+                f"The block {name} keeps a cache even where none is wanted, which is not supported; use another model."
+            )
+        recorded.append(arguments)
+        if len(recorded) == len(modules):
+            raise _StopForwardError
+
+    def after(_block: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        nonlocal last_output
+        last_output = _first_tensor(output)
+
+    distinct = list(dict.fromkeys(modules))  # a block may be used more than once
+    handles = [block.register_forward_pre_hook(before, with_kwargs=True) for block in distinct]
+    handles += [block.register_forward_hook(after) for block in distinct]
+    with _hooked(handles):
+        _forward(model, tokens)
+    if len(recorded) < len(modules):
+        raise CheckpointError(
+            f"{type(model).__name__} runs only {len(recorded)} of its {len(modules)} blocks; use another model."
+        )
+    return recorded
+
+
+def _forward(model: PreTrainedModel, tokens: torch.Tensor) -> None:
+    with suppress(_StopForwardError):
+        model(input_ids=tokens.reshape(1, -1).to(model.device), use_cache=False)
+
+
+@contextmanager
+def _hooked(handles: Sequence[torch.utils.hooks.RemovableHandle]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, BlockArguments]:
+    if args:
+        return args[0], BlockArguments(args[1:], kwargs)
+    rest = {name: value for name, value in kwargs.items() if name != _HIDDEN}
+    return kwargs[_HIDDEN], BlockArguments((), rest)
+
+
+def _first_tensor(output: Any) -> torch.Tensor:
+    # A tensor or a tuple that begins with it, depending on the family and the version of transformers.
+    tensor: torch.Tensor = output if isinstance(output, torch.Tensor) else output[0]
+    return tensor
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return one is other or (one.dtype == other.dtype and torch.equal(one, other.to(one.device)))
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        return len(one) == len(other) and all(_same(a, b) for a, b in zip(one, other, strict=True))
+    if isinstance(one, (bool, int, float, str, type(None))):
+        return bool(one == other)
+    return type(one) is type(other)
+
+
+def _holds_cache(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(_holds_cache, value.values()))
+    if isinstance(value, (list, tuple)):
+        return any(map(_holds_cache, value))
+    return isinstance(value, Cache)
+
+
+@contextmanager
+def watched_inputs(linears: Sequence[nn.Linear], see: Callable[[nn.Linear, torch.Tensor], None]) -> Iterator[None]:
+    """While this lasts, `see` gets every input [..., cols] of these linears."""
+
+    def hook(linear: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        assert isinstance(linear, nn.Linear)
+        see(linear, args[0] if args else kwargs["input"])
+
+    with _hooked([linear.register_forward_pre_hook(hook, with_kwargs=True) for linear in linears]):
+        yield
