@@ -1,0 +1,194 @@
+"""MackoLinear against nn.Linear: values, shapes, gradients, compilation, state."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from macko_llm import ops
+from macko_llm.errors import FormatError
+from macko_llm.linear import ARRAY_NAMES, MackoLinear
+from macko_llm.ops import SPMV_MAX_TOKENS
+
+ROWS, COLS = 24, 172
+HALVES = [torch.float16, torch.bfloat16]
+
+
+def make(dtype: torch.dtype = torch.float16, *, bias: bool = True, seed: int = 0) -> tuple[MackoLinear, Tensor]:
+    """A layer with half of its weights zero, and its dense weight [ROWS, COLS]."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(ROWS, COLS, generator=generator) * (torch.rand(ROWS, COLS, generator=generator) < 0.5)
+    weight[3] = 0
+    weight = weight.to(dtype)
+    values = torch.randn(ROWS, generator=generator).to(dtype) if bias else None
+    return MackoLinear.from_matrix(ops.pack(weight), values), weight
+
+
+def reference(x: Tensor, layer: MackoLinear, weight: Tensor) -> Tensor:
+    """nn.Linear in float64."""
+    return F.linear(x.double(), weight.double(), None if layer.bias is None else layer.bias.double())
+
+
+def assert_close(actual: Tensor, expected: Tensor) -> None:
+    """Equal to float64 but for a few roundings of numbers below 64: how few is for test_ops.py to say."""
+    assert actual.shape == expected.shape
+    eps = torch.finfo(actual.dtype).eps
+    torch.testing.assert_close(actual.double(), expected, rtol=2 * eps, atol=32 * eps + COLS * 2**-24)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("leading", [(), (1,), (0,), (2, 0), (4,), (5,), (2, 2), (3, 7), (1, 1, 1), (2, 1, 3, 2)])
+def test_any_leading_shape(leading: tuple[int, ...], bias: bool) -> None:
+    for dtype in HALVES:
+        layer, weight = make(dtype, bias=bias)
+        for x_dtype in (dtype, torch.float32):
+            x = torch.randn(*leading, COLS).to(x_dtype)
+            y = layer(x)
+            assert y.dtype == x_dtype
+            assert y.shape == (*leading, ROWS)
+            assert_close(y, reference(x, layer, weight))
+
+
+@pytest.mark.parametrize("x_dtype", [torch.float16, torch.float32])
+def test_many_tokens_give_what_one_at_a_time_give(x_dtype: torch.dtype) -> None:
+    layer, _ = make()
+    x = torch.randn(3 * SPMV_MAX_TOKENS, COLS).to(x_dtype)
+    one_by_one = torch.cat([layer(token[None]) for token in x])
+    few_by_few = torch.cat([layer(tokens) for tokens in x.split(SPMV_MAX_TOKENS)])
+    assert torch.equal(one_by_one, few_by_few)
+    assert_close(layer(x), one_by_one.double())
+
+
+@pytest.mark.parametrize("tokens", [2, 9])
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x.repeat_interleave(2, dim=1)[:, ::2],
+        lambda x: x.t().contiguous().t(),
+        lambda x: F.pad(x, (3, 5))[:, 3:-5],
+        lambda x: x[:1].expand(len(x), COLS),
+        lambda x: x[None].expand(2, *x.shape).transpose(0, 1),
+    ],
+    ids=["strided", "transposed", "sliced", "repeated", "expanded"],
+)
+def test_inputs_that_are_not_contiguous(view: Callable[[Tensor], Tensor], tokens: int) -> None:
+    layer, weight = make()
+    x = view(torch.randn(tokens, COLS).half())
+    assert not x.is_contiguous()
+    # Torch's own product of many tokens may round otherwise on another layout, and so may this one.
+    expected = layer(x.contiguous()) if tokens <= SPMV_MAX_TOKENS else F.linear(x, weight, layer.bias)
+    assert torch.equal(layer(x), expected)
+
+
+def test_a_bias_of_another_dtype() -> None:
+    layer, weight = make(bias=False)
+    bias = torch.randn(ROWS)
+    layer = MackoLinear.from_matrix(layer.matrix, bias)
+    for tokens in (1, 9):
+        for x_dtype in (torch.float16, torch.float32):
+            x = torch.randn(tokens, COLS).to(x_dtype)
+            expected = F.linear(x.double(), weight.double(), bias.to(x_dtype).double())
+            assert_close(layer(x), expected)
+
+
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_refuses_another_width_or_dtype(tokens: int) -> None:
+    layer, _ = make()
+    with pytest.raises(FormatError, match="171 features and the matrix 172 columns"):
+        layer(torch.ones(tokens, COLS - 1).half())
+    with pytest.raises(FormatError, match=r"input is torch\.bfloat16 and the packed values are torch\.float16"):
+        layer(torch.ones(tokens, COLS).bfloat16())
+
+
+@pytest.mark.parametrize("leading", [(1,), (2, 2), (9,)])
+def test_gradients_flow_to_the_input_as_through_a_dense_layer(leading: tuple[int, ...]) -> None:
+    """As LoRA needs it: an adapter below this layer learns, the packed weight does not."""
+    layer, weight = make()
+    x = torch.randn(*leading, COLS, requires_grad=True)
+    twin = x.detach().clone().requires_grad_()
+    upstream = torch.randn(*leading, ROWS)
+    layer(x).backward(upstream)
+    F.linear(twin, weight.float(), layer.bias.float()).backward(upstream)
+    assert torch.equal(x.grad, twin.grad)
+    assert all(parameter.grad is None for parameter in layer.parameters())
+    assert not layer(x.detach()).requires_grad
+
+
+@pytest.mark.parametrize("tokens", [1, 9])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients(mode: Callable, tokens: int) -> None:
+    layer, weight = make()
+    x = torch.randn(tokens, COLS, requires_grad=True)
+    expected = layer(x).detach()
+    with mode():
+        y = layer(x)
+        made_inside, _ = make()
+        assert torch.equal(made_inside(x), y)
+    assert not y.requires_grad
+    assert_close(y, reference(x.detach(), layer, weight))
+    assert_close(y, expected.double())
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_compiles_into_one_graph(bias: bool) -> None:
+    torch._dynamo.reset()
+    layer, _ = make(bias=bias)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for leading in [(1,), (1, 1), (2, 3), (2, 11)]:
+        x = torch.randn(*leading, COLS).half()
+        with torch.inference_mode():
+            assert torch.equal(compiled(x), layer(x))
+    x = torch.randn(2, COLS, requires_grad=True)
+    twin = x.detach().clone().requires_grad_()
+    compiled(x).sum().backward()
+    layer(twin).sum().backward()
+    assert torch.equal(x.grad, twin.grad)
+
+
+def test_compiles_with_inductor() -> None:
+    torch._dynamo.reset()
+    layer, _ = make(bias=False)
+    compiled = torch.compile(layer, fullgraph=True)
+    x = torch.randn(1, 1, COLS).half()
+    with torch.inference_mode():
+        assert torch.equal(compiled(x), layer(x))
+
+
+def test_state_dict_round_trip() -> None:
+    layer, weight = make()
+    state = layer.state_dict()
+    assert set(state) == {*ARRAY_NAMES, "bias"}
+    assert (state["weight_values"].dtype, state["weight_deltas"].dtype) == (torch.float16, torch.uint8)
+    assert state["weight_row_offsets"].dtype == torch.int32
+    padded = len(state["weight_values"])
+    filled = MackoLinear(COLS, ROWS, padded, bias=True)
+    filled.load_state_dict(state)
+    placeholder = MackoLinear(COLS, ROWS, padded, bias=True, device="meta")
+    placeholder.load_state_dict(state, assign=True)
+    x = torch.randn(1, COLS)
+    for other in (filled, placeholder, copy.deepcopy(layer)):
+        assert other.state_dict().keys() == state.keys()
+        assert all(torch.equal(tensor, state[name]) for name, tensor in other.state_dict().items())
+        assert torch.equal(ops.unpack(other.matrix), weight)
+        assert torch.equal(other(x), layer(x))
+
+
+def test_a_new_layer_is_all_zeros() -> None:
+    layer = MackoLinear(COLS, ROWS, 8, bias=True, dtype=torch.bfloat16)
+    ops.validate(MackoLinear(COLS, ROWS, 0).matrix, "empty")
+    assert torch.equal(layer(torch.ones(2, COLS)), torch.zeros(2, ROWS))
+    with pytest.raises(ValueError, match="padded is 12, not a multiple of 8"):
+        MackoLinear(COLS, ROWS, 12)
+
+
+def test_parameters_are_frozen_and_shared_with_the_matrix() -> None:
+    layer, weight = make()
+    matrix = layer.matrix
+    assert MackoLinear.from_matrix(matrix).weight_values.data_ptr() == layer.weight_values.data_ptr()
+    assert not any(parameter.requires_grad for parameter in layer.parameters())
+    assert sum(p.nbytes for p in layer.parameters()) == matrix.nbytes + ROWS * 2
+    assert f"in_features={COLS}, out_features={ROWS}" in str(layer)
+    assert torch.equal(ops.unpack(matrix), weight)

@@ -1,0 +1,131 @@
+"""The native library and its wrapper: a library that cannot serve, and calls that it refuses, each end in a plain sentence."""
+
+import ctypes
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import macko_llm
+from macko_llm import native
+from macko_llm.errors import NativeError
+from macko_llm.format import MackoMatrix
+
+HALF = torch.ones(4, 6, dtype=torch.float16)
+
+
+@pytest.fixture(autouse=True)
+def fresh_library() -> Iterator[None]:
+    """Load the library anew in each test, and again after them."""
+    native.library.cache_clear()
+    yield
+    native.library.cache_clear()
+
+
+@pytest.fixture
+def package_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """An empty folder in which the wrapper looks for the library."""
+    monkeypatch.setattr(macko_llm.__spec__, "submodule_search_locations", [str(tmp_path)])
+    return tmp_path
+
+
+def test_the_library_has_the_version_of_this_package() -> None:
+    assert native.library_path().is_file()
+    assert native.library().macko_abi_version() == native.ABI_VERSION
+    header = (Path(__file__).parents[1] / "csrc" / "macko.h").read_text()
+    assert f"#define MACKO_ABI_VERSION {native.ABI_VERSION}\n" in header
+
+
+def test_a_missing_library(package_folder: Path) -> None:
+    assert not list(package_folder.iterdir())
+    with pytest.raises(NativeError, match=r"^The native library is missing; build it with `pip install \.` in"):
+        native.cpu_pack(HALF)
+
+
+def test_a_file_that_is_no_library(package_folder: Path) -> None:
+    name = {"win32": "macko.dll", "darwin": "libmacko.dylib"}.get(sys.platform, "libmacko.so")
+    (package_folder / "lib").mkdir()
+    (package_folder / "lib" / name).write_bytes(b"not a library")
+    with pytest.raises(NativeError, match=r"cannot be loaded \(.*\); run `pip install \.` again\.$") as caught:
+        native.cpu_pack(HALF)
+    assert str(package_folder / "lib" / name) in str(caught.value)
+
+
+@pytest.mark.skipif(sys.platform == "win32" or shutil.which("c++") is None, reason="needs a C++ compiler named c++")
+def test_a_library_of_another_version(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    source = tmp_path / "newer.cpp"
+    source.write_text('extern "C" int macko_abi_version() { return 1234; }\n')
+    library = tmp_path / "newer.so"
+    subprocess.run(["c++", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
+    monkeypatch.setattr(native, "library_path", lambda: library)
+    with pytest.raises(NativeError, match=rf"has interface version 1234, not {native.ABI_VERSION}; run `pip install"):
+        native.library()
+
+
+def test_refuses_tensors_that_are_not_contiguous() -> None:
+    matrix = native.cpu_pack(HALF)
+    sentence = r"not contiguous; call \.contiguous\(\) on it first\.$"
+    with pytest.raises(NativeError, match=sentence):
+        native.cpu_pack(HALF.t())
+    with pytest.raises(NativeError, match=sentence):
+        native.cpu_spmv(matrix, torch.ones(6, 2).t(), None)
+    with pytest.raises(NativeError, match=sentence):
+        native.cpu_spmv(matrix, torch.ones(2, 6), torch.ones(8)[::2])
+    scattered = MackoMatrix(matrix.values.repeat_interleave(2)[::2], matrix.deltas, matrix.row_offsets, matrix.shape)
+    with pytest.raises(NativeError, match=sentence):
+        native.cpu_unpack(scattered)
+
+
+@pytest.mark.parametrize("bias", [torch.ones(4), torch.ones(3).half(), torch.ones(4, 1).half()])
+def test_refuses_a_bias_that_it_would_misread(bias: torch.Tensor) -> None:
+    with pytest.raises(NativeError, match=r"^The bias is .*, not torch\.float16 \[4\]; convert it"):
+        native.cpu_spmv(native.cpu_pack(HALF), HALF[:1].contiguous(), bias)
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments"),
+    [
+        ("macko_cpu_row_offsets", (None, 1, 1, "offsets", 1)),
+        ("macko_cpu_row_offsets", ("data", -1, 1, "offsets", 1)),
+        ("macko_cpu_row_offsets", ("data", 1, 0, "offsets", 1)),
+        ("macko_cpu_row_offsets", ("data", 1, 1, None, 1)),
+        ("macko_cpu_pack", ("data", 1, 1, "offsets", None, "data", 1)),
+        ("macko_cpu_pack", ("data", 1, 1, "offsets", "data", None, 1)),
+        ("macko_cpu_unpack", (None, "data", "offsets", 1, 1, "data", 1)),
+        ("macko_cpu_unpack", ("data", None, "offsets", 1, 1, "data", 1)),
+        ("macko_cpu_unpack", ("data", "data", "offsets", 1, 0, "data", 1)),
+        ("macko_cpu_unpack", ("data", "data", "offsets", 1, 1, None, 1)),
+        ("macko_cpu_row_spans", (None, "offsets", 1, "data")),
+        ("macko_cpu_row_spans", ("data", "offsets", -1, "data")),
+        ("macko_cpu_spmv", ("data", 2, "data", "offsets", 1, 1, "data", None, "data", 2, 1, 1)),
+        ("macko_cpu_spmv", ("data", 0, "data", "offsets", 1, 1, "data", None, "data", 3, 1, 1)),
+        ("macko_cpu_spmv", ("data", 0, "data", "offsets", 1, 1, "data", None, "data", 2, -1, 1)),
+        ("macko_cpu_spmv", ("data", 0, "data", "offsets", 1, 1, None, None, "data", 2, 1, 1)),
+        ("macko_cpu_spmv", (None, 0, "data", "offsets", 1, 1, "data", None, "data", 2, 1, 1)),
+    ],
+)
+def test_the_library_refuses_arguments(function: str, arguments: tuple[object, ...]) -> None:
+    memory = {"data": (ctypes.c_int64 * 8)(), "offsets": (ctypes.c_int32 * 2)(0, 1)}
+    pointers = [ctypes.addressof(memory[argument]) if isinstance(argument, str) else argument for argument in arguments]
+    with pytest.raises(NativeError, match=f"^{function} failed: it refused its arguments\\.$"):
+        native._call(function, *pointers)
+
+
+def test_running_out_of_memory_is_an_error_and_no_crash() -> None:
+    data, offsets = (ctypes.c_int64 * 8)(), (ctypes.c_int32 * 2)(0, 1)
+    address, cols = ctypes.addressof(data), 2**62
+    arguments = (address, 0, address, ctypes.addressof(offsets), 1, cols, address, None, address, 2, 1, 1)
+    with pytest.raises(NativeError, match="memory or threads ran out"):
+        native._call("macko_cpu_spmv", *arguments)
+
+
+def test_nothing_to_do_is_no_error() -> None:
+    empty = native.cpu_pack(torch.zeros(0, 3, dtype=torch.float16))
+    assert native.cpu_unpack(empty).shape == (0, 3)
+    assert native.cpu_row_spans(empty.deltas, empty.row_offsets).shape == (0,)
+    assert native.cpu_spmv(empty, torch.ones(2, 3), None).shape == (2, 0)
+    assert native.cpu_spmv(native.cpu_pack(HALF), torch.ones(0, 6), None).shape == (0, 4)
