@@ -15,7 +15,7 @@ from macko_llm.recipe import PruneRecipe
 if TYPE_CHECKING:
     from macko_llm.benchmarks.quality import QualityReport
 
-app = typer.Typer(help="Measure.", no_args_is_help=True)
+app = typer.Typer(help="Measure.")
 
 
 @app.command()

@@ -2,8 +2,10 @@
 
 import functools
 import json
+import math
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
@@ -17,6 +19,7 @@ Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 DEBUG_VARIABLE = "MACKO_DEBUG"
+SECONDS_BETWEEN_LINES = 10.0
 PIPE_WIDTH = 160
 """Columns of a table that is not printed to a terminal, wide enough never to cut a name."""
 
@@ -28,11 +31,13 @@ def plain_errors(command: Callable[Arguments, Result]) -> Callable[Arguments, Re
     def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         try:
             _quiet_libraries()
-            return command(*args, **kwargs)
+            result = command(*args, **kwargs)
+            sys.stdout.flush()
+            return result
         except (typer.Exit, typer.Abort):
             raise
         except KeyboardInterrupt:
-            _say("Interrupted; nothing was written.")
+            print_error("Interrupted; nothing was written.")
             raise typer.Exit(130) from None
         except BrokenPipeError:
             # Whoever read the output has closed it; keep Python from complaining again at exit.
@@ -41,7 +46,7 @@ def plain_errors(command: Callable[Arguments, Result]) -> Callable[Arguments, Re
         except Exception as error:
             if os.environ.get(DEBUG_VARIABLE, "") not in ("", "0"):
                 raise
-            _say(_sentence(error))
+            print_error(_sentence(error))
             raise typer.Exit(error.exit_code if isinstance(error, MackoError) else 1) from None
 
     return run
@@ -49,7 +54,10 @@ def plain_errors(command: Callable[Arguments, Result]) -> Callable[Arguments, Re
 
 @contextmanager
 def progress_bars() -> Iterator[Progress]:
-    """Progress bars on stderr, one a kind of work; they vanish when the work is done."""
+    """Progress on stderr: bars that vanish when the work is done, or a few plain lines where it is not a terminal."""
+    if not sys.stderr.isatty():
+        yield _progress_lines()
+        return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bars
@@ -70,9 +78,23 @@ def progress_bars() -> Iterator[Progress]:
         yield report
 
 
+def _progress_lines() -> Progress:
+    """A line when a kind of work begins, and one every SECONDS_BETWEEN_LINES while it lasts."""
+    last_what, last_time = "", 0.0
+
+    def report(what: str, done: int, total: int) -> None:
+        nonlocal last_what, last_time
+        now = time.monotonic()
+        if what != last_what or now - last_time >= SECONDS_BETWEEN_LINES:
+            print(f"{what}: {done}/{total}", file=sys.stderr, flush=True)
+            last_what, last_time = what, now
+
+    return report
+
+
 def print_json(content: dict[str, Any]) -> None:
-    """Exactly one JSON object on stdout."""
-    print(json.dumps(content, indent=2, ensure_ascii=False))
+    """Exactly one JSON object on stdout; JSON has no NaN and no infinity, so they become null."""
+    print(json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False))
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -98,17 +120,26 @@ def megabytes(count: int) -> str:
     return f"{count} B"
 
 
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _sentence(error: Exception) -> str:
     if isinstance(error, MackoError):
         return str(error)
     if isinstance(error, ModuleNotFoundError) and error.name:
         package = error.name.partition(".")[0]
         return f"The package {package} is missing; install it with `pip install {package}`."
-    first_line = (str(error).strip().splitlines() or [""])[0]
-    return f"Unexpected {type(error).__name__}: {first_line} (set {DEBUG_VARIABLE}=1 for the traceback, and report it)."
+    what = ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
+    return f"Unexpected {what}; set {DEBUG_VARIABLE}=1 for the traceback, and report it."
 
 
-def _say(sentence: str) -> None:
+def print_error(sentence: str) -> None:
+    """One sentence on stderr."""
     print(f"macko: {sentence}", file=sys.stderr)
 
 

@@ -1,11 +1,16 @@
 """The `macko` command: gathers the commands, each of which lives in a file of its own."""
 
-from typing import Annotated
+import functools
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
 
 import typer
+import typer.core
 
 import macko_llm
 from macko_llm.cli import bench
+from macko_llm.cli.console import print_error
 from macko_llm.cli.demo import demo
 from macko_llm.cli.doctor import doctor
 from macko_llm.cli.eval_perplexity import eval_perplexity
@@ -14,11 +19,37 @@ from macko_llm.cli.inspect import inspect
 from macko_llm.cli.pack import pack
 from macko_llm.cli.prune import prune
 from macko_llm.cli.unpack import unpack
+from macko_llm.errors import UsageError
+
+
+class PlainGroup(typer.core.TyperGroup):
+    """Says a wrong call in one sentence too, where typer would draw a box around it."""
+
+    def main(self, args: Sequence[str] | None = None, *rest: Any, standalone_mode: bool = True, **options: Any) -> Any:
+        """Run the command line; see click's `Command.main`."""
+        arguments = list(sys.argv[1:] if args is None else args) or ["--help"]
+        run = functools.partial(super().main, arguments, *rest, **options, standalone_mode=False)  # type: ignore[misc]
+        if not standalone_mode:
+            return run()
+        try:
+            sys.exit(run() or 0)
+        except typer.Abort:
+            sys.exit(1)
+        except Exception as error:
+            # click's exceptions; some versions of typer bring a click of their own, so there is no one class to name.
+            message = getattr(error, "format_message", None)
+            if message is None:
+                raise
+            context = getattr(error, "ctx", None)
+            path = context.command_path if context else "macko"
+            print_error(f"{' '.join(message().split()).rstrip('.')}; see `{path} --help`.")
+            sys.exit(getattr(error, "exit_code", UsageError.exit_code))
+
 
 app = typer.Typer(
     name="macko",
+    cls=PlainGroup,
     help="Prune language models without structure, store them sparse, run them faster and smaller than dense.",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )

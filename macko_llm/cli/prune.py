@@ -68,8 +68,6 @@ def prune(
 
         macko prune ./model -o pruned --recipe configs/llama2-7b-wanda-50.toml
     """
-    from macko_llm.pruning.pipeline import plan, prune_checkpoint
-
     flags = {
         "method": method,
         "sparsity": sparsity,
@@ -81,6 +79,9 @@ def prune(
         "dtype": dtype,
     }
     settings = make_recipe(load_recipe(recipe) if recipe else {}, flags)
+
+    from macko_llm.pruning.pipeline import plan, prune_checkpoint  # takes seconds, which a wrong call need not wait for
+
     if dry_run:
         planned = plan(model, output, settings, trust_remote_code=trust_remote_code, overwrite=overwrite)
         if as_json:
