@@ -158,7 +158,7 @@ def new_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
         ) from error
     try:
         yield partial
-        partial.chmod(0o777 & ~_umask())  # mkdtemp makes folders that only their owner can read
+        _open_to_readers(partial)
         _take_place(partial, target)
     except OSError as error:
         raise CheckpointError(
@@ -183,10 +183,13 @@ def _take_place(partial: Path, target: Path) -> None:
             retired.replace(target)
 
 
-def _umask() -> int:
+def _open_to_readers(folder: Path) -> None:
+    """Give the permissions that new files get: mkdtemp and safetensors make theirs for their owner alone."""
     mask = os.umask(0)
     os.umask(mask)
-    return mask
+    folder.chmod(0o777 & ~mask)
+    for path in folder.iterdir():
+        path.chmod(0o666 & ~mask)
 
 
 @dataclass(frozen=True)

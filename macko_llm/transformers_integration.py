@@ -77,6 +77,8 @@ class MackoQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
     ) -> PreTrainedModel:
+        if not self.pre_quantized:
+            raise UsageError("Loading does not pack a dense model; make a packed checkpoint with `macko pack` first.")
         if not checkpoint_files:
             raise UsageError("A packed model loads from its safetensors files; pass from_pretrained its folder.")
         infos = checkpoint.tensor_infos([Path(file) for file in checkpoint_files])
