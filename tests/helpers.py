@@ -1,0 +1,51 @@
+"""What several tests do to checkpoints, and how they read errors."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+
+def assert_plain(message: str) -> None:
+    """An error for a user: one sentence on one line that says what is wrong and, after a semicolon, how to mend it."""
+    assert "\n" not in message, message
+    assert "Traceback" not in message, message
+    assert message.endswith("."), message
+    assert ";" in message, message
+
+
+def copy_model(source: Path, target: Path, **config: Any) -> Path:
+    """A copy of a checkpoint with other entries in its config.json; None takes an entry out."""
+    shutil.copytree(source, target)
+    edit_config(target, **config)
+    return target
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    """Set entries of config.json; None takes an entry out."""
+    path = folder / "config.json"
+    config = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({name: value for name, value in config.items() if value is not None}))
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint, whatever its shards are called."""
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def edit_weights(folder: Path, changes: dict[str, torch.Tensor | None]) -> None:
+    """Replace tensors of an unsharded checkpoint; None takes one out."""
+    tensors = weights(folder)
+    for name, tensor in changes.items():
+        tensors.pop(name, None)
+        if tensor is not None:
+            tensors[name] = tensor.contiguous()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def truncate(file: Path, count: int = 100) -> None:
+    """Cut the last bytes off a file."""
+    file.write_bytes(file.read_bytes()[:-count])

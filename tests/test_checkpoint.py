@@ -1,0 +1,336 @@
+"""Folders of files: finding them, replacing them without loss, writing shards, and what is damaged or missing."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import assert_plain, truncate
+from safetensors.torch import load_file, save_file
+
+from macko_llm import __version__, checkpoint
+from macko_llm.errors import CheckpointError, UsageError
+
+
+def _model_folder(path: Path, content: str = "{}") -> Path:
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "config.json").write_text(content)
+    return path
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_locate_finds_a_folder(tmp_path: Path) -> None:
+    folder = _model_folder(tmp_path / "model")
+    assert checkpoint.locate(folder) == checkpoint.locate(str(folder)) == folder
+
+
+@pytest.mark.parametrize("name", ["nowhere", "./nowhere", "../nowhere/model", "a/b/c", "/nowhere/at/all", "", "a b/c"])
+def test_locate_says_that_there_is_no_such_model(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint.locate(name or tmp_path)
+    assert_plain(str(caught.value))
+
+
+def test_locate_refuses_a_folder_without_config_and_a_file(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"has no config\.json"):
+        checkpoint.locate(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.touch()
+    with pytest.raises(CheckpointError, match="name an existing folder"):
+        checkpoint.locate(file)
+
+
+def test_locate_without_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Whatever keeps a download from working (here: an empty cache, offline) is one plain sentence."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(CheckpointError, match="no folder nobody/nothing, and the hub did not give") as caught:
+        checkpoint.locate("nobody/nothing")
+    assert_plain(str(caught.value))
+
+
+@pytest.mark.parametrize(
+    ("config", "method"),
+    [
+        ({}, None),
+        ({"quantization_config": None}, None),
+        ({"quantization_config": {"quant_method": "macko"}}, "macko"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
+        ({"quantization_config": {"bits": 4}}, "an unknown method"),
+        ({"quantization_config": "macko"}, "an unknown method"),
+    ],
+)
+def test_how_a_checkpoint_is_stored(config: dict[str, object], method: str | None, tmp_path: Path) -> None:
+    folder = _model_folder(tmp_path, json.dumps(config))
+    assert checkpoint.quantization_method(folder) == method
+    assert checkpoint.is_packed(folder) == (method == "macko")
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", "\xff"])
+def test_a_config_that_is_no_json_object(content: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(content, encoding="latin-1")
+    with pytest.raises(CheckpointError, match=r"config\.json") as caught:
+        checkpoint.read_config(tmp_path)
+    assert_plain(str(caught.value))
+
+
+def test_provenance_is_stamped_and_read_back(tmp_path: Path) -> None:
+    assert checkpoint.read_provenance(tmp_path) == {}
+    checkpoint.write_provenance(tmp_path, {"prune": {"method": "wanda"}, "macko_version": "0.0.1"})
+    assert checkpoint.read_provenance(tmp_path) == {"macko_version": __version__, "prune": {"method": "wanda"}}
+
+
+def test_side_files_are_everything_but_weights_and_what_is_written_anew(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    target.mkdir()
+    kept = {"tokenizer.json", "generation_config.json", "LICENSE", "chat_template.jinja", "modeling_own.py"}
+    left = {"config.json", "macko.json", "README.md", "model.safetensors", "model.safetensors.index.json", ".cache"}
+    left |= {"pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth", "model.gguf"}
+    source.mkdir()
+    for name in kept | left:
+        (source / name).write_text(name)
+    (source / "original").mkdir()
+    checkpoint.copy_side_files(source, target)
+    assert _files(target) == {name: name.encode() for name in kept}
+
+
+# new_folder
+
+
+def _write_config(target: Path, content: str, error: BaseException | None = None, *, overwrite: bool = False) -> None:
+    """Write a new folder, up to an error if there is one."""
+    with checkpoint.new_folder(target, overwrite=overwrite) as partial:
+        (partial / "config.json").write_text(content)
+        if error is not None:
+            raise error
+
+
+def test_a_new_folder_appears_when_it_is_complete(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "out"
+    with checkpoint.new_folder(target) as partial:
+        (partial / "config.json").write_text("{}")
+        assert not target.exists()
+        assert partial.parent == target.parent
+    assert _files(tmp_path) == {"deep/out/config.json": b"{}"}
+    (tmp_path / "plain").mkdir()
+    assert target.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_an_empty_folder_may_be_the_target(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    _write_config(tmp_path / "out", "new")
+    assert _files(tmp_path) == {"out/config.json": b"new"}
+
+
+@pytest.mark.parametrize("error", [ValueError(), KeyboardInterrupt(), SystemExit()])
+def test_a_failed_job_leaves_nothing(error: BaseException, tmp_path: Path) -> None:
+    with pytest.raises(type(error)):
+        _write_config(tmp_path / "out", "{}", error)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_job_keeps_the_model_that_was_there(tmp_path: Path) -> None:
+    target = _model_folder(tmp_path / "out", "old")
+    with pytest.raises(KeyboardInterrupt):
+        _write_config(target, "new", KeyboardInterrupt(), overwrite=True)
+    assert _files(tmp_path) == {"out/config.json": b"old"}
+
+
+def test_overwrite_replaces_the_whole_folder(tmp_path: Path) -> None:
+    target = _model_folder(tmp_path / "out", "old")
+    (target / "model-00001-of-00002.safetensors").touch()
+    _write_config(target, "new", overwrite=True)
+    assert _files(tmp_path) == {"out/config.json": b"new"}
+
+
+def test_an_interrupt_while_folders_are_swapped_keeps_the_old_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = _model_folder(tmp_path / "out", "old")
+    replace = Path.replace
+
+    def interrupted(self: Path, other: Path) -> Path:
+        if self.name.endswith(".partial"):
+            raise KeyboardInterrupt
+        return replace(self, other)
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        _write_config(target, "new", overwrite=True)
+    assert _files(tmp_path) == {"out/config.json": b"old"}
+
+
+def test_a_disk_that_refuses_is_a_plain_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="choose another folder") as caught:
+        _write_config(tmp_path / "file" / "out", "{}")
+    assert_plain(str(caught.value))
+    with pytest.raises(CheckpointError, match="free some space") as caught:
+        _write_config(tmp_path / "out", "{}", OSError(28, "No space left on device"))
+    assert_plain(str(caught.value))
+    assert set(_files(tmp_path)) == {"file"}
+
+
+# check_output
+
+
+def test_outputs_that_would_cost_data_are_refused(tmp_path: Path) -> None:
+    source = _model_folder(tmp_path / "models" / "dense")
+    other = _model_folder(tmp_path / "models" / "other")
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    (notes / "thesis.tex").touch()
+    file = tmp_path / "file"
+    file.touch()
+    cases = {
+        "is a file": (file, True),
+        "is not empty": (other, False),
+        "is not a model folder": (notes, True),
+        "holds the input model": (source, True),
+        "holds the input": (source.parent, True),
+        "models/../models/dense holds": (source.parent / ".." / "models" / "dense", True),
+    }
+    before = _files(tmp_path)
+    for words, (target, overwrite) in cases.items():
+        with pytest.raises(UsageError, match=words) as caught:
+            checkpoint.check_output(target, overwrite=overwrite, source=source)
+        assert_plain(str(caught.value))
+    assert _files(tmp_path) == before
+    checkpoint.check_output(other, overwrite=True, source=source)
+    checkpoint.check_output(source / "packed", overwrite=False, source=source)
+    checkpoint.check_output(tmp_path / "new", overwrite=False, source=source)
+
+
+def test_a_link_to_the_input_is_the_input(tmp_path: Path) -> None:
+    source = _model_folder(tmp_path / "dense")
+    (tmp_path / "link").symlink_to(source)
+    with pytest.raises(UsageError, match="holds the input model"):
+        checkpoint.check_output(tmp_path / "link", overwrite=True, source=source)
+
+
+# ShardWriter
+
+
+def _write(folder: Path, sizes: dict[str, int], max_shard_bytes: int) -> dict[str, torch.Tensor]:
+    tensors = {name: torch.full((size,), index, dtype=torch.uint8) for index, (name, size) in enumerate(sizes.items())}
+    writer = checkpoint.ShardWriter(folder, max_shard_bytes)
+    for name, tensor in tensors.items():
+        writer.add(name, tensor)
+    writer.close()
+    return tensors
+
+
+def test_one_shard_has_the_plain_name_and_no_index(tmp_path: Path) -> None:
+    tensors = _write(tmp_path, {"a": 10, "b": 20}, 30)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+    stored = load_file(tmp_path / "model.safetensors")
+    assert stored.keys() == tensors.keys()
+    assert all(torch.equal(stored[name], tensor) for name, tensor in tensors.items())
+
+
+def test_shards_stay_below_the_limit_and_are_indexed(tmp_path: Path) -> None:
+    sizes = {"d": 10, "c": 20, "huge": 95, "b": 25, "a": 1}
+    tensors = _write(tmp_path, sizes, 30)
+    shards = [["d", "c"], ["huge"], ["b", "a"]]
+    names = [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*names, "model.safetensors.index.json"]
+    for name, keys in zip(names, shards, strict=True):
+        assert sorted(load_file(tmp_path / name)) == sorted(keys)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index == {
+        "metadata": {"total_size": sum(sizes.values())},
+        "weight_map": {key: name for name, keys in zip(names, shards, strict=True) for key in keys},
+    }
+    files = checkpoint.weight_files(tmp_path)
+    assert [file.name for file in files] == names
+    infos = checkpoint.tensor_infos(files)
+    assert {name: (info.dtype, info.shape) for name, info in infos.items()} == {
+        name: ("U8", (size,)) for name, size in sizes.items()
+    }
+    for name, info in infos.items():
+        assert torch.equal(load_file(info.file)[name], tensors[name])
+    assert checkpoint.folder_bytes(tmp_path) == sum(file.stat().st_size for file in files)
+
+
+def test_no_tensors_and_views_of_tensors(tmp_path: Path) -> None:
+    checkpoint.ShardWriter(tmp_path, 10).close()
+    assert load_file(tmp_path / "model.safetensors") == {}
+    writer = checkpoint.ShardWriter(tmp_path, 10_000)
+    matrix = torch.arange(12.0).reshape(3, 4)
+    writer.add("transposed", matrix.T)
+    writer.add("column", matrix[:, 1])
+    writer.close()
+    stored = load_file(tmp_path / "model.safetensors")
+    assert torch.equal(stored["transposed"], matrix.T)
+    assert torch.equal(stored["column"], matrix[:, 1])
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("5GB", 5 * 10**9),
+        ("500MB", 5 * 10**8),
+        ("2kb", 2000),
+        ("1GiB", 2**30),
+        ("1.5 GB", 15 * 10**8),
+        ("3T", 3 * 10**12),
+        ("123", 123),
+        (" 7 B ", 7),
+    ],
+)
+def test_parse_size(text: str, count: int) -> None:
+    assert checkpoint.parse_size(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "GB", "five", "-1GB", "0GB", "0.1B", "1EB", "1e9", "5GBs"])
+def test_sizes_that_are_none(text: str) -> None:
+    with pytest.raises(UsageError, match="is not a size") as caught:
+        checkpoint.parse_size(text)
+    assert_plain(str(caught.value))
+
+
+# Damage
+
+
+def test_damaged_files_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    save_file({"weight": torch.zeros(100)}, file)
+    whole = file.read_bytes()
+    for content in (
+        b"",
+        whole[:4],
+        whole[:-1],
+        whole[: len(whole) // 2],
+        b"\xff" * 200,
+        b"\x10" + b"\0" * 7 + b"{" * 16,
+    ):
+        file.write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"model\.safetensors is corrupt or truncated") as caught:
+            checkpoint.tensor_infos(checkpoint.weight_files(tmp_path))
+        assert_plain(str(caught.value))
+
+
+def test_missing_weights_are_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="has no safetensors weights") as caught:
+        checkpoint.weight_files(tmp_path)
+    assert_plain(str(caught.value))
+    _write(tmp_path, {"a": 10, "b": 20}, 15)
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"lacks model-00002-of-00002\.safetensors") as caught:
+        checkpoint.weight_files(tmp_path)
+    assert_plain(str(caught.value))
+    for index in ("{}", '{"weight_map": {}}', '{"weight_map": ["a"]}'):
+        (tmp_path / "model.safetensors.index.json").write_text(index)
+        with pytest.raises(CheckpointError, match="lacks its shards"):
+            checkpoint.weight_files(tmp_path)
+
+
+def test_a_truncated_shard_among_whole_ones(tmp_path: Path) -> None:
+    _write(tmp_path, {"a": 300, "b": 300}, 400)
+    truncate(tmp_path / "model-00002-of-00002.safetensors")
+    with pytest.raises(CheckpointError, match="model-00002-of-00002"):
+        checkpoint.tensor_infos(checkpoint.weight_files(tmp_path))

@@ -1,0 +1,329 @@
+"""Checkpoint to packed checkpoint and back: every family, bit for bit, and what is refused on the way."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from families import FAMILIES, random_tokens, save_model
+from helpers import assert_plain, copy_model, edit_config, edit_weights, weights
+from torch import Tensor
+
+import macko_llm
+from macko_llm import checkpoint, generation, models
+from macko_llm.errors import CheckpointError, NonFiniteError, UsageError
+from macko_llm.linear import ARRAY_NAMES, MackoLinear
+from macko_llm.packing import inspect_checkpoint, pack_checkpoint, unpack_checkpoint
+from macko_llm.pruning import prune_checkpoint
+from macko_llm.recipe import PruneRecipe
+
+UP = "model.layers.0.mlp.up_proj"
+
+
+def _prune(source: Path, target: Path, sparsity: float = 0.5) -> Path:
+    prune_checkpoint(source, target, PruneRecipe(method="magnitude", sparsity=sparsity), device="cpu")
+    return target
+
+
+def _pruned(folder: Path, family: str, dtype: torch.dtype) -> Path:
+    return _prune(save_model(folder / "dense", family, dtype), folder / "pruned")
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny Llama in float16: dense, pruned and packed."""
+    folder = tmp_path_factory.mktemp("llama")
+    pack_checkpoint(_pruned(folder, "llama", torch.float16), folder / "packed")
+    return folder
+
+
+@torch.no_grad()
+def _logits(folder: Path, tokens: Tensor, dtype: str = "auto") -> Tensor:
+    return macko_llm.load(folder, dtype=dtype, device="cpu")(tokens).logits
+
+
+def _bits(tensors: dict[str, Tensor]) -> dict[str, tuple[torch.dtype, bytes]]:
+    return {name: (tensor.dtype, tensor.view(torch.uint8).numpy().tobytes()) for name, tensor in tensors.items()}
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_there_and_back(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    pruned = _pruned(tmp_path, family, dtype)
+    packed, unpacked = tmp_path / "packed", tmp_path / "unpacked"
+    report = pack_checkpoint(pruned, packed)
+    assert report.kept_dense == []
+    assert set(report.layers) == set(models.prunable_linears(FAMILIES[family]()))
+    model = macko_llm.load(packed, device="cpu")
+    assert {name for name, module in model.named_modules() if isinstance(module, MackoLinear)} == set(report.layers)
+    assert model.dtype == dtype
+
+    # Many tokens: the same dense product on the same weights, so the same bits.
+    tokens = random_tokens(2, 20)
+    assert torch.equal(_logits(packed, tokens), _logits(pruned, tokens))
+    # Few tokens: sums in another order. Both are as far from fp32 as 16 bits are; in fp32 they agree.
+    few = tokens[:1, :3]
+    exact = _logits(pruned, few, "float32")
+    assert (_logits(packed, few, "float32") - exact).abs().max() < 1e-3
+    rounding = (_logits(pruned, few).float() - exact).abs().max()
+    assert (_logits(packed, few).float() - exact).abs().max() <= 2 * rounding + 1e-3
+
+    unpack_checkpoint(packed, unpacked)
+    assert _bits(weights(unpacked)) == _bits(weights(pruned))
+    assert _names(unpacked) == _names(pruned)
+    for name in _names(pruned):
+        if name.endswith(".json"):
+            assert json.loads((unpacked / name).read_text()) == json.loads((pruned / name).read_text()), name
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "opt"])
+def test_packed_generation_is_token_for_token_the_dense_one(family: str, tmp_path: Path) -> None:
+    pruned = _pruned(tmp_path, family, torch.float16)
+    pack_checkpoint(pruned, tmp_path / "packed")
+    tokenizer = models.load_tokenizer(pruned)
+    prompt = generation.encode_prompt(tokenizer, "Once upon a time there was a little fox")
+    texts = []
+    for folder in (pruned, tmp_path / "packed"):
+        model = macko_llm.load(folder, dtype="float32", device="cpu")
+        steps = generation.stream(model, tokenizer, prompt, max_new_tokens=24, stop_ids=())
+        texts.append([step.token_id for step in steps])
+    assert texts[0] == texts[1]
+    assert len(texts[0]) == 24
+
+
+def test_float32_is_packed_as_float16(tmp_path: Path) -> None:
+    pruned = _pruned(tmp_path, "llama", torch.float32)
+    report = pack_checkpoint(pruned, tmp_path / "packed")
+    assert report.value_dtype == "float16"
+    unpack_checkpoint(tmp_path / "packed", tmp_path / "unpacked")
+    halves = {name: tensor.half() for name, tensor in weights(pruned).items()}
+    assert _bits(weights(tmp_path / "unpacked")) == _bits(halves)
+    assert checkpoint.read_config(tmp_path / "packed")["dtype"] == "float16"
+    tokens = random_tokens(1, 12)
+    halved = macko_llm.load(tmp_path / "unpacked", dtype="float32", device="cpu")
+    with torch.no_grad():
+        assert (halved(tokens).logits - _logits(tmp_path / "packed", tokens, "float32")).abs().max() < 1e-3
+    assert report.bytes_dense == sum(tensor.nbytes for tensor in halves.values())
+
+
+@pytest.mark.parametrize(
+    ("stored", "config", "asked", "expected"),
+    [
+        (torch.float16, "float16", None, "float16"),
+        (torch.bfloat16, None, None, "bfloat16"),  # nothing in the config: float16 would silently lose small values
+        (torch.float32, "bfloat16", None, "bfloat16"),
+        (torch.float32, None, None, "float16"),
+        (torch.float32, "float32", "bfloat16", "bfloat16"),
+        (torch.float16, "float16", "bfloat16", "bfloat16"),
+    ],
+)
+def test_the_dtype_of_the_values(
+    stored: torch.dtype, config: str | None, asked: str | None, expected: str, tmp_path: Path
+) -> None:
+    folder = save_model(tmp_path / "dense", "llama", stored)
+    edit_config(folder, dtype=config, torch_dtype=None)
+    edit_weights(folder, {f"{UP}.weight": weights(folder)[f"{UP}.weight"].tril()})
+    assert pack_checkpoint(folder, tmp_path / "packed", dtype=asked).value_dtype == expected
+    assert {tensor.dtype for name, tensor in weights(tmp_path / "packed").items() if not name.startswith(UP)} == {
+        getattr(torch, expected)
+    }
+    assert macko_llm.load(tmp_path / "packed", device="cpu").dtype == getattr(torch, expected)
+
+
+def test_what_a_packed_folder_holds(llama: Path) -> None:
+    packed = llama / "packed"
+    assert _names(packed) == sorted([*_names(llama / "pruned"), "README.md"])
+    assert {"generation_config.json", "macko.json", "tokenizer.json"} <= set(_names(packed))
+    config = checkpoint.read_config(packed)
+    assert config.pop("quantization_config") == {
+        "quant_method": "macko",
+        "format_version": 1,
+        "delta_bits": 4,
+        "value_dtype": "float16",
+        "modules_to_not_convert": ["lm_head"],
+    }
+    assert config == checkpoint.read_config(llama / "pruned")
+    card = (packed / "README.md").read_text()
+    assert card.startswith("---\n")
+    assert all(words in card for words in ("50%", "magnitude", "import macko_llm", "macko generate"))
+    record = checkpoint.read_provenance(packed)
+    assert record["prune"] == checkpoint.read_provenance(llama / "pruned")["prune"]
+    assert record["pack"]["layers"][UP] == 0.5
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.1])
+def test_what_packing_would_enlarge_stays_dense(sparsity: float, llama: Path, tmp_path: Path) -> None:
+    pruned = _prune(llama / "dense", tmp_path / "pruned", sparsity)
+    report = pack_checkpoint(pruned, tmp_path / "packed")
+    assert report.kept_dense == list(report.layers)
+    assert report.bytes_packed == report.bytes_dense
+    assert _bits(weights(tmp_path / "packed")) == _bits(weights(pruned))
+    tokens = random_tokens(1, 9)
+    assert torch.equal(_logits(tmp_path / "packed", tokens), _logits(pruned, tokens))
+    assert replace(inspect_checkpoint(tmp_path / "packed"), seconds=0) == replace(report, seconds=0)
+
+
+def test_some_layers_dense_and_some_packed(llama: Path, tmp_path: Path) -> None:
+    pruned = copy_model(llama / "pruned", tmp_path / "pruned")
+    edit_weights(pruned, {f"{UP}.weight": weights(llama / "dense")[f"{UP}.weight"]})
+    report = pack_checkpoint(pruned, tmp_path / "packed")
+    assert report.kept_dense == [UP]
+    config = checkpoint.read_config(tmp_path / "packed")["quantization_config"]
+    assert config["modules_to_not_convert"] == [UP, "lm_head"]
+    tokens = random_tokens(1, 9)
+    assert torch.equal(_logits(tmp_path / "packed", tokens), _logits(pruned, tokens))
+    unpack_checkpoint(tmp_path / "packed", tmp_path / "unpacked")
+    assert _bits(weights(tmp_path / "unpacked")) == _bits(weights(pruned))
+
+
+def test_shards(llama: Path, tmp_path: Path) -> None:
+    packed, unpacked = tmp_path / "packed", tmp_path / "unpacked"
+    pack_checkpoint(llama / "pruned", packed, max_shard_size="20KB")
+    files = checkpoint.weight_files(packed)
+    assert len(files) > 3
+    for file in files:
+        sizes = [tensor.nbytes for tensor in weights(packed).values()]
+        assert file.stat().st_size < max(20_000, *sizes) + 10_000  # the header
+    assert _bits(weights(packed)) == _bits(weights(llama / "packed"))
+    inspect_checkpoint(packed)
+    tokens = random_tokens(1, 9)
+    assert torch.equal(_logits(packed, tokens), _logits(llama / "packed", tokens))
+    unpack_checkpoint(packed, unpacked, max_shard_size="30KB")
+    assert len(checkpoint.weight_files(unpacked)) > 3
+    assert _bits(weights(unpacked)) == _bits(weights(llama / "pruned"))
+    assert torch.equal(_logits(unpacked, tokens), _logits(llama / "pruned", tokens))
+
+
+def _entries(weight: Tensor) -> int:
+    """Stored entries of a matrix: its nonzeros, and one for every 16 columns of a gap between them."""
+    count = 0
+    for row in weight.tolist():
+        previous = -1
+        for column, value in enumerate(row):
+            if value != 0:
+                count += 1 + (column - previous - 1) // 16
+                previous = column
+    return count
+
+
+def test_inspect_reports_what_is_inside(llama: Path, tmp_path: Path) -> None:
+    pruned = copy_model(llama / "pruned", tmp_path / "pruned")
+    edit_weights(pruned, {f"{UP}.weight": weights(pruned)[f"{UP}.weight"].tril(-40)})  # empty rows, long gaps
+    packed_report = pack_checkpoint(pruned, tmp_path / "packed")
+    report = inspect_checkpoint(tmp_path / "packed")
+    assert replace(report, seconds=0) == replace(packed_report, seconds=0)
+    dense, stored = weights(pruned), weights(tmp_path / "packed")
+    assert report.bytes_dense == sum(tensor.nbytes for tensor in dense.values())
+    assert report.bytes_packed == sum(tensor.nbytes for tensor in stored.values())
+    zeros = elements = 0
+    for name, layer in report.layers.items():
+        weight = dense[f"{name}.weight"]
+        assert (layer.rows, layer.cols) == weight.shape
+        assert layer.sparsity == pytest.approx((weight == 0).float().mean().item())
+        assert layer.entries == _entries(weight)
+        assert layer.bytes_dense == weight.nbytes
+        assert layer.bytes_packed == sum(stored[f"{name}.{array}"].nbytes for array in ARRAY_NAMES)
+        zeros, elements = zeros + int((weight == 0).sum()), elements + weight.numel()
+    assert report.sparsity == pytest.approx(zeros / elements)
+
+
+def test_a_dry_run_reports_the_same_and_writes_nothing(llama: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in llama.rglob("*")}
+    dry = pack_checkpoint(llama / "pruned", None)
+    assert {path: path.stat().st_mtime_ns for path in llama.rglob("*")} == before
+    assert replace(dry, seconds=0) == replace(inspect_checkpoint(llama / "packed"), seconds=0)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("place", [UP, "model.embed_tokens"])
+def test_values_that_overflow_float16(place: str, tmp_path: Path) -> None:
+    pruned = _pruned(tmp_path, "llama", torch.float32)
+    weight = weights(pruned)[f"{place}.weight"]
+    weight[3, 5] = -70_000.0
+    edit_weights(pruned, {f"{place}.weight": weight})
+    with pytest.raises(NonFiniteError, match=rf"{place}\.weight holds 7e\+04, .*pack with --dtype bfloat16") as caught:
+        pack_checkpoint(pruned, tmp_path / "packed")
+    assert_plain(str(caught.value))
+    assert not (tmp_path / "packed").exists()
+    assert pack_checkpoint(pruned, tmp_path / "packed", dtype="bfloat16").value_dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", [f"{UP}.weight", "model.norm.weight"])
+def test_weights_that_are_not_finite(name: str, value: float, llama: Path, tmp_path: Path) -> None:
+    folder = copy_model(llama / "pruned", tmp_path / "pruned")
+    weight = weights(folder)[name]
+    weight.view(-1)[7] = value
+    edit_weights(folder, {name: weight})
+    with pytest.raises(NonFiniteError, match=f"{name} holds NaN or infinity") as caught:
+        pack_checkpoint(folder, tmp_path / "packed")
+    assert_plain(str(caught.value))
+    assert _names(tmp_path) == ["pruned"]
+
+
+def test_calls_that_make_no_sense(llama: Path, tmp_path: Path) -> None:
+    quantized = copy_model(llama / "pruned", tmp_path / "gptq", quantization_config={"quant_method": "gptq"})
+    out = tmp_path / "out"
+    calls = {
+        "is packed already": lambda: pack_checkpoint(llama / "packed", out),
+        "is quantized with gptq": lambda: pack_checkpoint(quantized, out),
+        "float32 cannot be packed": lambda: pack_checkpoint(llama / "pruned", out, dtype="float32"),
+        "is not a size": lambda: pack_checkpoint(llama / "pruned", out, max_shard_size="big"),
+        "is not empty": lambda: pack_checkpoint(llama / "pruned", llama / "packed"),
+        "holds the input model": lambda: pack_checkpoint(llama / "pruned", llama / "pruned", overwrite=True),
+        "is not packed": lambda: unpack_checkpoint(llama / "pruned", out),
+        "not packed": lambda: inspect_checkpoint(llama / "pruned"),
+        "the input model": lambda: unpack_checkpoint(llama / "packed", llama / "packed", overwrite=True),
+    }
+    for words, call in calls.items():
+        with pytest.raises(UsageError, match=words) as caught:
+            call()
+        assert_plain(str(caught.value))
+    assert _names(tmp_path) == ["gptq"]
+
+
+def test_checkpoints_that_cannot_be_packed(llama: Path, tmp_path: Path) -> None:
+    weight = weights(llama / "pruned")[f"{UP}.weight"]
+    cases = {
+        "no tensor": None,
+        "is .* but config.json makes it": weight.T,
+        "is stored as F8": weight.to(torch.float8_e4m3fn),
+    }
+    for number, (words, tensor) in enumerate(cases.items()):
+        folder = copy_model(llama / "pruned", tmp_path / str(number))
+        edit_weights(folder, {f"{UP}.weight": tensor})
+        with pytest.raises(CheckpointError, match=words) as caught:
+            pack_checkpoint(folder, tmp_path / "packed")
+        assert UP in str(caught.value)
+        assert_plain(str(caught.value))
+    assert not (tmp_path / "packed").exists()
+
+
+@pytest.mark.parametrize("job", [pack_checkpoint, unpack_checkpoint])
+@pytest.mark.parametrize("when", [0.0, 0.5, 1.0])
+def test_an_interrupted_job_leaves_nothing(
+    job: Callable[..., object], when: float, llama: Path, tmp_path: Path
+) -> None:
+    source = llama / ("pruned" if job is pack_checkpoint else "packed")
+
+    def interrupt(_what: str, done: int, total: int) -> None:
+        if done >= when * total:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        job(source, tmp_path / "out", progress=interrupt)
+    assert _names(tmp_path) == []
+    old = copy_model(llama / "pruned", tmp_path / "out")
+    before = _bits(weights(old))
+    with pytest.raises(KeyboardInterrupt):
+        job(source, old, overwrite=True, progress=interrupt)
+    assert _names(tmp_path) == ["out"]
+    assert _bits(weights(old)) == before

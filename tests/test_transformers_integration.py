@@ -1,0 +1,252 @@
+"""Packed checkpoints in plain transformers: loading, saving, generating, and imports in either order."""
+
+import importlib.machinery
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from families import random_tokens, save_model
+from helpers import assert_plain, copy_model, weights
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
+
+import macko_llm
+from macko_llm import checkpoint, models
+from macko_llm.errors import FormatError, MackoError, UsageError
+from macko_llm.linear import ARRAY_NAMES, MackoLinear
+from macko_llm.packing import inspect_checkpoint, pack_checkpoint
+from macko_llm.pruning import prune_checkpoint
+from macko_llm.recipe import PruneRecipe
+from macko_llm.transformers_integration import MackoConfig
+
+TOKENS = random_tokens(2, 11)
+
+
+def _make_packed(folder: Path, family: str, dtype: torch.dtype = torch.float16) -> Path:
+    save_model(folder / "dense", family, dtype)
+    prune_checkpoint(folder / "dense", folder / "pruned", PruneRecipe(method="magnitude"), device="cpu")
+    pack_checkpoint(folder / "pruned", folder / "packed")
+    return folder / "packed"
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _make_packed(tmp_path_factory.mktemp("llama"), "llama")
+
+
+@torch.no_grad()
+def _logits(model: PreTrainedModel, tokens: Tensor = TOKENS) -> Tensor:
+    return model(tokens).logits
+
+
+def _bits(tensors: dict[str, Tensor]) -> dict[str, tuple[torch.dtype, tuple[int, ...], bytes]]:
+    return {
+        name: (tensor.dtype, tuple(tensor.shape), tensor.view(torch.uint8).numpy().tobytes())
+        for name, tensor in tensors.items()
+    }
+
+
+def _python(code: str, *arguments: object) -> str:
+    run = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+# Imports
+
+LOAD = """
+import sys, inspect, torch
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+tokens = torch.tensor([[int(token) for token in sys.argv[2].split(",")]])
+with torch.no_grad():
+    torch.save(model(tokens).logits, sys.argv[3])
+modeling_utils = sys.modules["transformers.modeling_utils"]
+print(type(modeling_utils.__spec__.loader).__name__, type(modeling_utils.__loader__).__name__)
+assert "class PreTrainedModel" in inspect.getsource(modeling_utils)
+assert not torch.cuda.is_initialized()
+"""
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import macko_llm\nfrom transformers import AutoModelForCausalLM",
+        "from transformers import AutoModelForCausalLM, PreTrainedModel\nimport macko_llm",
+    ],
+    ids=["macko first", "transformers first"],
+)
+def test_plain_from_pretrained_in_a_new_process(imports: str, packed: Path, tmp_path: Path) -> None:
+    tokens = ",".join(map(str, TOKENS[0].tolist()))
+    loaders = _python(imports + LOAD, packed, tokens, tmp_path / "logits").split()
+    logits = torch.load(tmp_path / "logits", weights_only=True)
+    assert torch.equal(logits, _logits(macko_llm.load(packed, device="cpu"), TOKENS[:1]))
+    assert loaders == [importlib.machinery.SourceFileLoader.__name__] * 2  # the hook leaves no trace
+
+
+def test_import_is_cheap() -> None:
+    heavy = _python(
+        "import sys, macko_llm, macko_llm.cli.main\n"
+        "print(*({'torch', 'transformers', 'datasets', 'safetensors', 'huggingface_hub', 'numpy'} & set(sys.modules)))"
+    )
+    assert heavy.split() == []
+
+
+# Loading
+
+
+def test_from_pretrained_is_load(packed: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(packed)
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert sum(isinstance(module, MackoLinear) for module in model.modules()) == 14
+    assert type(model.lm_head) is nn.Linear
+    assert torch.equal(_logits(model), _logits(macko_llm.load(str(packed), device="cpu")))
+
+
+@pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}])
+def test_device_maps(device_map: object, packed: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(packed, device_map=device_map, max_memory={"cpu": "1GB"})
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+    assert torch.equal(_logits(model), _logits(AutoModelForCausalLM.from_pretrained(packed)))
+
+
+def test_packed_arrays_take_no_gradients(packed: Path) -> None:
+    for model in (AutoModelForCausalLM.from_pretrained(packed), macko_llm.load(packed, dtype="float32", device="cpu")):
+        layers = [module for module in model.modules() if isinstance(module, MackoLinear)]
+        assert layers
+        assert not any(parameter.requires_grad for layer in layers for parameter in layer.parameters())
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3", "gpt_neox"])  # biases, a tied head, a renamed head
+def test_float32_activations_on_float16_values(family: str, tmp_path: Path) -> None:
+    folder = _make_packed(tmp_path, family)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned", dtype=torch.float32)
+    dtypes = {parameter.dtype for name, parameter in model.named_parameters() if not name.endswith(ARRAY_NAMES)}
+    assert dtypes == {torch.float32}
+    for module in model.modules():
+        if isinstance(module, MackoLinear):
+            assert module.weight_values.dtype == torch.float16
+    assert (_logits(model) - _logits(dense)).abs().max() < 1e-3
+    assert (_logits(model, TOKENS[:1, :1]) - _logits(dense, TOKENS[:1, :1])).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("values", "asked"), [(torch.float16, "bfloat16"), (torch.bfloat16, "float16")], ids=["float16", "bfloat16"]
+)
+def test_a_16_bit_dtype_that_the_values_do_not_have(values: torch.dtype, asked: str, tmp_path: Path) -> None:
+    folder = _make_packed(tmp_path, "llama", values)
+    own = str(values).removeprefix("torch.")
+    for call in (
+        lambda: macko_llm.load(folder, dtype=asked),
+        lambda: AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, asked)),
+    ):
+        with pytest.raises(
+            UsageError, match=f"holds {own} values, .* cannot be loaded as .*{asked}; .*load it as {own}"
+        ) as caught:
+            call()
+        assert_plain(str(caught.value))
+
+
+@pytest.mark.parametrize(("family", "tied"), [("gemma2", True), ("llama", False)])
+def test_the_head_stays_dense_tied_or_not(family: str, tied: bool, tmp_path: Path) -> None:
+    model = macko_llm.load(_make_packed(tmp_path, family), device="cpu")
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    assert type(head) is nn.Linear
+    assert (head.weight is embedding.weight) == tied
+    assert ("lm_head.weight" in weights(tmp_path / "packed")) != tied
+    dense = macko_llm.load(tmp_path / "pruned", device="cpu")
+    assert torch.equal(_logits(model), _logits(dense))
+    assert models.memory_bytes(model) < models.memory_bytes(dense)
+
+
+def test_state_dict_loads_into_another_copy(packed: Path) -> None:
+    one, other = (AutoModelForCausalLM.from_pretrained(packed) for _ in range(2))
+    with torch.no_grad():
+        other.model.layers[0].mlp.up_proj.weight_values.zero_()
+    assert not torch.equal(_logits(one), _logits(other))
+    other.load_state_dict(one.state_dict())
+    assert torch.equal(_logits(one), _logits(other))
+
+
+# Saving
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_neox"])
+@pytest.mark.parametrize("shards", ["5GB", "40KB"])
+def test_save_pretrained_gives_the_same_bytes(family: str, shards: str, tmp_path: Path) -> None:
+    packed = _make_packed(tmp_path, family)
+    model = AutoModelForCausalLM.from_pretrained(packed)
+    model.save_pretrained(tmp_path / "saved", max_shard_size=shards)
+    assert (len(checkpoint.weight_files(tmp_path / "saved")) > 1) == (shards == "40KB")
+    assert _bits(weights(tmp_path / "saved")) == _bits(weights(packed))
+    assert checkpoint.read_config(tmp_path / "saved") == checkpoint.read_config(packed)
+    assert inspect_checkpoint(tmp_path / "saved").layers == inspect_checkpoint(packed).layers
+    assert torch.equal(_logits(macko_llm.load(tmp_path / "saved", device="cpu")), _logits(model))
+
+
+def test_a_model_loaded_as_float32_saves_its_packed_values_as_they_were(packed: Path, tmp_path: Path) -> None:
+    model = macko_llm.load(packed, dtype="float32", device="cpu")
+    model.save_pretrained(tmp_path / "saved")
+    stored, saved = _bits(weights(packed)), _bits(weights(tmp_path / "saved"))
+    arrays = [name for name in stored if name.endswith(ARRAY_NAMES)]
+    assert len(arrays) == 3 * 14
+    assert {name: saved[name] for name in arrays} == {name: stored[name] for name in arrays}
+    assert torch.equal(_logits(macko_llm.load(tmp_path / "saved", device="cpu")), _logits(model))
+
+
+# Generating
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_generate_gives_the_tokens_of_the_dense_model(cache: str, packed: Path) -> None:
+    texts = []
+    for folder in (packed, packed.parent / "pruned"):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        options = {} if cache == "dynamic" else {"cache_implementation": cache, "disable_compile": True}
+        texts.append(model.generate(TOKENS, max_new_tokens=8, min_new_tokens=8, do_sample=False, **options))
+    assert texts[0].shape == (2, 11 + 8)
+    assert torch.equal(texts[0], texts[1])
+
+
+def test_what_the_quantizer_says_of_itself(packed: Path) -> None:
+    quantizer = AutoModelForCausalLM.from_pretrained(packed).hf_quantizer
+    assert quantizer.is_serializable()
+    assert quantizer.is_compileable
+    assert not quantizer.is_trainable
+
+
+# Errors reach the user through plain transformers too
+
+
+def test_a_newer_format_version(packed: Path, tmp_path: Path) -> None:
+    quantization = {**checkpoint.read_config(packed)["quantization_config"], "format_version": 2}
+    folder = copy_model(packed, tmp_path / "model", quantization_config=quantization)
+    with pytest.raises(FormatError, match=r"format version 2 .* update macko-llm") as caught:
+        AutoModelForCausalLM.from_pretrained(folder)
+    assert_plain(str(caught.value))
+
+
+def test_unknown_keys_of_a_later_minor_version_are_ignored(packed: Path, tmp_path: Path) -> None:
+    quantization = {**checkpoint.read_config(packed)["quantization_config"], "made_on": "a Tuesday"}
+    folder = copy_model(packed, tmp_path / "model", quantization_config=quantization)
+    assert torch.equal(_logits(AutoModelForCausalLM.from_pretrained(folder)), _logits(macko_llm.load(packed)))
+
+
+def test_a_state_dict_in_place_of_files_is_refused(packed: Path) -> None:
+    with pytest.raises(MackoError, match="pass from_pretrained its folder") as caught:
+        LlamaForCausalLM.from_pretrained(
+            None,
+            config=models.load_config(packed),
+            state_dict=AutoModelForCausalLM.from_pretrained(packed).state_dict(),
+        )
+    assert_plain(str(caught.value))
+
+
+def test_transformers_does_not_pack_a_dense_model_on_loading(packed: Path) -> None:
+    with pytest.raises(UsageError, match="with `macko pack` first") as caught:
+        AutoModelForCausalLM.from_pretrained(packed.parent / "pruned", quantization_config=MackoConfig())
+    assert_plain(str(caught.value))
