@@ -1,0 +1,303 @@
+"""The commands, run in this process: what they print where, settings, and help."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+import typer
+from families import MAX_POSITIONS, SENTENCES, save_model
+from helpers import assert_plain, weights
+from typer.testing import CliRunner, Result
+
+import macko_llm
+from macko_llm.cli.console import megabytes, plain_errors, print_json
+from macko_llm.cli.main import app
+from macko_llm.errors import CalibrationError, UsageError
+from macko_llm.packing import pack_checkpoint
+from macko_llm.pruning import prune_checkpoint
+from macko_llm.recipe import PruneRecipe
+
+COMMANDS = ["prune", "pack", "unpack", "generate", "eval-perplexity", "inspect", "doctor", "demo", "bench quality"]
+PROGRESS_LINE = re.compile(r".+: \d+/\d+")
+UP = "model.layers.0.mlp.up_proj"
+
+
+@pytest.fixture(autouse=True)
+def _quiet_transformers() -> None:
+    # A new process reads this from the environment, which the commands set; here transformers is imported already.
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama, dense, pruned and packed, and a text."""
+    folder = tmp_path_factory.mktemp("models")
+    save_model(folder / "dense", "llama", torch.float16)
+    prune_checkpoint(folder / "dense", folder / "pruned", PruneRecipe(method="magnitude"), device="cpu")
+    pack_checkpoint(folder / "pruned", folder / "packed")
+    (folder / "text.txt").write_text(" ".join(SENTENCES * 4))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _in_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+
+
+def macko(*arguments: object, stdin: str | None = None, exit_code: int = 0) -> Result:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], input=stdin)
+    assert result.exit_code == exit_code, result.output
+    return result
+
+
+def macko_json(*arguments: object) -> dict[str, Any]:
+    """What a command prints on stdout with --json: nothing but one JSON object."""
+    result = macko(*arguments, "--json")
+    for line in result.stderr.splitlines():
+        assert PROGRESS_LINE.fullmatch(line), line
+    content = json.loads(result.stdout)
+    assert isinstance(content, dict)
+    return content
+
+
+def calibrated(*more: object) -> list[object]:
+    return ["--calibration", "text.txt", "--nsamples", 4, "--seqlen", 24, *more]
+
+
+# What the commands say
+
+
+def test_prune(tmp_path: Path) -> None:
+    content = macko_json("prune", "dense", "-o", tmp_path / "out", *calibrated())
+    assert {"sparsity", "layers", "seconds", "calibration_sha256"} <= content.keys()
+    assert content["sparsity"] == 0.5
+    assert content["layers"][UP] == 0.5
+    assert len(content["layers"]) == 14
+    assert re.fullmatch(r"[0-9a-f]{64}", content["calibration_sha256"])
+    record = json.loads((tmp_path / "out" / "macko.json").read_text())["prune"]
+    assert (record["method"], record["nsamples"], record["seqlen"]) == ("wanda", 4, 24)
+    result = macko("prune", "dense", "-o", tmp_path / "out", "--method", "magnitude", "--overwrite")
+    assert re.fullmatch(r"Pruned 14 layers to 50\.0% sparsity with magnitude in .* s: .*out\n", result.stdout)
+    assert "pruning layers: 0/14" in result.stderr.splitlines()
+
+
+def test_pack_and_unpack(tmp_path: Path) -> None:
+    packed, dense = tmp_path / "packed", tmp_path / "dense"
+    content = macko_json("pack", "pruned", "-o", packed)
+    assert {"bytes_dense", "bytes_packed", "layers", "kept_dense", "seconds"} <= content.keys()
+    assert content["bytes_packed"] == sum(tensor.nbytes for tensor in weights(packed).values()) < content["bytes_dense"]
+    assert content["layers"][UP] == {
+        "rows": 160,
+        "cols": 64,
+        "sparsity": 0.5,
+        "entries": 160 * 32,
+        "bytes_dense": 160 * 64 * 2,
+        "bytes_packed": 160 * 32 * 5 // 2 + 161 * 4,
+        "packed": True,
+    }
+    said = macko("pack", "pruned", "-o", packed, "--overwrite", "--dtype", "bfloat16").stdout
+    assert re.fullmatch(r"Packed .* into .* \(1\.\d\dx smaller, 50\.0% sparsity\): .*packed\n", said)
+    macko("pack", "pruned", "-o", packed, "--overwrite")
+    content = macko_json("unpack", packed, "-o", dense)
+    assert content["bytes_dense"] == (dense / "model.safetensors").stat().st_size
+    assert all(torch.equal(tensor, weights(dense)[name]) for name, tensor in weights(Path("pruned")).items())
+    assert macko("unpack", packed, "-o", dense, "--overwrite").stdout.startswith("Unpacked ")
+
+
+def test_pack_says_what_stays_dense(tmp_path: Path) -> None:
+    content = macko_json("pack", "dense", "-o", tmp_path / "packed")
+    assert content["kept_dense"] == list(content["layers"])
+    said = macko("pack", "dense", "-o", tmp_path / "packed", "--overwrite").stdout
+    assert "14 of 14 layers stay dense, because packing would make them larger: model.layers.0." in said
+
+
+def test_inspect() -> None:
+    content = macko_json("inspect", "packed")
+    assert content["valid"] is True
+    assert content["layers"] == macko_json("pack", "pruned", "-o", "unused", "--dry-run")["layers"]
+    assert content["provenance"]["prune"]["method"] == "magnitude"
+    table = macko("inspect", "packed").stdout
+    assert re.search(rf"{UP} +160 x 64 +50\.0% +5120 +20\.48 kB +13\.44 kB", table)
+    assert "14 of 14 layers packed as float16" in table
+    assert "Every invariant of the format holds." in table
+
+
+@pytest.mark.parametrize("model", ["dense", "packed"])
+def test_eval_perplexity(model: str) -> None:
+    content = macko_json("eval-perplexity", model, "--dataset", "text.txt", "--limit", 2)
+    assert content.keys() == {"perplexity", "nll", "windows", "tokens", "seqlen", "stride", "dataset", "dtype"}
+    assert (content["windows"], content["seqlen"], content["tokens"]) == (2, MAX_POSITIONS, 2 * (MAX_POSITIONS - 1))
+    assert (content["dataset"], content["dtype"]) == ("text.txt", "float16")
+    result = macko("eval-perplexity", model, "--dataset", "text.txt", "--limit", 2, "--seqlen", 16, "--stride", 8)
+    assert re.match(
+        r"perplexity \d+\.\d{4}  \(dataset text\.txt, .*seqlen 16, stride 8, 2 windows, 23 tokens, .*float16\)\n$",
+        result.stdout,
+    )
+    assert "perplexity on text.txt: 0/2" in result.stderr
+
+
+@pytest.mark.parametrize("model", ["dense", "packed"])
+def test_generate(model: str) -> None:
+    call = ["generate", model, "--prompt", "Once upon a time", "--max-new-tokens", 12, "--dtype", "float32"]
+    content = macko_json(*call)
+    assert content.keys() == {
+        "text",
+        "prompt_tokens",
+        "new_tokens",
+        "prefill_tokens_per_second",
+        "tokens_per_second",
+        "peak_memory_bytes",
+    }
+    assert content["new_tokens"] <= 12
+    result = macko(*call)
+    assert result.stdout == content["text"] + "\n"
+    summary = r"prompt: \d+ tokens, [\d.]+ tokens/s; decode: \d+ tokens, [\d.]+ tokens/s; peak memory: [\d.]+ [MG]B\n"
+    assert re.fullmatch(summary, result.stderr)
+
+
+def test_sampling_is_seeded() -> None:
+    call = ["generate", "packed", "--prompt", "Once", "--max-new-tokens", 20, "--temperature", 1.5, "--top-p", 0.95]
+    texts = [macko(*call, "--top-k", 200, "--seed", seed).stdout for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_the_prompt_from_stdin() -> None:
+    """The file's last line end is no part of the prompt; all else is."""
+    for prompt in ("Once upon a time", "Two\nlines\n"):
+        call = ["generate", "packed", "--max-new-tokens", 5, "--json"]
+        piped = macko(*call, "--prompt", "-", stdin=prompt + "\n")
+        given = macko(*call, "--prompt", prompt)
+        for key in ("text", "prompt_tokens"):
+            assert json.loads(piped.stdout)[key] == json.loads(given.stdout)[key]
+
+
+def test_chat(folder: Path) -> None:
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+    (folder / "dense" / "chat_template.jinja").write_text(template)
+    try:
+        call = ["generate", "dense", "--prompt", "Hi", "--chat", "--max-new-tokens", 2]
+        short = macko_json(*call)["prompt_tokens"]
+        assert macko_json(*call, "--system-prompt", "Be brief")["prompt_tokens"] > short
+    finally:
+        (folder / "dense" / "chat_template.jinja").unlink()
+    macko("generate", "dense", "--prompt", "Hi", "--chat", exit_code=2)
+
+
+# Settings
+
+
+def _planned(*arguments: object) -> dict[str, Any]:
+    return macko_json("prune", "dense", "-o", "unused", "--dry-run", *arguments)["recipe"]
+
+
+def test_flags_override_the_recipe_and_the_recipe_the_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.toml"
+    file.write_text('method = "magnitude"\nsparsity = 0.3\nseed = 7\n')
+    defaults = _planned()
+    assert (defaults["method"], defaults["sparsity"], defaults["nsamples"]) == ("wanda", 0.5, 128)
+    from_file = _planned("--recipe", file)
+    assert from_file == {**defaults, "method": "magnitude", "sparsity": 0.3, "seed": 7, "seqlen": None}
+    both = _planned("--recipe", file, "--sparsity", 0.6, "--method", "wanda", "--nsamples", 9, "--dtype", "float32")
+    assert both == {**defaults, "sparsity": 0.6, "seed": 7, "nsamples": 9, "dtype": "float32"}
+    assert _planned("--pattern", "2:4")["sparsity"] == 0.5
+
+
+def test_recipes_that_cannot_be_used(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.toml"
+    for content, words in (("sparsty = 0.5", "'sparsty', which is not a setting"), ("sparsity =", "is not TOML")):
+        file.write_text(content)
+        assert words in macko("prune", "dense", "-o", "unused", "--recipe", file, exit_code=2).stderr
+    assert "cannot be read" in macko("prune", "dense", "-o", "x", "--recipe", tmp_path, exit_code=2).stderr
+
+
+def test_dry_runs_write_nothing(folder: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    planned = macko_json("prune", "dense", "-o", "unused", "--dry-run", "--sparsity", 0.7)
+    assert planned["layers"][UP] == [160, 64]
+    assert planned["sparsity"] == pytest.approx(0.7, abs=0.02)
+    assert "nothing was written" in macko("prune", "dense", "-o", "unused", "--dry-run").stdout
+    assert macko_json("pack", "pruned", "-o", "unused", "--dry-run")["dry_run"] is True
+    assert "Would pack" in macko("pack", "pruned", "-o", "unused", "--dry-run").stdout
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+# About macko itself
+
+
+def test_version_and_doctor() -> None:
+    assert macko("--version").stdout == f"macko {macko_llm.__version__}\n"
+    content = macko_json("doctor")
+    assert content["macko"] == macko_llm.__version__
+    assert content["packages"]["torch"] == torch.__version__
+    assert content["packages"]["transformers"] == transformers.__version__
+    assert content["kernels"] == ["cpu"]
+    assert Path(content["native_library"]).is_file()
+    said = macko("doctor").stdout
+    assert content["native_library"] in said
+    assert all(package in said for package in content["packages"])
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_an_example(command: str) -> None:
+    text = macko(*command.split(), "--help").stdout
+    assert "Examples:" in text
+    assert f"macko {command}" in text.split("Examples:")[1]
+
+
+def test_help_lists_every_command() -> None:
+    for call in ([], ["--help"]):
+        text = macko(*call).stdout
+        assert all(re.search(rf"\b{command.split()[0]}\b", text) for command in COMMANDS)
+    assert "quality" in macko("bench", "--help").stdout
+
+
+# How the command line speaks
+
+
+def test_anything_unexpected_is_one_sentence_too(capsys: pytest.CaptureFixture[str]) -> None:
+    cases: list[tuple[BaseException, int, str]] = [
+        (UsageError("A wrong call; mend it."), 2, "A wrong call; mend it."),
+        (CalibrationError("A failed job; mend it."), 1, "A failed job; mend it."),
+        (ModuleNotFoundError("No module", name="rich.console"), 1, "The package rich is missing; install it"),
+        (ImportError("needs einops"), 1, "Unexpected ImportError: needs einops; set MACKO_DEBUG=1"),
+        (RuntimeError("first\nsecond"), 1, "Unexpected RuntimeError: first; set MACKO_DEBUG=1"),
+        (ValueError(), 1, "Unexpected ValueError; set MACKO_DEBUG=1"),
+        (KeyboardInterrupt(), 130, "Interrupted"),
+    ]
+    for error, code, words in cases:
+
+        @plain_errors
+        def command(error: BaseException = error) -> None:
+            raise error
+
+        with pytest.raises(typer.Exit) as caught:
+            command()
+        assert caught.value.exit_code == code
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.startswith(f"macko: {words}")
+        assert_plain(err.removesuffix("\n"))
+
+
+def test_the_traceback_is_there_for_who_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MACKO_DEBUG", "1")
+    assert isinstance(CliRunner().invoke(app, ["prune", "dense", "-o", "x", "--sparsity", "2"]).exception, UsageError)
+    monkeypatch.setenv("MACKO_DEBUG", "0")
+    assert "outside [0, 1)" in macko("prune", "dense", "-o", "x", "--sparsity", 2, exit_code=2).stderr
+
+
+def test_json_has_no_infinity(capsys: pytest.CaptureFixture[str]) -> None:
+    print_json({"perplexity": float("inf"), "layers": {"one": float("nan")}, "text": "é"})
+    assert json.loads(capsys.readouterr().out) == {"perplexity": None, "layers": {"one": None}, "text": "é"}
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1.00 kB"), (2_500_000, "2.50 MB"), (7 * 10**9, "7.00 GB")]
+)
+def test_megabytes(count: int, text: str) -> None:
+    assert megabytes(count) == text

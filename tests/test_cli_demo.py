@@ -1,0 +1,108 @@
+"""`macko demo` and `macko bench quality` on the bundled model, with less text and fewer tokens than they take by default."""
+
+import json
+from pathlib import Path
+
+import pytest
+import transformers
+from typer.testing import CliRunner
+
+from macko_llm import checkpoint, packing
+from macko_llm.benchmarks import quality
+from macko_llm.cli.main import app
+from macko_llm.demo import run as demo
+
+NAMES = ["dense", "magnitude 50%", "wanda 50%", "packed 50%"]
+
+pytestmark = pytest.mark.skipif(
+    not (demo.MODEL_FOLDER / "config.json").is_file(), reason="the bundled model has not been trained yet"
+)
+
+
+@pytest.fixture(autouse=True)
+def _shorter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quality, "SPEED_RUNS", 1)
+    monkeypatch.setattr(quality, "SPEED_TOKENS", 8)
+    monkeypatch.setattr(demo, "CALIBRATION_CHARACTERS", 40_000)
+    monkeypatch.setattr(demo, "HELD_OUT_CHARACTERS", 10_000)
+    monkeypatch.setattr(demo, "NSAMPLES", 8)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="module")
+def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("demo")
+
+
+def test_the_demo(demo_folder: Path) -> None:
+    result = CliRunner().invoke(app, ["demo", "-o", str(demo_folder), "--json"])
+    assert result.exit_code == 0, result.output
+    content = json.loads(result.stdout)
+    rows = {row["name"]: row for row in content["report"]["measurements"]}
+    assert list(rows) == NAMES
+    # What the demo is there to show: pruning hurts, magnitude clearly more than Wanda, and packing costs nothing.
+    dense, magnitude, wanda, packed = (rows[name] for name in NAMES)
+    assert 1.1 * dense["perplexity"] < wanda["perplexity"] < 0.95 * magnitude["perplexity"]
+    assert packed["perplexity"] == pytest.approx(wanda["perplexity"], rel=1e-3)
+    assert packed["bytes_on_disk"] < 0.8 * dense["bytes_on_disk"]
+    assert packed["bytes_in_memory"] < 0.8 * dense["bytes_in_memory"]
+    assert [row["sparsity"] for row in rows.values()] == pytest.approx([0, 0.5, 0.5, 0.5], abs=0.01)
+    assert all(row["tokens_per_second"] > 0 for row in rows.values())
+    for name, row in zip(("dense", "magnitude-50", "wanda-50", "packed-50"), rows.values(), strict=True):
+        assert checkpoint.folder_bytes(demo_folder / name) == row["bytes_on_disk"]
+    assert packing.inspect_checkpoint(demo_folder / "packed-50").kept_dense == []
+    assert content["prompt"] == "Once upon a time"
+    assert len(content["story"].split()) > 20
+    assert "writing stories: 0/1" in result.stderr.splitlines()
+
+
+def test_the_demo_prints_a_table_and_a_story_and_may_run_again(demo_folder: Path) -> None:
+    result = CliRunner().invoke(app, ["demo", "-o", str(demo_folder)])
+    assert result.exit_code == 0, result.output
+    table, story = result.stdout.split("The packed model tells a story:")
+    for words in (*NAMES, "sparsity", "on disk", "in memory", "perplexity", "tokens/s"):
+        assert words in table
+    assert story.strip().startswith("Once upon a time")
+    assert "macko generate" in story
+
+
+def test_bench_quality_of_the_bundled_model() -> None:
+    call = [
+        "bench",
+        "quality",
+        "--limit",
+        "1",
+        "--nsamples",
+        "2",
+        "--seqlen",
+        "128",
+        "--sparsity",
+        "0.3",
+        "--sparsity",
+        "0.7",
+    ]
+    result = CliRunner().invoke(app, [*call, "--json"])
+    assert result.exit_code == 0, result.output
+    content = json.loads(result.stdout)
+    assert [row["name"] for row in content["measurements"]] == [
+        "dense",
+        *(f"{kind} {percent}%" for percent in (30, 70) for kind in ("magnitude", "wanda", "packed")),
+    ]
+    assert (content["windows"], content["seqlen"], content["recipe"]["nsamples"]) == (1, 128, 2)
+    assert content["device"] == "cpu"
+
+
+def test_bench_quality_of_a_model_and_texts_of_ones_own(tmp_path: Path) -> None:
+    texts = demo.write_texts(tmp_path)
+    call = ["bench", "quality", str(demo.MODEL_FOLDER), "--calibration", str(texts.calibration)]
+    call += ["--dataset", str(texts.held_out), "--limit", "1", "--nsamples", "2", "--seqlen", "128"]
+    result = CliRunner().invoke(app, [*call, "-o", str(tmp_path / "kept")])
+    assert result.exit_code == 0, result.output
+    assert "1 windows of 128 tokens, 2 x 128 calibration tokens, float16, cpu" in result.stdout
+    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == [
+        "dense",
+        "magnitude-50",
+        "packed-50",
+        "wanda-50",
+    ]

@@ -1,0 +1,194 @@
+"""Every error that a user can run into: one sentence on stderr, the right exit code, and nothing left behind."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from families import SENTENCES, VOCABULARY, save_model
+from helpers import assert_plain, copy_model, edit_weights, truncate, weights
+from safetensors.torch import save_file
+from transformers import GPT2Config, MixtralConfig, T5Config, T5ForConditionalGeneration
+from typer.testing import CliRunner
+
+from macko_llm.cli.main import app
+from macko_llm.packing import pack_checkpoint
+from macko_llm.pruning import prune_checkpoint
+from macko_llm.recipe import PruneRecipe
+
+PROGRESS_LINE = re.compile(r".+: \d+/\d+")
+UP = "model.layers.1.mlp.up_proj"
+WRONG_CALL, FAILED_JOB = 2, 1
+
+
+def _with_weight(folder: Path, name: str, value: float) -> None:
+    weight = weights(folder)[name]
+    weight.view(-1)[5] = value
+    edit_weights(folder, {name: weight})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models, whole and damaged, and texts, under the names that the calls below use."""
+    folder = tmp_path_factory.mktemp("models")
+    dense = save_model(folder / "dense", "llama", torch.float16)
+    prune_checkpoint(dense, folder / "pruned", PruneRecipe(method="magnitude"), device="cpu")
+    pack_checkpoint(folder / "pruned", folder / "packed")
+
+    _with_weight(copy_model(folder / "dense", folder / "nan"), f"{UP}.weight", float("nan"))
+    _with_weight(copy_model(folder / "dense", folder / "inf"), "model.norm.weight", float("inf"))
+    hot = copy_model(folder / "dense", folder / "hot")  # finite weights that make activations overflow
+    edit_weights(hot, {f"{UP}.weight": torch.full((160, 64), 6e4, dtype=torch.float16)})
+    large = save_model(folder / "large", "llama", torch.float32)
+    _with_weight(large, f"{UP}.weight", 1e6)
+    for model in ("dense", "packed"):
+        truncate(copy_model(folder / model, folder / f"cut-{model}") / "model.safetensors")
+    edit_weights(copy_model(folder / "packed", folder / "bad"), {f"{UP}.weight_values": None})
+    edit_weights(copy_model(folder / "dense", folder / "incomplete"), {f"{UP}.weight": None})
+    no_weights = copy_model(folder / "dense", folder / "no-weights")
+    (no_weights / "model.safetensors").unlink()
+    no_tokenizer = copy_model(folder / "dense", folder / "no-tokenizer")
+    for file in no_tokenizer.glob("tokenizer*"):
+        file.unlink()
+    tiny = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=1, n_head=2).save_pretrained(folder / "gpt2")
+    MixtralConfig(**tiny, num_key_value_heads=2, intermediate_size=16).save_pretrained(folder / "mixtral")
+    t5 = T5Config(vocab_size=VOCABULARY, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    T5ForConditionalGeneration(t5).save_pretrained(folder / "t5")
+    copy_model(folder / "dense", folder / "gptq", quantization_config={"quant_method": "gptq", "bits": 4})
+
+    (folder / "text.txt").write_text(" ".join(SENTENCES * 4))
+    (folder / "short.txt").write_text("Too short.")
+    (folder / "empty.txt").write_text("")
+    (folder / "text.pdf").write_text("%PDF")
+    (folder / "broken.jsonl").write_text('{"text": 1}')
+    save_file({"words": torch.zeros(2, 2)}, folder / "words.safetensors")
+    (folder / "thesis").mkdir()
+    (folder / "thesis" / "chapter.tex").touch()
+    return folder
+
+
+WANDA = "--calibration text.txt --nsamples 2 --seqlen 16"
+
+
+@pytest.mark.parametrize(
+    ("call", "exit_code", "words"),
+    [
+        # No such model, or not one that will do.
+        ("prune nowhere -o out", FAILED_JOB, "no model nowhere; name an existing folder"),
+        ("pack nowhere -o out", FAILED_JOB, "no model nowhere"),
+        ("unpack nowhere -o out", FAILED_JOB, "no model nowhere"),
+        ("inspect nowhere", FAILED_JOB, "no model nowhere"),
+        ("generate nowhere --prompt Hi", FAILED_JOB, "no model nowhere"),
+        ("eval-perplexity nowhere --dataset text.txt", FAILED_JOB, "no model nowhere"),
+        ("generate thesis --prompt Hi", FAILED_JOB, r"thesis has no config\.json"),
+        (f"prune t5 -o out {WANDA}", FAILED_JOB, "T5ForConditionalGeneration, which is not a causal language model"),
+        ("generate t5 --prompt Hi", FAILED_JOB, "tokenizer|not a causal language model"),
+        (f"prune gpt2 -o out {WANDA}", FAILED_JOB, "Conv1D layer, as in GPT-2"),
+        (f"prune mixtral -o out {WANDA}", FAILED_JOB, "several experts"),
+        ("generate no-weights --prompt Hi", FAILED_JOB, "missing, corrupt or truncated"),
+        ("pack no-weights -o out", FAILED_JOB, "no safetensors weights"),
+        (f"prune no-tokenizer -o out {WANDA}", FAILED_JOB, "no usable tokenizer"),
+        ("generate no-tokenizer --prompt Hi", FAILED_JOB, "no usable tokenizer"),
+        ("eval-perplexity incomplete --dataset text.txt", FAILED_JOB, f"lacks 1 of the model's weights, {UP}"),
+        ("pack incomplete -o out", FAILED_JOB, f"no tensor {UP}.weight"),
+        # Packed where dense is needed, and the other way round.
+        ("prune packed -o out", WRONG_CALL, "packed is packed; unpack it first"),
+        ("pack packed -o out", WRONG_CALL, "packed is packed already"),
+        ("unpack pruned -o out", WRONG_CALL, "pruned is not packed"),
+        ("inspect pruned", WRONG_CALL, "pruned is not packed"),
+        ("prune gptq -o out", WRONG_CALL, "quantized with gptq"),
+        ("pack gptq -o out", WRONG_CALL, "quantized with gptq"),
+        # Settings.
+        ("prune dense -o out --sparsity 1", WRONG_CALL, r"sparsity 1\.0 is outside \[0, 1\)"),
+        ("prune dense -o out --sparsity -0.1", WRONG_CALL, r"sparsity -0\.1 is outside"),
+        ("prune dense -o out --sparsity nan", WRONG_CALL, "sparsity nan is outside"),
+        ("prune dense -o out --sparsity half", WRONG_CALL, "Invalid value for '--sparsity'"),
+        ("prune dense -o out --method best", WRONG_CALL, "no pruning method 'best'"),
+        ("prune dense -o out --pattern 4:2", WRONG_CALL, "no pattern '4:2'"),
+        ("prune dense -o out --pattern 2:4 --sparsity 0.6", WRONG_CALL, "fixes the sparsity to 0.5"),
+        ("prune dense -o out --nsamples 0", WRONG_CALL, "nsamples is 0"),
+        ("prune dense -o out --calibration text.txt --seqlen 65", WRONG_CALL, "at most 64 tokens"),
+        ("prune dense -o out --dtype int8", WRONG_CALL, "dtype int8 is not supported"),
+        (f"prune dense -o out {WANDA} --device tpu", WRONG_CALL, "device 'tpu' is not available"),
+        ("prune dense -o out --recipe nowhere.toml", WRONG_CALL, r"recipe nowhere\.toml cannot be read"),
+        ("pack pruned -o out --dtype float32", WRONG_CALL, "float32 cannot be packed"),
+        ("pack pruned -o out --max-shard-size big", WRONG_CALL, "'big' is not a size"),
+        ("generate packed --prompt Hi --max-new-tokens 0", WRONG_CALL, "--max-new-tokens 1 or more"),
+        ("generate packed --prompt Hi --max-new-tokens 99", WRONG_CALL, "more than the model's 64 positions"),
+        ("generate packed --prompt Hi --temperature -1", WRONG_CALL, "temperature -1"),
+        ("generate packed --prompt Hi --top-k 5", WRONG_CALL, "add --temperature"),
+        ("generate packed --prompt Hi --system-prompt Ho", WRONG_CALL, "add --chat"),
+        ("generate packed --prompt Hi --chat", WRONG_CALL, "no chat template"),
+        ("generate packed --prompt Hi --dtype bfloat16", WRONG_CALL, "float16 values"),
+        ("eval-perplexity packed --dataset text.txt --limit 0", WRONG_CALL, "--limit 1 or more"),
+        ("eval-perplexity packed --dataset text.txt --stride 0", WRONG_CALL, "stride"),
+        # Calls that the parser refuses.
+        ("prune dense", WRONG_CALL, "Missing option '--output' / '-o'; see `macko prune --help`"),
+        ("generate packed", WRONG_CALL, "Missing option '--prompt'"),
+        ("prune dense -o out --sparsty 0.5", WRONG_CALL, "No such option: --sparsty"),
+        ("prun dense -o out", WRONG_CALL, "No such command 'prun'"),
+        ("bench", WRONG_CALL, "Missing command"),
+        # Outputs.
+        ("prune dense -o thesis", WRONG_CALL, "thesis is not empty; choose another or add --overwrite"),
+        ("prune dense -o thesis --overwrite", WRONG_CALL, "is not a model folder, so it is kept"),
+        ("prune dense -o text.txt", WRONG_CALL, r"text\.txt is a file"),
+        ("prune dense -o dense --overwrite", WRONG_CALL, "holds the input model"),
+        ("pack pruned -o packed", WRONG_CALL, "packed is not empty"),
+        ("unpack packed -o pruned", WRONG_CALL, "pruned is not empty"),
+        ("prune dense -o text.txt/out --method magnitude", FAILED_JOB, "cannot be written"),
+        # Texts.
+        (
+            "prune dense -o out --calibration short.txt --seqlen 32",
+            FAILED_JOB,
+            r"too few for sequences of 32; give longer",
+        ),
+        ("prune dense -o out --calibration nowhere.txt", FAILED_JOB, r"no text or dataset nowhere\.txt"),
+        ("prune dense -o out --calibration empty.txt", FAILED_JOB, "holds no text"),
+        ("prune dense -o out --calibration text.pdf", FAILED_JOB, "not text that can be read"),
+        ("prune dense -o out --calibration broken.jsonl", FAILED_JOB, r"broken\.jsonl, line 1, is not a JSON object"),
+        ("prune dense -o out --calibration words.safetensors", FAILED_JOB, 'has no tensor "tokens"'),
+        ("eval-perplexity packed --dataset short.txt", FAILED_JOB, "tokens"),
+        ("eval-perplexity packed --dataset nowhere.txt", FAILED_JOB, r"no text or dataset nowhere\.txt"),
+        # Numbers.
+        (f"prune nan -o out {WANDA}", FAILED_JOB, f"weights of {UP} hold NaN or infinity"),
+        ("prune nan -o out --method magnitude", FAILED_JOB, f"weights of {UP} hold NaN or infinity"),
+        (f"prune hot -o out {WANDA}", FAILED_JOB, r"inputs of model\.layers\.1\.mlp\.down_proj hold NaN or infinity"),
+        ("pack nan -o out", FAILED_JOB, rf"{UP}\.weight holds NaN or infinity"),
+        ("pack inf -o out", FAILED_JOB, r"model\.norm\.weight holds NaN or infinity"),
+        (
+            "pack large -o out",
+            FAILED_JOB,
+            rf"{UP}\.weight holds 1e\+06, which overflows float16; pack with --dtype bfloat16",
+        ),
+        ("eval-perplexity nan --dataset text.txt", FAILED_JOB, "loss of window 1 is nan"),
+        ("generate nan --prompt Hi --max-new-tokens 2", FAILED_JOB, "logits of new token 0 are NaN or infinite"),
+        # Damage.
+        (f"prune cut-dense -o out {WANDA}", FAILED_JOB, "corrupt or truncated"),
+        ("pack cut-dense -o out", FAILED_JOB, r"cut-dense/model\.safetensors is corrupt or truncated"),
+        ("generate cut-dense --prompt Hi", FAILED_JOB, "corrupt or truncated"),
+        ("generate cut-packed --prompt Hi", FAILED_JOB, "corrupt or truncated"),
+        ("eval-perplexity cut-packed --dataset text.txt", FAILED_JOB, "corrupt or truncated"),
+        ("inspect cut-packed", FAILED_JOB, "corrupt or truncated"),
+        ("unpack cut-packed -o out", FAILED_JOB, "corrupt or truncated"),
+        ("inspect bad", FAILED_JOB, f"lacks an array of {UP}"),
+        ("generate bad --prompt Hi", FAILED_JOB, f"lacks an array of {UP}"),
+    ],
+)
+def test_an_error(call: str, exit_code: int, words: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    transformers.logging.set_verbosity_error()  # a new process reads both from the environment
+    transformers.logging.disable_progress_bar()
+    monkeypatch.chdir(folder)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    result = CliRunner().invoke(app, call.split())
+    assert result.exit_code == exit_code, result.output
+    assert result.stdout.strip() == ""
+    *progress, sentence = result.stderr.splitlines()
+    for line in progress:
+        assert PROGRESS_LINE.fullmatch(line), line
+    assert sentence.startswith("macko: ")
+    assert_plain(sentence)
+    assert re.search(words, sentence), sentence
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()} == before
+    assert not (folder / "out").exists()
