@@ -81,7 +81,8 @@ def pack_checkpoint(
     Args:
         source: folder of a dense checkpoint.
         target: folder to write; None writes nothing and only reports the sizes.
-        dtype: "float16" or "bfloat16"; None keeps a 16-bit checkpoint's dtype and makes float16 of float32.
+        dtype: "float16" or "bfloat16"; None keeps the dtype of 16-bit weights, and makes float32 what config.json says, if
+            that has 16 bits, else float16.
         max_shard_size: largest safetensors file, such as "5GB".
         overwrite: replace a model that lies in `target`.
         trust_remote_code: run Python code that lies in `source`.

@@ -1,12 +1,16 @@
 """What several tests do to checkpoints, and how they read errors."""
 
 import json
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.utils import logging
 
 
 def assert_plain(message: str) -> None:
@@ -44,6 +48,23 @@ def edit_weights(folder: Path, changes: dict[str, torch.Tensor | None]) -> None:
         if tensor is not None:
             tensors[name] = tensor.contiguous()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """What the commands' environment does to a new process that imports transformers, for a process that has it already."""
+    environment, verbosity = dict(os.environ), logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+        os.environ.clear()
+        os.environ.update(environment)
 
 
 def truncate(file: Path, count: int = 100) -> None:

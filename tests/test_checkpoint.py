@@ -113,11 +113,14 @@ def test_a_new_folder_appears_when_it_is_complete(tmp_path: Path) -> None:
     target = tmp_path / "deep" / "out"
     with checkpoint.new_folder(target) as partial:
         (partial / "config.json").write_text("{}")
+        (partial / "config.json").chmod(0o600)  # as safetensors makes its files
         assert not target.exists()
         assert partial.parent == target.parent
     assert _files(tmp_path) == {"deep/out/config.json": b"{}"}
     (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "file").touch()
     assert target.stat().st_mode == (tmp_path / "plain").stat().st_mode
+    assert (target / "config.json").stat().st_mode == (tmp_path / "plain" / "file").stat().st_mode
 
 
 def test_an_empty_folder_may_be_the_target(tmp_path: Path) -> None:

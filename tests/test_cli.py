@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 import transformers
 import typer
 from families import MAX_POSITIONS, SENTENCES, save_model
-from helpers import assert_plain, weights
+from helpers import assert_plain, quiet_transformers, weights
 from typer.testing import CliRunner, Result
 
 import macko_llm
@@ -27,10 +28,9 @@ UP = "model.layers.0.mlp.up_proj"
 
 
 @pytest.fixture(autouse=True)
-def _quiet_transformers() -> None:
-    # A new process reads this from the environment, which the commands set; here transformers is imported already.
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+def _quiet() -> Iterator[None]:
+    with quiet_transformers():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,11 @@
 """`macko demo` and `macko bench quality` on the bundled model, with less text and fewer tokens than they take by default."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import transformers
+from helpers import quiet_transformers
 from typer.testing import CliRunner
 
 from macko_llm import checkpoint, packing
@@ -20,14 +21,14 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(autouse=True)
-def _shorter(monkeypatch: pytest.MonkeyPatch) -> None:
+def _shorter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(quality, "SPEED_RUNS", 1)
     monkeypatch.setattr(quality, "SPEED_TOKENS", 8)
     monkeypatch.setattr(demo, "CALIBRATION_CHARACTERS", 40_000)
     monkeypatch.setattr(demo, "HELD_OUT_CHARACTERS", 10_000)
     monkeypatch.setattr(demo, "NSAMPLES", 8)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    with quiet_transformers():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +82,8 @@ def test_bench_quality_of_the_bundled_model() -> None:
         "0.3",
         "--sparsity",
         "0.7",
+        "--device",
+        "cpu",
     ]
     result = CliRunner().invoke(app, [*call, "--json"])
     assert result.exit_code == 0, result.output
@@ -96,10 +99,10 @@ def test_bench_quality_of_the_bundled_model() -> None:
 def test_bench_quality_of_a_model_and_texts_of_ones_own(tmp_path: Path) -> None:
     texts = demo.write_texts(tmp_path)
     call = ["bench", "quality", str(demo.MODEL_FOLDER), "--calibration", str(texts.calibration)]
-    call += ["--dataset", str(texts.held_out), "--limit", "1", "--nsamples", "2", "--seqlen", "128"]
+    call += ["--dataset", str(texts.held_out), "--limit", "1", "--nsamples", "2", "--seqlen", "128", "--device", "cpu"]
     result = CliRunner().invoke(app, [*call, "-o", str(tmp_path / "kept")])
     assert result.exit_code == 0, result.output
-    assert "1 windows of 128 tokens, 2 x 128 calibration tokens, float16, cpu" in result.stdout
+    assert "1 window of 128 tokens, 2 x 128 calibration tokens, float16, cpu" in result.stdout
     assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == [
         "dense",
         "magnitude-50",

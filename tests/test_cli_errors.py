@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from families import SENTENCES, VOCABULARY, save_model
-from helpers import assert_plain, copy_model, edit_weights, truncate, weights
+from helpers import assert_plain, copy_model, edit_weights, quiet_transformers, truncate, weights
 from safetensors.torch import save_file
 from transformers import GPT2Config, MixtralConfig, T5Config, T5ForConditionalGeneration
 from typer.testing import CliRunner
@@ -177,11 +176,10 @@ WANDA = "--calibration text.txt --nsamples 2 --seqlen 16"
     ],
 )
 def test_an_error(call: str, exit_code: int, words: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    transformers.logging.set_verbosity_error()  # a new process reads both from the environment
-    transformers.logging.disable_progress_bar()
     monkeypatch.chdir(folder)
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
-    result = CliRunner().invoke(app, call.split())
+    with quiet_transformers():
+        result = CliRunner().invoke(app, call.split())
     assert result.exit_code == exit_code, result.output
     assert result.stdout.strip() == ""
     *progress, sentence = result.stderr.splitlines()

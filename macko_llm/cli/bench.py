@@ -92,8 +92,9 @@ def print_quality(report: "QualityReport") -> None:
         ]
         for row in report.measurements
     ]
+    windows = "1 window" if report.windows == 1 else f"{report.windows} windows"
     title = (
-        f"{report.windows} windows of {report.seqlen} tokens, {report.recipe.nsamples} x {report.recipe.seqlen} "
+        f"{windows} of {report.seqlen} tokens, {report.recipe.nsamples} x {report.recipe.seqlen} "
         f"calibration tokens, {report.recipe.dtype}, {report.device}"
     )
     print_table(title, ["", "sparsity", "on disk", "in memory", "perplexity", "tokens/s"], rows)

@@ -58,6 +58,7 @@ def _facts() -> dict[str, Any]:
 
     from macko_llm import native
 
+    versions["torch"] = torch.__version__  # says more than the package's: +cpu, +cu130
     facts["cpu_threads"] = torch.get_num_threads()
     try:
         native.library()
