@@ -19,11 +19,11 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from macko_llm.defaults import MAX_NEW_TOKENS
 from macko_llm.errors import NonFiniteError, UsageError
 from macko_llm.models import check_token_ids, max_positions
 from macko_llm.sampling import GREEDY, NOT_FINITE, Chooser, Sampling
 
-DEFAULT_MAX_NEW_TOKENS = 128
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 """What a tokenizer decodes the first bytes of an unfinished character to."""
 
@@ -118,7 +118,7 @@ def stream(
     tokenizer: PreTrainedTokenizerBase,
     prompt_ids: Tensor | Sequence[int],
     *,
-    max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
+    max_new_tokens: int = MAX_NEW_TOKENS,
     sampling: Sampling = GREEDY,
     stop_ids: Collection[int] | None = None,
 ) -> Iterator[Step]:
@@ -153,7 +153,7 @@ def generate(
     tokenizer: PreTrainedTokenizerBase,
     prompt_ids: Tensor | Sequence[int],
     *,
-    max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
+    max_new_tokens: int = MAX_NEW_TOKENS,
     sampling: Sampling = GREEDY,
     stop_ids: Collection[int] | None = None,
     on_text: Callable[[str], object] | None = None,

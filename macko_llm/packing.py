@@ -13,14 +13,13 @@ from transformers import PreTrainedModel
 
 from macko_llm import checkpoint, models, ops
 from macko_llm.checkpoint import ShardWriter, TensorInfo
+from macko_llm.defaults import MAX_SHARD_SIZE
 from macko_llm.errors import CheckpointError, NonFiniteError, UsageError
 from macko_llm.format import DELTA_BITS, FORMAT_VERSION, VALUE_DTYPES, MackoMatrix, check_packable
 from macko_llm.linear import ARRAY_NAMES
 from macko_llm.progress import Progress, no_progress
 from macko_llm.transformers_integration import HEADER_DTYPES, MackoConfig, check_headers
 from macko_llm.version import __version__
-
-MAX_SHARD_SIZE = "5GB"
 
 
 @dataclass(frozen=True)

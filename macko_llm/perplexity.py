@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from macko_llm.defaults import EVALUATION_SEQLEN
 from macko_llm.errors import CalibrationError, NonFiniteError, UsageError
 from macko_llm.models import check_token_ids, max_positions
 from macko_llm.progress import Progress, no_progress
 
-DEFAULT_SEQLEN = 2048
 _CHUNK_ELEMENTS = 2**25
 """fp32 logits that exist at once while losses are computed: 128 MiB, 256 tokens of a vocabulary of 128k."""
 
@@ -82,7 +82,7 @@ def evaluate(
     text: str,
     *,
     dataset: str,
-    seqlen: int = DEFAULT_SEQLEN,
+    seqlen: int = EVALUATION_SEQLEN,
     stride: int | None = None,
     limit: int | None = None,
     progress: Progress = no_progress,

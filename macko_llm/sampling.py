@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from macko_llm.defaults import TEMPERATURE
 from macko_llm.errors import UsageError
 
 NOT_FINITE = -1
@@ -26,7 +27,7 @@ class Sampling:
         UsageError: a value outside its range, or top_k or top_p at temperature 0, where nothing is drawn.
     """
 
-    temperature: float = 0.0
+    temperature: float = TEMPERATURE
     top_k: int | None = None
     top_p: float | None = None
     seed: int | None = None

@@ -15,8 +15,9 @@ from torch import nn
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from macko_llm.defaults import MAX_NEW_TOKENS
 from macko_llm.errors import CheckpointError, NonFiniteError, UsageError
-from macko_llm.generation import DEFAULT_MAX_NEW_TOKENS, encode_prompt, generate, stop_token_ids, stream
+from macko_llm.generation import encode_prompt, generate, stop_token_ids, stream
 from macko_llm.sampling import Sampling, token_probabilities
 
 CORPUS = [
@@ -173,7 +174,7 @@ def test_stop_on_the_last_allowed_token_is_a_stop(model):
 
 
 def test_default_length(model):
-    with pytest.raises(UsageError, match=f"1 tokens and {DEFAULT_MAX_NEW_TOKENS} new ones"):
+    with pytest.raises(UsageError, match=f"1 tokens and {MAX_NEW_TOKENS} new ones"):
         stream(model, TOKENIZER, [5])
 
 

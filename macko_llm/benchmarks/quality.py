@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from macko_llm import calibration, checkpoint, generation, models, packing, perplexity
+from macko_llm.defaults import EVALUATION_SEQLEN
 from macko_llm.progress import Progress, no_progress
 from macko_llm.pruning.pipeline import prune_checkpoint
 from macko_llm.recipe import PruneRecipe
@@ -58,7 +59,7 @@ def measure_chain(
     *,
     sparsities: list[float],
     dataset: str,
-    seqlen: int = perplexity.DEFAULT_SEQLEN,
+    seqlen: int = EVALUATION_SEQLEN,
     limit: int | None = None,
     prompt: str = "Once upon a time",
     device: str = "auto",

@@ -7,6 +7,7 @@ import typer
 
 from macko_llm.cli.console import plain_errors, print_json, progress_bars
 from macko_llm.cli.options import DeviceOption, DtypeOption, JsonOption, ModelArgument, TrustOption
+from macko_llm.defaults import EVALUATION_SEQLEN
 
 
 @plain_errors
@@ -15,7 +16,9 @@ def eval_perplexity(
     dataset: Annotated[
         str, typer.Option(help="wikitext2, c4, or a path: .txt, .jsonl (field text), .parquet, or a folder of them.")
     ] = "wikitext2",
-    seqlen: Annotated[int, typer.Option(help="Tokens in a window; at most the model's longest context.")] = 2048,
+    seqlen: Annotated[
+        int, typer.Option(help="Tokens in a window; at most the model's longest context.")
+    ] = EVALUATION_SEQLEN,
     stride: Annotated[
         int | None, typer.Option(help="Tokens from one window to the next. [default: seqlen, no overlap]")
     ] = None,

@@ -8,6 +8,7 @@ import typer
 
 from macko_llm.cli.console import megabytes, plain_errors, print_json
 from macko_llm.cli.options import DeviceOption, DtypeOption, JsonOption, ModelArgument, TrustOption
+from macko_llm.defaults import MAX_NEW_TOKENS, TEMPERATURE
 from macko_llm.errors import UsageError
 
 
@@ -15,8 +16,8 @@ from macko_llm.errors import UsageError
 def generate(
     model: ModelArgument,
     prompt: Annotated[str, typer.Option(help="Text to continue, or - to read it from stdin.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 is greedy; above 0 tokens are drawn.")] = 0.0,
+    max_new_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.")] = MAX_NEW_TOKENS,
+    temperature: Annotated[float, typer.Option(help="0 is greedy; above 0 tokens are drawn.")] = TEMPERATURE,
     top_k: Annotated[int | None, typer.Option(help="Draw among this many most probable tokens.")] = None,
     top_p: Annotated[
         float | None, typer.Option(help="Draw among the fewest tokens that hold this probability.")

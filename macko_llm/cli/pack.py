@@ -7,9 +7,14 @@ import typer
 
 from macko_llm.cli.console import megabytes, plain_errors, print_json, print_table, progress_bars
 from macko_llm.cli.options import DenseArgument, JsonOption, OutputOption, OverwriteOption, ShardSizeOption, TrustOption
+from macko_llm.defaults import MAX_SHARD_SIZE
 
 if TYPE_CHECKING:
     from macko_llm.packing import PackReport
+
+
+NAMES_LISTED = 8
+"""A large model has hundreds of layers; --json and --dry-run name them all."""
 
 
 @plain_errors
@@ -19,7 +24,7 @@ def pack(
     dtype: Annotated[
         str | None, typer.Option(help="float16 or bfloat16. [default: the checkpoint's, float16 for float32]")
     ] = None,
-    max_shard_size: ShardSizeOption = "5GB",
+    max_shard_size: ShardSizeOption = MAX_SHARD_SIZE,
     trust_remote_code: TrustOption = False,
     overwrite: OverwriteOption = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say how large the result would be.")] = False,
@@ -57,10 +62,17 @@ def pack(
     verb = "Would pack" if dry_run else "Packed"
     print(f"{verb} {megabytes(report.bytes_dense)} into {megabytes(report.bytes_packed)} {_ratio(report)}: {output}")
     if report.kept_dense:
-        print(
-            f"{len(report.kept_dense)} of {len(report.layers)} layers stay dense, because packing would make them larger: "
-            f"{', '.join(report.kept_dense)}"
+        print(_say_kept_dense(report))
+
+
+def _say_kept_dense(report: "PackReport") -> str:
+    names = report.kept_dense
+    if len(names) == len(report.layers):
+        return (
+            "All layers stay dense, because packing would make them larger; prune the model first with `macko prune`."
         )
+    listed = ", ".join(names[:NAMES_LISTED]) + (", ..." if len(names) > NAMES_LISTED else "")
+    return f"{len(names)} of {len(report.layers)} layers stay dense, because packing would make them larger: {listed}"
 
 
 def pack_report_json(report: "PackReport") -> dict[str, object]:

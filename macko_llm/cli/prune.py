@@ -15,12 +15,13 @@ from macko_llm.cli.options import (
     OverwriteOption,
     TrustOption,
 )
+from macko_llm.defaults import CALIBRATION_SEQLEN
 from macko_llm.recipe import METHODS, PruneRecipe, load_recipe, make_recipe
 
 
 def _help(text: str, setting: str) -> str:
     default = getattr(PruneRecipe, setting)
-    return f"{text} [default: {default if default is not None else '2048, or the longest context'}]"
+    return f"{text} [default: {default if default is not None else f'{CALIBRATION_SEQLEN}, or the longest context'}]"
 
 
 @plain_errors

@@ -9,13 +9,14 @@ from macko_llm.cli.options import (
     ShardSizeOption,
     TrustOption,
 )
+from macko_llm.defaults import MAX_SHARD_SIZE
 
 
 @plain_errors
 def unpack(
     packed: PackedArgument,
     output: OutputOption,
-    max_shard_size: ShardSizeOption = "5GB",
+    max_shard_size: ShardSizeOption = MAX_SHARD_SIZE,
     trust_remote_code: TrustOption = False,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,

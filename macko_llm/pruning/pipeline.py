@@ -12,14 +12,13 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from macko_llm import checkpoint, models
 from macko_llm.calibration import calibration_tokens, is_token_file, load_tokens, tokens_sha256
+from macko_llm.defaults import CALIBRATION_SEQLEN, MAX_SHARD_SIZE
 from macko_llm.errors import CalibrationError, CheckpointError, NonFiniteError, UsageError
 from macko_llm.progress import Progress, no_progress
 from macko_llm.pruning.replay import first_hidden_states, record_block_arguments, run_block, watched_inputs
 from macko_llm.pruning.scores import magnitude_scores, removed_per_row, select, squared_norms, wanda_scores
 from macko_llm.recipe import PruneRecipe
 
-_LONGEST_DEFAULT_SEQLEN = 2048
-_MAX_SHARD_SIZE = "5GB"
 # Scores are held for as many rows at once as have about this many weights (64 MiB of fp32).
 _WEIGHTS_AT_ONCE = 1 << 24
 
@@ -270,11 +269,10 @@ def _prepare(
     models.resolve_dtype(recipe.dtype)
     folder = checkpoint.locate(model)
     checkpoint.check_output(target, overwrite=overwrite, source=folder)
-    if checkpoint.is_packed(folder):
+    method = checkpoint.quantization_method(folder)
+    if method == checkpoint.QUANT_METHOD:
         raise UsageError(f"{folder} is packed; unpack it first with `macko unpack`, or prune the dense model.")
-    quantized = checkpoint.read_config(folder).get("quantization_config")
-    if quantized:
-        method = quantized.get("quant_method", "some method") if isinstance(quantized, dict) else "some method"
+    if method is not None:
         raise UsageError(f"{folder} is quantized with {method}; prune the model it was made from.")
     skeleton = models.skeleton(folder, trust_remote_code=trust_remote_code)
     _check_group(_shapes(_distinct_linears(skeleton)), recipe)
@@ -287,7 +285,7 @@ def _fill_gaps(recipe: PruneRecipe, config: PretrainedConfig) -> PruneRecipe:
     """The recipe with the number and length of sequences that will be used."""
     longest = models.max_positions(config)
     if not is_token_file(recipe.calibration):
-        default = min(_LONGEST_DEFAULT_SEQLEN, longest or _LONGEST_DEFAULT_SEQLEN)
+        default = min(CALIBRATION_SEQLEN, longest or CALIBRATION_SEQLEN)
         recipe = replace(recipe, seqlen=recipe.seqlen or default)
     else:
         nsamples, seqlen = load_tokens(Path(recipe.calibration).expanduser()).shape
@@ -342,7 +340,7 @@ def _save(model: PreTrainedModel, source: Path, folder: Path) -> None:
     if (source / "generation_config.json").is_file():
         # The model's own file is copied as it is; transformers refuses to write some that are published (Llama 2's).
         model.generation_config = GenerationConfig()
-    model.save_pretrained(folder, max_shard_size=_MAX_SHARD_SIZE)
+    model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
     checkpoint.copy_side_files(source, folder)
 
 

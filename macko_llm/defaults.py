@@ -1,0 +1,16 @@
+"""Defaults that the library and the command line share; those of a pruning run are in recipe.py."""
+
+MAX_NEW_TOKENS = 128
+"""Tokens that a generation adds at most."""
+
+TEMPERATURE = 0.0
+"""Greedy."""
+
+CALIBRATION_SEQLEN = 2048
+"""Tokens in a calibration sequence, where the model takes that many."""
+
+EVALUATION_SEQLEN = 2048
+"""Tokens in a window of perplexity, where the model takes that many."""
+
+MAX_SHARD_SIZE = "5GB"
+"""Largest weight file."""
