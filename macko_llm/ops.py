@@ -12,8 +12,9 @@ from macko_llm import native
 from macko_llm.errors import FormatError
 from macko_llm.format import MackoMatrix
 
-SPMV_MAX_TOKENS = 4
-"""Up to this many tokens SpMV reads the packed matrix once a token; beyond, unpacking it for a dense product is faster."""
+SPMV_MAX_TOKENS = 2
+"""Up to this many tokens SpMV reads the packed matrix once a token; beyond, unpacking for a dense product is faster
+(measured, docs/design.md)."""
 
 _library = torch.library.Library("macko", "DEF")
 _library.define("pack(Tensor weight) -> (Tensor values, Tensor deltas, Tensor row_offsets)")

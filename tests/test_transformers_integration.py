@@ -9,6 +9,7 @@ import pytest
 import torch
 from families import random_tokens, save_model
 from helpers import assert_plain, copy_model, weights
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
@@ -60,10 +61,11 @@ def _python(code: str, *arguments: object) -> str:
 
 LOAD = """
 import sys, inspect, torch
+from safetensors.torch import save_file
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 tokens = torch.tensor([[int(token) for token in sys.argv[2].split(",")]])
 with torch.no_grad():
-    torch.save(model(tokens).logits, sys.argv[3])
+    save_file({"logits": model(tokens).logits}, sys.argv[3])
 modeling_utils = sys.modules["transformers.modeling_utils"]
 print(type(modeling_utils.__spec__.loader).__name__, type(modeling_utils.__loader__).__name__)
 assert "class PreTrainedModel" in inspect.getsource(modeling_utils)
@@ -82,7 +84,7 @@ assert not torch.cuda.is_initialized()
 def test_plain_from_pretrained_in_a_new_process(imports: str, packed: Path, tmp_path: Path) -> None:
     tokens = ",".join(map(str, TOKENS[0].tolist()))
     loaders = _python(imports + LOAD, packed, tokens, tmp_path / "logits").split()
-    logits = torch.load(tmp_path / "logits", weights_only=True)
+    logits = load_file(tmp_path / "logits")["logits"]
     assert torch.equal(logits, _logits(macko_llm.load(packed, device="cpu"), TOKENS[:1]))
     assert loaders == [importlib.machinery.SourceFileLoader.__name__] * 2  # the hook leaves no trace
 

@@ -37,7 +37,7 @@ def plain_errors(command: Callable[Arguments, Result]) -> Callable[Arguments, Re
         except (typer.Exit, typer.Abort):
             raise
         except KeyboardInterrupt:
-            print_error("Interrupted; nothing was written.")
+            print_error("Interrupted; nothing unfinished was left behind.")
             raise typer.Exit(130) from None
         except BrokenPipeError:
             # Whoever read the output has closed it; keep Python from complaining again at exit.
