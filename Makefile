@@ -1,7 +1,9 @@
 # Every command sets up what it needs in .venv; a second run starts at once.
 PYTHON ?= python3
 BIN := .venv/bin
-INSTALLED := .venv/.installed
+# auto: with CUDA where a compiler is to be had; on: with CUDA or not at all; off: for the CPU alone.
+export MACKO_CUDA ?= auto
+INSTALLED := .venv/.installed-$(MACKO_CUDA)
 
 .PHONY: help demo build test lint test-gpu bench clean
 
@@ -33,7 +35,8 @@ lint: $(INSTALLED)
 clean:
 	rm -rf .venv build
 
-$(INSTALLED): pyproject.toml constraints.txt $(shell find csrc -type f)
+$(INSTALLED): pyproject.toml constraints.txt $(shell find csrc -type f) $(wildcard build_backend/*.py)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
+	rm -f .venv/.installed*
 	touch $@
