@@ -5,7 +5,7 @@
 //   deltas       [padded / 2] bytes
 //   row_offsets  [rows + 1] int32
 // Functions check their arguments, not the data: packed arrays must have passed validation when they were loaded.
-// They keep no state, may be called from any thread, and never throw.
+// They keep no state but the text of a CUDA error, may be called from any thread, and never throw.
 #pragma once
 
 #include <stdint.h>
@@ -20,13 +20,14 @@
 extern "C" {
 #endif
 
-#define MACKO_ABI_VERSION 1
+#define MACKO_ABI_VERSION 2
 
 typedef enum macko_status {
   MACKO_OK = 0,
   MACKO_BAD_ARGUMENT = 1,      // a null pointer, a negative size, an unknown dtype
   MACKO_TOO_MANY_ENTRIES = 2,  // the packed matrix would not fit int32 offsets
   MACKO_OUT_OF_MEMORY = 3,     // a temporary buffer or a thread could not be had
+  MACKO_CUDA_FAILED = 4,       // CUDA refused a call; macko_cuda_error() says why
 } macko_status;
 
 typedef enum macko_dtype {
@@ -71,6 +72,96 @@ MACKO_API macko_status macko_cpu_spmv(const uint16_t* values, int32_t value_dtyp
                                       int32_t x_dtype,   // macko_dtype
                                       int64_t tokens,    // rows of x
                                       int32_t threads);  // at most this many threads, at least 1
+
+// The functions below exist only in a library that was built with CUDA. Their pointers are addresses on GPU `device`,
+// that of `values` a multiple of 16 and that of `deltas` of 4. They queue their work on `stream`, a cudaStream_t of
+// that GPU or null for its default stream, do not wait for it, and allocate nothing. The GPU that was current stays
+// current. Matrices have at most 2^30 rows and as many columns.
+
+// The text of this thread's last MACKO_CUDA_FAILED.
+MACKO_API const char* macko_cuda_error(void);
+
+// First half of packing: how many entries each row needs.
+MACKO_API macko_status macko_cuda_row_entries(const uint16_t* weight,  // [rows, cols] float16 or bfloat16 bits
+                                              int64_t rows, int64_t cols,
+                                              int32_t* counts,  // out: [rows]
+                                              int32_t device, void* stream);
+
+// Second half of packing: the entries, at the offsets that the counts add up to.
+MACKO_API macko_status macko_cuda_pack(const uint16_t* weight,  // [rows, cols] float16 or bfloat16 bits
+                                       int64_t rows, int64_t cols,
+                                       const int32_t* row_offsets,  // [rows + 1]
+                                       uint16_t* values,            // out: [padded], zeroed by the caller
+                                       uint8_t* deltas,             // out: [padded / 2], zeroed by the caller
+                                       int32_t device, void* stream);
+
+// The dense matrix of a packed one.
+MACKO_API macko_status macko_cuda_unpack(const uint16_t* values, const uint8_t* deltas, const int32_t* row_offsets,
+                                         int64_t rows, int64_t cols,
+                                         uint16_t* weight,  // out: [rows, cols], every element is written
+                                         int32_t device, void* stream);
+
+// Columns that each row's entries reach over; what validation compares with cols. Offsets must be monotonic already.
+MACKO_API macko_status macko_cuda_row_spans(const uint8_t* deltas, const int32_t* row_offsets, int64_t rows,
+                                            int64_t* spans,  // out: [rows] last entry's column + 1, 0 for an empty row
+                                            int32_t device, void* stream);
+
+// y = x W^T + bias for a few tokens, accumulated in float32, straight from the canonical arrays.
+MACKO_API macko_status macko_cuda_spmv_rows(const uint16_t* values, int32_t value_dtype,  // macko_dtype: a 16-bit one
+                                            const uint8_t* deltas, const int32_t* row_offsets, int64_t rows,
+                                            int64_t cols,
+                                            const void* x,     // [tokens, cols] of x_dtype
+                                            const void* bias,  // [rows] of x_dtype, or null
+                                            void* y,           // out: [tokens, rows] of x_dtype
+                                            int32_t x_dtype,   // macko_dtype: the values' or float32
+                                            int64_t tokens,    // rows of x
+                                            int32_t device, void* stream);
+
+// A matrix in the layout that SpMV reads from GPU memory (csrc/cuda/sliced.cuh). All pointers are addresses on one GPU.
+// A unit is 32 / delta_bits entries of a row.
+typedef struct macko_sliced {
+  void* values;           // [units][entries of a unit / 8][height][8] 16-bit floats, at a multiple of 16
+  uint32_t* deltas;       // [units][height], the deltas of a unit a word, its first entry in the low bits
+  uint16_t* starts;       // [slices][warps][height] column that each warp's share of a row begins behind
+  int32_t* unit_offsets;  // [slices + 1] unit at which each slice begins
+  int32_t* row_order;     // [rows] the row at each position; position / height is its slice
+  int32_t rows;
+  int32_t cols;         // at most 65535
+  int32_t slices;       // rows / height, rounded up
+  int32_t value_dtype;  // macko_dtype: a 16-bit one
+  int32_t delta_bits;   // 2 or 4
+  int32_t height;       // rows of a slice, at most 32
+  int32_t warps;        // of the block that multiplies a slice: 8, 12, 16, 24 or 32
+} macko_sliced;
+
+// Zeros at the end of a row that is shorter than its slice; no row of a valid layout has more.
+#define MACKO_SLICED_PADDING 256
+
+// The most columns that a sliced matrix may have on a GPU, whose shared memory must hold x; 0 if the GPU is unknown.
+MACKO_API int64_t macko_cuda_sliced_max_cols(int32_t device);
+
+// How many entries each row needs with deltas of this width.
+MACKO_API macko_status macko_cuda_sliced_entries(const uint16_t* weight,  // [rows, cols] float16 or bfloat16 bits
+                                                 int64_t rows, int64_t cols, int32_t delta_bits,
+                                                 int32_t* counts,  // out: [rows]
+                                                 int32_t device, void* stream);
+
+// Fills values, deltas (both zeroed by the caller) and starts of a layout whose other members are complete.
+MACKO_API macko_status macko_cuda_sliced_pack(const uint16_t* weight,  // [rows, cols] bits of value_dtype
+                                              const macko_sliced* matrix, int32_t device, void* stream);
+
+// The dense matrix of a sliced one.
+MACKO_API macko_status macko_cuda_sliced_unpack(const macko_sliced* matrix,
+                                                uint16_t* weight,  // out: [rows, cols], every element is written
+                                                int32_t device, void* stream);
+
+// y = x W^T + bias for a few tokens, accumulated in float32. May start while the stream's last kernel still runs and
+// then fetches weights: those must have been written before that kernel was queued.
+MACKO_API macko_status macko_cuda_sliced_spmv(const macko_sliced* matrix,
+                                              const void* x,     // [tokens, cols] of value_dtype
+                                              const void* bias,  // [rows] of value_dtype, or null
+                                              void* y,           // out: [tokens, rows] of value_dtype
+                                              int64_t tokens, int32_t device, void* stream);
 
 #ifdef __cplusplus
 }

@@ -15,7 +15,9 @@ from helpers import assert_plain, quiet_transformers, weights
 from typer.testing import CliRunner, Result
 
 import macko_llm
+from macko_llm import native
 from macko_llm.cli.console import megabytes, plain_errors, print_json
+from macko_llm.cli.doctor import gpu_advice
 from macko_llm.cli.main import app
 from macko_llm.errors import CalibrationError, UsageError
 from macko_llm.packing import pack_checkpoint
@@ -235,11 +237,20 @@ def test_version_and_doctor() -> None:
     assert content["macko"] == macko_llm.__version__
     assert content["packages"]["torch"] == torch.__version__
     assert content["packages"]["transformers"] == transformers.__version__
-    assert content["kernels"] == ["cpu"]
+    assert content["kernels"] == (["cpu", "cuda"] if native.has_cuda() else ["cpu"])
     assert Path(content["native_library"]).is_file()
     said = macko("doctor").stdout
     assert content["native_library"] in said
     assert all(package in said for package in content["packages"])
+    assert f"kernels         {', '.join(content['kernels'])}\n" in said
+
+
+def test_the_doctor_says_how_to_get_cuda_kernels() -> None:
+    (advice,) = gpu_advice(1, ["cpu"])
+    assert "`MACKO_CUDA=on pip install .`" in advice
+    assert gpu_advice(1, ["cpu", "cuda"]) == []
+    assert gpu_advice(0, ["cpu"]) == []
+    assert gpu_advice(1, []) == []  # a missing library is advice enough
 
 
 @pytest.mark.parametrize("command", COMMANDS)

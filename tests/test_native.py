@@ -1,6 +1,7 @@
 """The native library and its wrapper: a library that cannot serve, and calls that it refuses, each end in a plain sentence."""
 
 import ctypes
+import re
 import shutil
 import subprocess
 import sys
@@ -38,6 +39,24 @@ def test_the_library_has_the_version_of_this_package() -> None:
     assert native.library().macko_abi_version() == native.ABI_VERSION
     header = (Path(__file__).parents[1] / "csrc" / "macko.h").read_text()
     assert f"#define MACKO_ABI_VERSION {native.ABI_VERSION}\n" in header
+
+
+def header_signatures() -> dict[str, list[type]]:
+    """What csrc/macko.h says of each function that returns a status, as ctypes types."""
+    header = re.sub(r"//.*", "", (Path(__file__).parents[1] / "csrc" / "macko.h").read_text())
+    types = {"int32_t": ctypes.c_int32, "int64_t": ctypes.c_int64}
+    return {
+        name: [ctypes.c_void_p if "*" in text else types[text.split()[0]] for text in parameters.split(",")]
+        for name, parameters in re.findall(r"MACKO_API macko_status (\w+)\(([^)]*)\)", header)
+    }
+
+
+def test_the_wrapper_calls_what_the_header_declares() -> None:
+    """A parameter too many, or of another size, is nothing that ctypes notices."""
+    declared = header_signatures()
+    assert len(declared) >= 10
+    assert native._SIGNATURES.items() <= declared.items()
+    assert declared == {**native._SIGNATURES, **native._CUDA_SIGNATURES}
 
 
 def test_a_missing_library(package_folder: Path) -> None:
@@ -129,3 +148,93 @@ def test_nothing_to_do_is_no_error() -> None:
     assert native.cpu_row_spans(empty.deltas, empty.row_offsets).shape == (0,)
     assert native.cpu_spmv(empty, torch.ones(2, 3), None).shape == (2, 0)
     assert native.cpu_spmv(native.cpu_pack(HALF), torch.ones(0, 6), None).shape == (0, 4)
+
+
+def call_in_host_memory(function: str, arguments: tuple[object, ...]) -> None:
+    """Call a CUDA function with addresses that no GPU can use."""
+    if not native.has_cuda():
+        pytest.skip("the native library was built without CUDA")
+    memory = {"data": (ctypes.c_int64 * 8)(), "offsets": (ctypes.c_int32 * 2)(0, 1)}
+    start = ctypes.addressof(memory["data"])
+    addresses = {"data": start, "offsets": ctypes.addressof(memory["offsets"]), "unaligned": start + 2}
+    pointers = [addresses[argument] if isinstance(argument, str) else argument for argument in arguments]
+    native._call(function, *pointers, 0, None)
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments"),
+    [
+        ("macko_cuda_row_entries", (None, 1, 1, "data")),
+        ("macko_cuda_row_entries", ("data", 1, 1, None)),
+        ("macko_cuda_row_entries", ("data", -1, 1, "data")),
+        ("macko_cuda_row_entries", ("data", 1, 0, "data")),
+        ("macko_cuda_row_entries", ("data", 2**30 + 1, 1, "data")),
+        ("macko_cuda_row_entries", ("data", 1, 2**30 + 1, "data")),
+        ("macko_cuda_pack", ("data", 1, 1, None, "data", "data")),
+        ("macko_cuda_pack", (None, 1, 1, "offsets", "data", "data")),
+        ("macko_cuda_pack", ("data", 1, 1, "offsets", "data", "unaligned")),
+        ("macko_cuda_unpack", ("data", "data", None, 1, 1, "data")),
+        ("macko_cuda_unpack", ("data", "data", "offsets", 1, 1, None)),
+        ("macko_cuda_unpack", ("unaligned", "data", "offsets", 1, 1, "data")),
+        ("macko_cuda_unpack", ("data", "unaligned", "offsets", 1, 1, "data")),
+        ("macko_cuda_unpack", ("data", "data", "offsets", 1, 2**30 + 1, "data")),
+        ("macko_cuda_row_spans", ("data", None, 1, "data")),
+        ("macko_cuda_row_spans", ("data", "offsets", 1, None)),
+        ("macko_cuda_row_spans", ("unaligned", "offsets", 1, "data")),
+        ("macko_cuda_spmv_rows", ("data", 2, "data", "offsets", 1, 1, "data", None, "data", 2, 1)),
+        ("macko_cuda_spmv_rows", ("data", 0, "data", "offsets", 1, 1, "data", None, "data", 1, 1)),
+        ("macko_cuda_spmv_rows", ("data", 1, "data", "offsets", 1, 1, "data", None, "data", 0, 1)),
+        ("macko_cuda_spmv_rows", ("data", 0, "data", "offsets", 1, 1, "data", None, "data", 0, -1)),
+        ("macko_cuda_spmv_rows", ("data", 0, "data", "offsets", 1, 1, None, None, "data", 0, 1)),
+        ("macko_cuda_spmv_rows", ("data", 0, "data", "offsets", 1, 1, "data", None, None, 0, 1)),
+        ("macko_cuda_spmv_rows", ("data", 0, "data", None, 1, 1, "data", None, "data", 0, 1)),
+        ("macko_cuda_spmv_rows", ("unaligned", 0, "data", "offsets", 1, 1, "data", None, "data", 0, 1)),
+    ],
+)
+def test_cuda_functions_refuse_arguments(function: str, arguments: tuple[object, ...]) -> None:
+    with pytest.raises(NativeError, match=f"^{function} failed: it refused its arguments\\.$"):
+        call_in_host_memory(function, arguments)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA GPU")
+@pytest.mark.parametrize(
+    ("function", "arguments"),
+    [
+        ("macko_cuda_row_entries", ("data", 1, 1, "data")),
+        ("macko_cuda_pack", ("data", 1, 1, "offsets", "data", "data")),
+        ("macko_cuda_unpack", ("data", "data", "offsets", 1, 1, "data")),
+        ("macko_cuda_row_spans", ("data", "offsets", 1, "data")),
+        ("macko_cuda_spmv_rows", ("data", 0, "data", "offsets", 1, 1, "data", None, "data", 0, 1)),
+    ],
+)
+def test_cuda_functions_without_a_gpu(function: str, arguments: tuple[object, ...]) -> None:
+    sentence = rf'^{function} failed: CUDA says "[^"]*CUDA[^"]*"; `macko doctor` shows what this machine has\.$'
+    with pytest.raises(NativeError, match=sentence):
+        call_in_host_memory(function, arguments)
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments"),
+    [
+        ("macko_cuda_row_entries", (None, 0, 1, None)),
+        ("macko_cuda_pack", (None, 0, 1, "offsets", None, None)),
+        ("macko_cuda_unpack", (None, None, "offsets", 0, 1, None)),
+        ("macko_cuda_row_spans", (None, "offsets", 0, None)),
+        ("macko_cuda_spmv_rows", (None, 0, None, "offsets", 0, 1, None, None, None, 0, 1)),
+        ("macko_cuda_spmv_rows", (None, 0, None, "offsets", 1, 1, None, None, None, 0, 0)),
+    ],
+)
+def test_cuda_functions_with_nothing_to_do(function: str, arguments: tuple[object, ...]) -> None:
+    call_in_host_memory(function, arguments)
+
+
+@pytest.mark.skipif(sys.platform == "win32" or shutil.which("c++") is None, reason="needs a C++ compiler named c++")
+def test_a_library_without_cuda(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    sources = Path(__file__).parents[1] / "csrc"
+    library = tmp_path / "cpu_only.so"
+    files = [str(path) for path in (sources / "cpu").glob("*.cpp")]
+    command = ["c++", "-std=c++17", "-shared", "-fPIC", "-pthread", f"-I{sources}", *files, "-o", str(library)]
+    subprocess.run(command, check=True)
+    monkeypatch.setattr(native, "library_path", lambda: library)
+    assert not native.has_cuda()
+    assert torch.equal(native.cpu_unpack(native.cpu_pack(HALF)), HALF)

@@ -28,6 +28,7 @@ def doctor(as_json: JsonOption = False) -> None:
     for package, version in facts["packages"].items():
         print(f"  {package:<13} {version or 'missing'}")
     print(f"native library  {facts['native_library'] or 'missing'}")
+    print(f"kernels         {', '.join(facts['kernels']) or 'none'}")
     print(f"CPU             {facts['cpu_threads']} threads")
     for gpu in facts["gpus"]:
         print(f"GPU             {gpu['name']}, {gpu['memory_bytes'] / 1e9:.0f} GB, sm_{gpu['capability']}")
@@ -63,7 +64,7 @@ def _facts() -> dict[str, Any]:
     try:
         native.library()
         facts["native_library"] = str(native.library_path())
-        facts["kernels"] = ["cpu"]
+        facts["kernels"] = ["cpu", "cuda"] if native.has_cuda() else ["cpu"]
     except NativeError as error:
         advice.append(str(error))
     for index in range(torch.cuda.device_count()):
@@ -71,9 +72,18 @@ def _facts() -> dict[str, Any]:
         capability = f"{properties.major}{properties.minor}"
         gpu = {"name": properties.name, "memory_bytes": properties.total_memory, "capability": capability}
         facts["gpus"].append(gpu)
-    if facts["gpus"]:
-        advice.append("This version has no CUDA kernels yet: packed models run on GPUs in plain torch, right but slow.")
+    advice += gpu_advice(len(facts["gpus"]), facts["kernels"])
     return facts
+
+
+def gpu_advice(gpus: int, kernels: list[str]) -> list[str]:
+    """What to do for GPUs, given how many there are and which kernels the native library has."""
+    if gpus == 0 or not kernels or "cuda" in kernels:
+        return []
+    return [
+        "The native library was built without CUDA kernels, so packed models run on GPUs in plain torch, right but slow; "
+        "build it with `MACKO_CUDA=on pip install .` in the project's folder."
+    ]
 
 
 def _version(package: str) -> str | None:
