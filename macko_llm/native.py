@@ -5,13 +5,15 @@ import importlib.util
 import sys
 from functools import lru_cache
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
-from macko_llm.errors import NativeError
-from macko_llm.format import MackoMatrix, padded_count
+from macko_llm.errors import FormatError, NativeError
+from macko_llm.format import MAX_ENTRIES, MackoMatrix, padded_count
+from macko_llm.sliced import DELTA_BITS, SlicedMatrix, choose_shapes, plan_rows
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 
 _INT32, _INT64, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 _SIGNATURES: dict[str, list[type]] = {
@@ -23,6 +25,21 @@ _SIGNATURES: dict[str, list[type]] = {
         _POINTER, _INT32, _POINTER, _POINTER, _INT64, _INT64, _POINTER, _POINTER, _POINTER, _INT32, _INT64, _INT32,
     ],
 }  # fmt: skip
+_CUDA_SIGNATURES: dict[str, list[type]] = {
+    "macko_cuda_row_entries": [_POINTER, _INT64, _INT64, _POINTER, _INT32, _POINTER],
+    "macko_cuda_pack": [_POINTER, _INT64, _INT64, _POINTER, _POINTER, _POINTER, _INT32, _POINTER],
+    "macko_cuda_unpack": [_POINTER, _POINTER, _POINTER, _INT64, _INT64, _POINTER, _INT32, _POINTER],
+    "macko_cuda_row_spans": [_POINTER, _POINTER, _INT64, _POINTER, _INT32, _POINTER],
+    "macko_cuda_spmv_rows": [
+        _POINTER, _INT32, _POINTER, _POINTER, _INT64, _INT64, _POINTER, _POINTER, _POINTER, _INT32, _INT64,
+        _INT32, _POINTER,
+    ],
+    "macko_cuda_sliced_entries": [_POINTER, _INT64, _INT64, _INT32, _POINTER, _INT32, _POINTER],
+    "macko_cuda_sliced_pack": [_POINTER, _POINTER, _INT32, _POINTER],
+    "macko_cuda_sliced_unpack": [_POINTER, _POINTER, _INT32, _POINTER],
+    "macko_cuda_sliced_spmv": [_POINTER, _POINTER, _POINTER, _POINTER, _INT64, _INT32, _POINTER],
+}  # fmt: skip
+_CUDA_FAILED = 4
 _DTYPE_CODES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 _STATUS = {
     1: "it refused its arguments",
@@ -66,11 +83,21 @@ def library() -> ctypes.CDLL:
         raise NativeError(
             f"The native library {path} has interface version {version}, not {ABI_VERSION}; run `pip install .` again."
         )
-    for name, arguments in _SIGNATURES.items():
+    signatures = dict(_SIGNATURES)
+    if hasattr(loaded, "macko_cuda_error"):
+        loaded.macko_cuda_error.restype = ctypes.c_char_p
+        loaded.macko_cuda_sliced_max_cols.restype = _INT64
+        signatures.update(_CUDA_SIGNATURES)
+    for name, arguments in signatures.items():
         function = getattr(loaded, name)
         function.argtypes = arguments
         function.restype = ctypes.c_int32
     return loaded
+
+
+def has_cuda() -> bool:
+    """Whether the library was built with CUDA kernels; raises NativeError like `library`."""
+    return hasattr(library(), "macko_cuda_pack")
 
 
 def cpu_pack(weight: torch.Tensor) -> MackoMatrix:
@@ -120,10 +147,7 @@ def cpu_spmv(matrix: MackoMatrix, x: torch.Tensor, bias: torch.Tensor | None) ->
     """
     rows, cols = matrix.shape
     tokens = x.shape[0]
-    if bias is not None and (bias.dtype != x.dtype or bias.shape != (rows,)):
-        raise NativeError(
-            f"The bias is {bias.dtype} {list(bias.shape)}, not {x.dtype} [{rows}]; convert it to the input's dtype."
-        )
+    _check_bias(bias, x, rows)
     y = torch.empty(tokens, rows, dtype=x.dtype)
     _call(
         "macko_cpu_spmv",
@@ -133,6 +157,167 @@ def cpu_spmv(matrix: MackoMatrix, x: torch.Tensor, bias: torch.Tensor | None) ->
         torch.get_num_threads(),
     )
     return y
+
+
+def cuda_pack(weight: torch.Tensor) -> MackoMatrix:
+    """`format.pack` of a contiguous [rows, cols] float16 or bfloat16 matrix on a GPU.
+
+    Raises:
+        FormatError: it has too many entries.
+    """
+    rows, cols = weight.shape
+    device = weight.device
+    counts = torch.empty(rows, dtype=torch.int32, device=device)
+    _call_cuda("macko_cuda_row_entries", (weight, counts), _address(weight), rows, cols, _address(counts))
+    wide_offsets = torch.zeros(rows + 1, dtype=torch.int64, device=device)
+    torch.cumsum(counts, dim=0, out=wide_offsets[1:])
+    entries = int(wide_offsets[-1])
+    if entries > MAX_ENTRIES:
+        raise FormatError(f"a {rows} x {cols} matrix with {entries} entries does not fit int32 offsets; keep it dense.")
+    row_offsets = wide_offsets.to(torch.int32)
+    padded = padded_count(entries)
+    values = torch.zeros(padded, dtype=weight.dtype, device=device)
+    deltas = torch.zeros(padded // 2, dtype=torch.uint8, device=device)
+    addresses = _address(row_offsets), _address(values), _address(deltas)
+    _call_cuda("macko_cuda_pack", (weight,), _address(weight), rows, cols, *addresses)
+    return MackoMatrix(values, deltas, row_offsets, (rows, cols))
+
+
+def cuda_unpack(matrix: MackoMatrix) -> torch.Tensor:
+    """`format.unpack` of a valid matrix on a GPU."""
+    rows, cols = matrix.shape
+    values, deltas, row_offsets = _aligned(matrix)
+    weight = torch.empty(rows, cols, dtype=values.dtype, device=values.device)
+    arrays = _address(values), _address(deltas), _address(row_offsets)
+    _call_cuda("macko_cuda_unpack", (values, deltas, row_offsets), *arrays, rows, cols, _address(weight))
+    return weight
+
+
+def cuda_row_spans(deltas: torch.Tensor, row_offsets: torch.Tensor) -> torch.Tensor:
+    """`format.row_spans` on a GPU, for offsets that rise and end within the deltas."""
+    rows = len(row_offsets) - 1
+    deltas = _aligned_tensor(deltas)
+    spans = torch.empty(rows, dtype=torch.int64, device=deltas.device)
+    arrays = _address(deltas), _address(row_offsets)
+    _call_cuda("macko_cuda_row_spans", (deltas, row_offsets), *arrays, rows, _address(spans))
+    return spans
+
+
+def cuda_spmv_rows(matrix: MackoMatrix, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Y = x Wᵀ + bias on a GPU, accumulated in float32, straight from the canonical arrays.
+
+    Args:
+        matrix: a valid [rows, cols] matrix.
+        x: [tokens, cols] contiguous, of the values' dtype or float32.
+        bias: [rows] contiguous, of x's dtype.
+
+    Returns:
+        [tokens, rows] of x's dtype.
+
+    Raises:
+        NativeError: the bias has another shape or dtype, the tensors lie on different devices, or x has another dtype.
+    """
+    rows, cols = matrix.shape
+    tokens = x.shape[0]
+    _check_bias(bias, x, rows)
+    values, deltas, row_offsets = _aligned(matrix)
+    y = torch.empty(tokens, rows, dtype=x.dtype, device=x.device)
+    _call_cuda(
+        "macko_cuda_spmv_rows",
+        (x, values, deltas, row_offsets) if bias is None else (x, values, deltas, row_offsets, bias),
+        *(_address(values), _DTYPE_CODES[values.dtype], _address(deltas), _address(row_offsets), rows, cols),
+        *(_address(x), None if bias is None else _address(bias), _address(y), _DTYPE_CODES[x.dtype], tokens),
+    )
+    return y
+
+
+def cuda_sliced(weight: torch.Tensor, canonical_nbytes: int) -> SlicedMatrix | None:
+    """The sliced layout of a contiguous [rows, cols] float16 or bfloat16 matrix on a GPU.
+
+    Args:
+        weight: the dense matrix.
+        canonical_nbytes: bytes of its canonical arrays.
+
+    Returns:
+        None where the layout does not suit the matrix: no rows, too many columns for the GPU's shared memory, or rows of
+        very different lengths (`sliced.plan_rows`).
+    """
+    rows, cols = weight.shape
+    device = weight.get_device()
+    if rows == 0 or cols > library().macko_cuda_sliced_max_cols(device):
+        return None
+    counts = {}
+    for bits in DELTA_BITS:
+        counts[bits] = torch.empty(rows, dtype=torch.int32, device=weight.device)
+        addresses = _address(weight), rows, cols, bits, _address(counts[bits])
+        _call_cuda("macko_cuda_sliced_entries", (weight,), *addresses)
+    shapes = choose_shapes(rows, torch.cuda.get_device_properties(device).multi_processor_count)
+    planned = plan_rows(counts, rows, cols, weight.dtype, shapes, canonical_nbytes)
+    if planned is None:
+        return None
+    matrix = SlicedMatrix(torch.zeros(planned.plan.nbytes, dtype=torch.uint8, device=weight.device), planned.plan)
+    for offset, array in zip(planned.plan.array_offsets[-2:], (planned.unit_offsets, planned.row_order), strict=True):
+        matrix.data[offset : offset + array.nbytes] = array.view(torch.uint8)
+    _call_cuda("macko_cuda_sliced_pack", (weight, matrix.data), _address(weight), matrix.address)
+    return matrix
+
+
+def cuda_sliced_unpack(matrix: SlicedMatrix) -> torch.Tensor:
+    """The dense [rows, cols] matrix of a sliced one."""
+    plan = matrix.plan
+    weight = torch.empty(plan.rows, plan.cols, dtype=plan.dtype, device=matrix.data.device)
+    _call_cuda("macko_cuda_sliced_unpack", (matrix.data,), matrix.address, _address(weight))
+    return weight
+
+
+def cuda_sliced_spmv(matrix: SlicedMatrix, x: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor) -> None:
+    """Y = x Wᵀ + bias on the GPU that is all tensors', accumulated in float32.
+
+    Args:
+        matrix: [rows, cols].
+        x: [tokens, cols] contiguous, of the values' dtype, on the matrix's GPU.
+        bias: [rows] contiguous, of that dtype and on that GPU, or None.
+        y: [tokens, rows] contiguous, of that dtype and on that GPU; filled.
+    """
+    # Called for every layer of every token: nothing here that is not needed.
+    device = x.get_device()
+    status = library().macko_cuda_sliced_spmv(
+        matrix.address,
+        x.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+        x.numel() // matrix.plan.cols,
+        device,
+        torch._C._cuda_getCurrentRawStream(device),
+    )
+    if status != 0:
+        _raise("macko_cuda_sliced_spmv", status)
+
+
+def check_spmv(x: torch.Tensor, data: torch.Tensor, bias: torch.Tensor | None, rows: int) -> None:
+    """Refuse what `cuda_sliced_spmv` relies on.
+
+    Raises:
+        NativeError: the tensors lie on different devices, or the bias has another shape or dtype.
+    """
+    _check_bias(bias, x, rows)
+    _one_device((x, data) if bias is None else (x, data, bias))
+
+
+def _check_bias(bias: torch.Tensor | None, x: torch.Tensor, rows: int) -> None:
+    if bias is not None and (bias.dtype != x.dtype or bias.shape != (rows,)):
+        raise NativeError(
+            f"The bias is {bias.dtype} {list(bias.shape)}, not {x.dtype} [{rows}]; convert it to the input's dtype."
+        )
+
+
+def _aligned(matrix: MackoMatrix) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return _aligned_tensor(matrix.values), _aligned_tensor(matrix.deltas), matrix.row_offsets
+
+
+def _aligned_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    # The kernels read 16 bytes at once. Only a slice of another tensor can begin elsewhere: torch aligns what it allocates.
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
 def _address(tensor: torch.Tensor) -> int:
@@ -147,4 +332,26 @@ def _address(tensor: torch.Tensor) -> int:
 def _call(name: str, *arguments: object) -> None:
     status = getattr(library(), name)(*arguments)
     if status != 0:
-        raise NativeError(f"{name} failed: {_STATUS.get(status, f'unknown status {status}')}.")
+        _raise(name, status)
+
+
+def _raise(name: str, status: int) -> NoReturn:
+    if status == _CUDA_FAILED:
+        text = library().macko_cuda_error().decode()
+        raise NativeError(f'{name} failed: CUDA says "{text}"; `macko doctor` shows what this machine has.')
+    raise NativeError(f"{name} failed: {_STATUS.get(status, f'unknown status {status}')}.")
+
+
+def _call_cuda(name: str, tensors: tuple[torch.Tensor, ...], *arguments: object) -> None:
+    """Call a function on the GPU that holds these tensors, all that it reads, and on the current stream."""
+    device = _one_device(tensors)
+    _call(name, *arguments, device, torch._C._cuda_getCurrentRawStream(device))
+
+
+def _one_device(tensors: tuple[torch.Tensor, ...]) -> int:
+    device = tensors[0].get_device()
+    for tensor in tensors:
+        if tensor.get_device() != device:
+            places = " and ".join(sorted({str(tensor.device) for tensor in tensors}))
+            raise NativeError(f"The tensors lie on {places}; move them to one device.")
+    return device

@@ -1,6 +1,7 @@
 """The operations on packed matrices as torch ops (`torch.ops.macko.*`): schemas, fake kernels, implementations.
 
-The CPU runs the native library. Other devices run `format.py`'s plain torch, which is right everywhere and fast nowhere.
+The CPU runs the native library, and so do NVIDIA GPUs if it was built with CUDA. Other devices run `format.py`'s plain torch,
+which is right everywhere and fast nowhere.
 """
 
 import torch
@@ -11,14 +12,20 @@ from macko_llm import format as spec
 from macko_llm import native
 from macko_llm.errors import FormatError
 from macko_llm.format import MackoMatrix
+from macko_llm.sliced import Shape, SlicedMatrix, SlicedPlan
 
 SPMV_MAX_TOKENS = 2
-"""Up to this many tokens SpMV reads the packed matrix once a token; beyond, unpacking for a dense product is faster
-(measured, docs/design.md)."""
+"""Up to this many tokens SpMV reads the canonical arrays; beyond, unpacking for a dense product is faster (measured on a
+CPU, docs/design.md)."""
+SLICED_SPMV_MAX_TOKENS = 12
+"""The same for the sliced layout, on an H200."""
 
 _library = torch.library.Library("macko", "DEF")
 _library.define("pack(Tensor weight) -> (Tensor values, Tensor deltas, Tensor row_offsets)")
 _library.define("unpack(Tensor values, Tensor deltas, Tensor row_offsets, SymInt cols) -> Tensor")
+_PLAN = "int rows, int cols, int delta_bits, int height, int warps, int units"
+_library.define(f"sliced_unpack(Tensor data, ScalarType dtype, {_PLAN}) -> Tensor")
+_library.define(f"sliced_spmv(Tensor x, Tensor data, Tensor? bias, {_PLAN}) -> Tensor")
 _library.define("spmv(Tensor x, Tensor values, Tensor deltas, Tensor row_offsets, Tensor? bias) -> Tensor")
 
 
@@ -36,11 +43,36 @@ def unpack(matrix: MackoMatrix) -> Tensor:
 
 def validate(matrix: MackoMatrix, name: str) -> None:
     """`format.validate` at the speed of the device; raises FormatError."""
-    on_cpu = matrix.values.device.type == "cpu"
-    spec.validate(matrix, name, native.cpu_row_spans if on_cpu else spec.row_spans)
+    row_spans = spec.row_spans
+    if matrix.values.device.type == "cpu":
+        row_spans = native.cpu_row_spans
+    elif matrix.values.is_cuda and native.has_cuda():
+        row_spans = native.cuda_row_spans
+    spec.validate(matrix, name, row_spans)
 
 
-def linear(x: Tensor, matrix: MackoMatrix, bias: Tensor | None) -> Tensor:
+def arrange(matrix: MackoMatrix) -> SlicedMatrix | None:
+    """The layout in which this matrix's GPU multiplies it fastest.
+
+    Returns:
+        None where the canonical arrays are the better layout: on a CPU, without CUDA kernels, for rows of very different
+        lengths, for very many columns (`native.cuda_sliced`).
+    """
+    if not (matrix.values.is_cuda and matrix.values.dtype in spec.VALUE_DTYPES.values() and native.has_cuda()):
+        return None
+    arranged = native.cuda_sliced(unpack(matrix), matrix.nbytes)
+    if arranged is not None:
+        # A later SpMV may fetch weights before the kernels queued ahead of it are done (csrc/macko.h).
+        torch.cuda.current_stream(matrix.values.device).synchronize()
+    return arranged
+
+
+def restore(matrix: SlicedMatrix) -> MackoMatrix:
+    """The canonical arrays that `arrange` was given, bit for bit if they came from `pack`."""
+    return pack(native.cuda_sliced_unpack(matrix))
+
+
+def linear(x: Tensor, matrix: MackoMatrix | SlicedMatrix, bias: Tensor | None) -> Tensor:
     """Y = x Wᵀ + bias for a packed W, accumulated in float32.
 
     Args:
@@ -54,19 +86,78 @@ def linear(x: Tensor, matrix: MackoMatrix, bias: Tensor | None) -> Tensor:
     Raises:
         FormatError: x has another width or dtype.
     """
+    if isinstance(matrix, SlicedMatrix):
+        if _is_plain(x, matrix, bias):
+            y = x.new_empty((*x.shape[:-1], matrix.plan.rows))
+            native.cuda_sliced_spmv(matrix, x, bias, y)
+            return y
+        return _sliced_linear(x, matrix, bias)
     rows, cols = matrix.shape
-    if x.shape[-1] != cols:
-        raise FormatError(f"The input has {x.shape[-1]} features and the matrix {cols} columns; give it [..., {cols}].")
-    if x.dtype not in (matrix.values.dtype, torch.float32):
-        raise FormatError(
-            f"The input is {x.dtype} and the packed values are {matrix.values.dtype}; "
-            f"convert the input, or pack the model with the other --dtype."
-        )
+    _check_input(x, cols, matrix.values.dtype)
     tokens = x.numel() // cols
-    if tokens <= SPMV_MAX_TOKENS and not (torch.is_grad_enabled() and x.requires_grad):
+    if tokens <= SPMV_MAX_TOKENS and not _wants_gradient(x):
         y = torch.ops.macko.spmv(x.reshape(tokens, cols), matrix.values, matrix.deltas, matrix.row_offsets, bias)
         return y.view(*x.shape[:-1], rows)
     return F.linear(x, unpack(matrix).to(x.dtype), bias)
+
+
+def _is_plain(x: Tensor, matrix: SlicedMatrix, bias: Tensor | None) -> bool:
+    """Whether the library can be called at once, past the 8 us that torch takes to dispatch an op of ours."""
+    plan, data = matrix.plan, matrix.data
+    return (
+        type(x) is Tensor
+        and type(data) is Tensor
+        and not torch.compiler.is_compiling()
+        and x.dtype is plan.dtype
+        and x.shape[-1] == plan.cols
+        and 0 < x.numel() <= SLICED_SPMV_MAX_TOKENS * plan.cols
+        and x.get_device() == data.get_device()
+        and x.is_contiguous()
+        and (bias is None or _is_plain_bias(bias, matrix))
+        and not _wants_gradient(x)
+        and not _python_modes()
+    )
+
+
+def _is_plain_bias(bias: Tensor, matrix: SlicedMatrix) -> bool:
+    return (
+        bias.dtype is matrix.plan.dtype
+        and bias.shape == (matrix.plan.rows,)
+        and bias.get_device() == matrix.data.get_device()
+        and bias.is_contiguous()
+    )
+
+
+def _python_modes() -> int:
+    """Modes and transforms (vmap, jvp) that want to see the op."""
+    transforms = torch._C._functorch.peek_interpreter_stack() is not None
+    return torch._C._len_torch_dispatch_stack() + torch._C._len_torch_function_stack() + transforms
+
+
+def _wants_gradient(x: Tensor) -> bool:
+    return torch.is_grad_enabled() and x.requires_grad
+
+
+def _sliced_linear(x: Tensor, matrix: SlicedMatrix, bias: Tensor | None) -> Tensor:
+    plan = matrix.plan
+    _check_input(x, plan.cols, plan.dtype)
+    numbers = (plan.rows, plan.cols, plan.delta_bits, plan.shape.height, plan.shape.warps, plan.units)
+    tokens = x.numel() // plan.cols
+    if tokens <= SLICED_SPMV_MAX_TOKENS and x.dtype == plan.dtype and not _wants_gradient(x):
+        y = torch.ops.macko.sliced_spmv(x.reshape(tokens, plan.cols), matrix.data, bias, *numbers)
+        return y.view(*x.shape[:-1], plan.rows)
+    weight = torch.ops.macko.sliced_unpack(matrix.data, plan.dtype, *numbers)
+    return F.linear(x, weight.to(x.dtype), bias)
+
+
+def _check_input(x: Tensor, cols: int, dtype: torch.dtype) -> None:
+    if x.shape[-1] != cols:
+        raise FormatError(f"The input has {x.shape[-1]} features and the matrix {cols} columns; give it [..., {cols}].")
+    if x.dtype not in (dtype, torch.float32):
+        raise FormatError(
+            f"The input is {x.dtype} and the packed values are {dtype}; "
+            f"convert the input, or pack the model with the other --dtype."
+        )
 
 
 @torch.library.impl(_library, "pack", "CompositeExplicitAutograd")
@@ -100,6 +191,60 @@ def _unpack_cpu(values: Tensor, deltas: Tensor, row_offsets: Tensor, cols: int) 
 def _spmv_cpu(x: Tensor, values: Tensor, deltas: Tensor, row_offsets: Tensor, bias: Tensor | None) -> Tensor:
     matrix = MackoMatrix(values, deltas, row_offsets, (len(row_offsets) - 1, x.shape[1]))
     return native.cpu_spmv(matrix, x.contiguous(), None if bias is None else bias.contiguous())
+
+
+@torch.library.impl(_library, "pack", "CUDA")
+def _pack_cuda(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    if not native.has_cuda():
+        return _pack_any(weight)
+    matrix = native.cuda_pack(weight.contiguous())
+    return matrix.values, matrix.deltas, matrix.row_offsets
+
+
+@torch.library.impl(_library, "unpack", "CUDA")
+def _unpack_cuda(values: Tensor, deltas: Tensor, row_offsets: Tensor, cols: int) -> Tensor:
+    if not native.has_cuda():
+        return _unpack_any(values, deltas, row_offsets, cols)
+    return native.cuda_unpack(MackoMatrix(values, deltas, row_offsets, (len(row_offsets) - 1, cols)))
+
+
+@torch.library.impl(_library, "spmv", "CUDA")
+def _spmv_cuda(x: Tensor, values: Tensor, deltas: Tensor, row_offsets: Tensor, bias: Tensor | None) -> Tensor:
+    if not native.has_cuda():
+        return _spmv_any(x, values, deltas, row_offsets, bias)
+    matrix = MackoMatrix(values, deltas, row_offsets, (len(row_offsets) - 1, x.shape[1]))
+    return native.cuda_spmv_rows(matrix, x.contiguous(), None if bias is None else bias.contiguous())
+
+
+@torch.library.impl(_library, "sliced_unpack", "CUDA")
+def _sliced_unpack_cuda(data: Tensor, dtype: torch.dtype, *numbers: int) -> Tensor:
+    return native.cuda_sliced_unpack(_sliced(data, dtype, *numbers))
+
+
+@torch.library.impl(_library, "sliced_spmv", "CUDA")
+def _sliced_spmv_cuda(x: Tensor, data: Tensor, bias: Tensor | None, *numbers: int) -> Tensor:
+    matrix = _sliced(data, x.dtype, *numbers)
+    native.check_spmv(x, data, bias, matrix.plan.rows)
+    y = x.new_empty(x.shape[0], matrix.plan.rows)
+    native.cuda_sliced_spmv(matrix, x.contiguous(), None if bias is None else bias.contiguous(), y)
+    return y
+
+
+def _sliced(
+    data: Tensor, dtype: torch.dtype, rows: int, cols: int, delta_bits: int, height: int, warps: int, units: int
+) -> SlicedMatrix:
+    return SlicedMatrix(data, SlicedPlan(rows, cols, dtype, delta_bits, Shape(height, warps), units))
+
+
+@torch.library.register_fake("macko::sliced_unpack")
+def _sliced_unpack_fake(data: Tensor, dtype: torch.dtype, rows: int, cols: int, *_: int) -> Tensor:
+    return data.new_empty(rows, cols, dtype=dtype)
+
+
+@torch.library.register_fake("macko::sliced_spmv")
+def _sliced_spmv_fake(x: Tensor, data: Tensor, bias: Tensor | None, rows: int, *_: int) -> Tensor:
+    del data, bias
+    return x.new_empty(x.shape[0], rows)
 
 
 @torch.library.register_fake("macko::pack")

@@ -101,6 +101,7 @@ class MackoQuantizer(HfQuantizer):
                 parameter.requires_grad_(False)  # transformers gives every floating tensor gradients
             if module.weight_values.device.type != "meta":  # offloaded to disk
                 ops.validate(module.matrix, name)
+                module.arrange()
         return model
 
     @property

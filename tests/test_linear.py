@@ -193,3 +193,29 @@ def test_parameters_are_frozen_and_shared_with_the_matrix() -> None:
     assert sum(p.nbytes for p in layer.parameters()) == matrix.nbytes + ROWS * 2
     assert f"in_features={COLS}, out_features={ROWS}" in str(layer)
     assert torch.equal(ops.unpack(matrix), weight)
+
+
+def test_a_cpu_has_nothing_to_arrange() -> None:
+    layer, weight = make()
+    state = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    places = [parameter.data_ptr() for parameter in layer.parameters()]
+    x = torch.randn(1, COLS)
+    expected = layer(x)
+    for change in (layer.restore, layer.arrange, layer.arrange, layer.restore, layer.cpu):
+        change()
+        assert not layer.is_arranged
+        assert layer.weight_sliced is None
+        assert [parameter.data_ptr() for parameter in layer.parameters()] == places
+        assert layer.state_dict().keys() == state.keys()
+        assert all(torch.equal(tensor, state[name]) for name, tensor in layer.state_dict().items())
+        assert torch.equal(layer(x), expected)
+    assert ops.arrange(layer.matrix) is None
+    assert torch.equal(ops.unpack(layer.matrix), weight)
+
+
+def test_a_placeholder_has_nothing_to_arrange() -> None:
+    placeholder = MackoLinear(COLS, ROWS, 8, device="meta")
+    placeholder.arrange()
+    placeholder.restore()
+    assert not placeholder.is_arranged
+    assert placeholder.weight_values.is_meta

@@ -1,0 +1,145 @@
+// Dense -> sliced layout. A warp takes a row, 32 columns at a time.
+#include "cuda/sliced.cuh"
+#include "cuda/warp.cuh"
+#include "format.h"
+
+namespace macko {
+namespace {
+
+// A lane's column among 32, and the entries that it needs: the zeros that bridge the gap before it, then itself.
+template <int DeltaBits>
+struct LaneEntries {
+  bool nonzero;
+  int delta;    // of the last of the entries
+  int entries;  // 0 for a zero weight
+
+  // `previous` is the row's last nonzero column before these 32, -1 if there is none; it is moved on.
+  __device__ LaneEntries(uint16_t bits, int column, int& previous) : nonzero((bits & 0x7fffu) != 0) {
+    const unsigned mask = __ballot_sync(kAllLanes, nonzero);
+    const int first = column - lane_index();
+    const unsigned before = mask & ((1u << lane_index()) - 1);
+    const int gap = column - (before ? first + 31 - __clz(before) : previous) - 1;
+    delta = gap % (Unit<DeltaBits>::kMaxDelta + 1);
+    entries = nonzero ? gap / (Unit<DeltaBits>::kMaxDelta + 1) + 1 : 0;
+    if (mask) previous = first + 31 - __clz(mask);
+  }
+};
+
+template <int DeltaBits>
+__global__ void __launch_bounds__(kBlockThreads)
+    count_entries(const uint16_t* __restrict__ weight,  // [rows, cols] bits of 16-bit floats
+                  int rows, int cols,
+                  int32_t* __restrict__ counts) {  // out: [rows]
+  const int row = blockIdx.x * kBlockWarps + warp_index();
+  if (row >= rows) return;
+  weight += static_cast<int64_t>(row) * cols;
+  int count = 0, previous = -1;
+  for (int first = 0; first < cols; first += kWarpSize) {
+    const int column = first + lane_index();
+    count += LaneEntries<DeltaBits>(column < cols ? weight[column] : 0, column, previous).entries;
+  }
+  count = warp_sum(count);
+  if (lane_index() == 0) counts[row] = count;
+}
+
+// Where the entries of one row go.
+template <int DeltaBits>
+struct RowWriter {
+  using U = Unit<DeltaBits>;
+  const macko_sliced& matrix;
+  int slice, place;  // the row's place in its slice
+  int first_unit, units;
+
+  __device__ RowWriter(const macko_sliced& matrix, int position)
+      : matrix(matrix), slice(position / matrix.height), place(position % matrix.height) {
+    first_unit = matrix.unit_offsets[slice];
+    units = matrix.unit_offsets[slice + 1] - first_unit;
+  }
+
+  // `column` is the entry's own; the unit that it begins may be where a warp's share starts.
+  __device__ void write(int entry, uint16_t bits, int delta, int column) const {
+    const int64_t unit = first_unit + entry / U::kEntries;
+    const int in_unit = entry % U::kEntries;
+    const int64_t vector = (unit * U::kVectors + in_unit / 8) * matrix.height + place;
+    if (bits) reinterpret_cast<uint16_t*>(matrix.values)[vector * 8 + in_unit % 8] = bits;
+    // Lanes write entries of the same word at the same time.
+    if (delta) atomicOr(matrix.deltas + unit * matrix.height + place, uint32_t(delta) << DeltaBits * in_unit);
+    if (in_unit == 0) note_start(entry / U::kEntries, column - delta);
+  }
+
+  // The starts of the shares in which the row has no entries left, only zeros that each go one column on. `last` is the
+  // row's last column with an entry.
+  __device__ void finish(int entries, int last) const {
+    for (int warp = lane_index(); warp < matrix.warps; warp += kWarpSize) {
+      const int behind = begin_of(warp) * U::kEntries - entries;
+      if (behind >= 0) set_start(warp, min(last + 1 + behind, matrix.cols));
+    }
+  }
+
+ private:
+  // The first unit, within the slice, of a warp's share; see Share.
+  __device__ int begin_of(int warp) const { return warp * (units / matrix.warps) + min(warp, units % matrix.warps); }
+  __device__ void set_start(int warp, int column) const {
+    matrix.starts[(slice * matrix.warps + warp) * matrix.height + place] = static_cast<uint16_t>(column);
+  }
+  __device__ void note_start(int unit, int column) const {
+    const int each = units / matrix.warps, rest = units % matrix.warps, longer = rest * (each + 1);
+    const int warp = unit < longer ? unit / (each + 1) : rest + (unit - longer) / max(each, 1);
+    if (unit == begin_of(warp)) set_start(warp, column);
+  }
+};
+
+template <int DeltaBits>
+__global__ void __launch_bounds__(kBlockThreads)
+    fill(const uint16_t* __restrict__ weight,  // [rows, cols] bits of 16-bit floats
+         const macko_sliced matrix) {          // its values and deltas are zero
+  const int position = blockIdx.x * kBlockWarps + warp_index();
+  if (position >= matrix.rows) return;
+  const RowWriter<DeltaBits> writer(matrix, position);
+  const int row = matrix.row_order[position];
+  weight += static_cast<int64_t>(row) * matrix.cols;
+  int written = 0, previous = -1;
+  for (int first = 0; first < matrix.cols; first += kWarpSize) {
+    const int column = first + lane_index();
+    const uint16_t bits = column < matrix.cols ? weight[column] : 0;
+    const LaneEntries<DeltaBits> lane(bits, column, previous);
+    const int up_to = warp_sum_up_to(lane.entries);
+    const int entry = written + up_to - 1;
+    if (lane.nonzero) {
+      writer.write(entry, bits, lane.delta, column);
+      int bridge = column - lane.delta - 1;  // column of the last of the bridging zeros
+      for (int i = 1; i < lane.entries; i++, bridge -= Unit<DeltaBits>::kMaxDelta + 1) {
+        writer.write(entry - i, 0, Unit<DeltaBits>::kMaxDelta, bridge);
+      }
+    }
+    written += of_last_lane(up_to);
+  }
+  writer.finish(written, previous);
+}
+
+}  // namespace
+}  // namespace macko
+
+using namespace macko;
+
+macko_status macko_cuda_sliced_entries(const uint16_t* weight, int64_t rows, int64_t cols, int32_t delta_bits,
+                                       int32_t* counts, int32_t device, void* stream) {
+  if (!fits_gpu(rows, cols) || (delta_bits != 2 && delta_bits != 4) || (rows && (!weight || !counts))) {
+    return MACKO_BAD_ARGUMENT;
+  }
+  if (rows == 0) return MACKO_OK;
+  return launch_on(device, [&] {
+    const auto kernel = delta_bits == 2 ? count_entries<2> : count_entries<4>;
+    kernel<<<blocks_for(rows), kBlockThreads, 0, static_cast<cudaStream_t>(stream)>>>(weight, static_cast<int>(rows),
+                                                                                      static_cast<int>(cols), counts);
+  });
+}
+
+macko_status macko_cuda_sliced_pack(const uint16_t* weight, const macko_sliced* matrix, int32_t device, void* stream) {
+  if (!is_valid(matrix) || (matrix->rows && !weight)) return MACKO_BAD_ARGUMENT;
+  if (matrix->rows == 0) return MACKO_OK;
+  return launch_on(device, [&] {
+    const auto kernel = matrix->delta_bits == 2 ? fill<2> : fill<4>;
+    kernel<<<blocks_for(matrix->rows), kBlockThreads, 0, static_cast<cudaStream_t>(stream)>>>(weight, *matrix);
+  });
+}
