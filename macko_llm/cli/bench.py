@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from macko_llm.cli.bench_spmv import spmv
 from macko_llm.cli.console import megabytes, plain_errors, print_json, print_table, progress_bars
 from macko_llm.cli.options import DeviceOption, JsonOption
 from macko_llm.recipe import PruneRecipe
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from macko_llm.benchmarks.quality import QualityReport
 
 app = typer.Typer(help="Measure.")
+app.command()(spmv)
 
 
 @app.command()

@@ -1,0 +1,291 @@
+"""One linear layer at a time: dense, CSR and packed, on weights that no cache holds, with their errors."""
+
+import functools
+import math
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import macko_llm
+from macko_llm import models
+from macko_llm.benchmarks import weights
+from macko_llm.benchmarks.timing import Timing, measure
+from macko_llm.errors import UsageError
+from macko_llm.linear import MackoLinear
+from macko_llm.progress import Progress, no_progress
+
+LLAMA_2_7B = ((4096, 4096), (11008, 4096), (4096, 11008), (12288, 4096), (22016, 4096))
+"""(rows, cols) of attention, up, down, the fused q, k, v and the fused gate, up."""
+SPARSITIES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+TOKENS = (1,)
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
+CACHE_MULTIPLE = 6
+"""A rotation's weights are at least this many times the GPU's L2, so that even a random replacement keeps nothing."""
+CPU_ROTATION_BYTES = 64 * 2**20
+READ_BYTES = {"cuda": 2**30, "cpu": 128 * 2**20}
+"""Buffer that the read bandwidth is measured on."""
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What the figures of a report depend on.
+
+    Attributes:
+        device: the GPU's name, or "cpu".
+        driver: version of the NVIDIA driver, where it can be found out.
+        cuda: version of CUDA that torch was built for.
+        torch: version.
+        macko: version.
+        dtype: of weights and inputs.
+        threads: of torch, on the CPU.
+        l2_bytes: of the GPU.
+        rotation_bytes: what each method's weights add up to at least.
+        read_gigabytes_per_second: the fastest way found to read a large buffer, in this run.
+        date: UTC, ISO 8601.
+    """
+
+    device: str
+    driver: str | None
+    cuda: str | None
+    torch: str
+    macko: str
+    dtype: str
+    threads: int
+    l2_bytes: int | None
+    rotation_bytes: int
+    read_gigabytes_per_second: float
+    date: str
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to compute the product.
+
+    Attributes:
+        timing: of one product.
+        nbytes: of one weight in memory.
+        copies: of the weight, different ones, that the launches go round.
+        relative_error: ||y - ref|| / ||ref|| with ref in float64 from the same 16-bit weights and inputs.
+        dtype: of its weights and inputs.
+    """
+
+    timing: Timing
+    nbytes: int
+    copies: int
+    relative_error: float
+    dtype: str
+
+    @property
+    def microseconds(self) -> float:
+        """Of one product."""
+        return self.timing.microseconds
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape, sparsity and number of tokens.
+
+    Attributes:
+        rows, cols: of the weight.
+        sparsity: share of zeros asked for; every row has exactly int(cols * sparsity).
+        tokens: the input is [tokens, cols].
+        dense: `F.linear`, cuBLAS on a GPU.
+        csr: torch's sparse CSR product, cuSPARSE on a GPU; None where torch has none.
+        macko: the packed layer as models use it.
+        bytes_moved: by macko: the packed weight, the input and the output, each once.
+        gigabytes_per_second: bytes_moved / time of macko.
+        bandwidth_share: of the read bandwidth.
+        speedup: time of dense / time of macko.
+        notes: what a reader must know of this case, in sentences.
+    """
+
+    rows: int
+    cols: int
+    sparsity: float
+    tokens: int
+    dense: Method
+    csr: Method | None
+    macko: Method
+    bytes_moved: int
+    gigabytes_per_second: float
+    bandwidth_share: float
+    speedup: float
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SpmvReport:
+    """All cases of one run."""
+
+    conditions: Conditions
+    cases: tuple[Case, ...]
+
+
+@torch.inference_mode()
+def measure_spmv(
+    shapes: Sequence[tuple[int, int]] = LLAMA_2_7B,
+    sparsities: Sequence[float] = SPARSITIES,
+    tokens: Sequence[int] = TOKENS,
+    *,
+    dtype: str = "float16",
+    device: str = "auto",
+    progress: Progress = no_progress,
+) -> SpmvReport:
+    """Time the product of random weights, every row of which has the same number of zeros (as Wanda leaves them).
+
+    Args:
+        shapes: (rows, cols).
+        sparsities: each from 0 to below 1.
+        tokens: rows of the input.
+        dtype: float16 or bfloat16.
+        device: where to compute.
+        progress: told of each case.
+
+    Raises:
+        UsageError: there is no such device or dtype, or a weight does not fit on it.
+    """
+    if dtype not in DTYPES:
+        raise UsageError(f"There is no benchmark in {dtype}; use --dtype float16 or bfloat16.")
+    where = models.resolve_device(device)
+    progress("measuring read bandwidth", 0, 1)
+    conditions = _conditions(where, dtype)
+    total = len(shapes) * len(sparsities) * len(tokens)
+    cases: list[Case] = []
+    for rows, cols in shapes:
+        for sparsity in sparsities:
+            try:
+                for case in _measure_matrix((rows, cols), sparsity, tokens, where, conditions):
+                    cases.append(case)
+                    progress("measuring products", len(cases), total)
+            except RuntimeError as error:
+                if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+                    raise
+                raise UsageError(
+                    f"Several weights of {rows} x {cols} do not fit on {where}; use a smaller --shape or --tokens."
+                ) from error
+    return SpmvReport(conditions, tuple(cases))
+
+
+def _measure_matrix(
+    shape: tuple[int, int], sparsity: float, tokens: Sequence[int], device: torch.device, conditions: Conditions
+) -> Iterator[Case]:
+    """The cases of one matrix; all of them share its copies."""
+    rows, cols = shape
+    dtype = DTYPES[conditions.dtype]
+    csr_dtype = weights.csr_dtype(dtype, device)
+    sets = weights.make_weight_sets(
+        shape, sparsity, dtype, device, csr_dtype=csr_dtype, rotation_bytes=conditions.rotation_bytes
+    )
+    generator = torch.Generator(device).manual_seed(1)
+    for count in tokens:
+        x = torch.randn(count, cols, dtype=dtype, device=device, generator=generator)
+        # The first weight is the same in all sets, so one reference serves all.
+        reference = _reference(x, sets.dense[0])
+        dense = _method(lambda weight, x: F.linear(x, weight), sets.dense, x, reference)
+        packed = _method(lambda layer, x: layer(x), sets.packed, x, reference)
+        csr = None
+        if csr_dtype is not None:
+            csr = _method(lambda weight, x: weights.csr_product(x, weight), sets.csr, x.to(csr_dtype), reference)
+        moved = packed.nbytes + (rows + cols) * count * dtype.itemsize
+        speed = moved / packed.microseconds / 1e3
+        yield Case(
+            rows=rows,
+            cols=cols,
+            sparsity=sparsity,
+            tokens=count,
+            dense=dense,
+            csr=csr,
+            macko=packed,
+            bytes_moved=moved,
+            gigabytes_per_second=speed,
+            bandwidth_share=speed / conditions.read_gigabytes_per_second,
+            speedup=dense.microseconds / packed.microseconds,
+            notes=tuple(_notes({"dense": dense, "CSR": csr, "macko": packed}, conditions)),
+        )
+
+
+def _method(
+    product: Callable[[Any, Tensor], Tensor], copies: Sequence[Tensor | MackoLinear], x: Tensor, reference: Tensor
+) -> Method:
+    error = (product(copies[0], x).double() - reference).norm() / reference.norm()
+    rotation = [functools.partial(product, weight, x) for weight in copies]
+    return Method(
+        timing=measure(rotation, x.device),
+        nbytes=weights.weight_bytes(copies[0]),
+        copies=len(copies),
+        relative_error=error.item(),
+        dtype=str(x.dtype).removeprefix("torch."),
+    )
+
+
+def _reference(x: Tensor, weight: Tensor) -> Tensor:
+    """The product in float64, [tokens, rows]."""
+    return torch.cat([x.double() @ part.double().t() for part in weights.row_parts(weight)], dim=1)
+
+
+def _notes(methods: dict[str, Method | None], conditions: Conditions) -> Iterator[str]:
+    for name, method in methods.items():
+        if method is None:
+            yield f"torch has no {name} product for {conditions.dtype} here, so it is left out."
+            continue
+        if method.dtype != conditions.dtype:
+            yield f"{name} is timed in {method.dtype}, because torch has no such product for {conditions.dtype} here."
+        if method.timing.graph_failure:
+            yield f"{name} is timed without a CUDA graph, gaps between launches included: {method.timing.graph_failure}."
+        if method.copies * method.nbytes < conditions.rotation_bytes:
+            yield f"Small shapes: {weights.MAX_COPIES} weights are fewer bytes than keep them out of the caches."
+
+
+def read_bandwidth(device: torch.device) -> float:
+    """GB/s of the fastest of several ways to read a buffer far larger than the caches."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
+    elements = int(min(READ_BYTES[device.type], free // 4)) // 4
+    cols = 8192
+    buffer = torch.randn(elements // cols, cols, device=device, generator=torch.Generator(device).manual_seed(0))
+    vector = torch.ones(cols, device=device)
+    ways = (buffer.amax, buffer.sum, lambda: buffer.amax(dim=1), lambda: buffer.sum(dim=1), lambda: buffer @ vector)
+    fastest = min(measure([way], device).microseconds for way in ways)
+    return buffer.nbytes / fastest / 1e3
+
+
+def _conditions(device: torch.device, dtype: str) -> Conditions:
+    on_gpu = device.type == "cuda"
+    l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size if on_gpu else None
+    rotation_bytes = CPU_ROTATION_BYTES
+    if l2_bytes is not None:
+        # Three methods share the memory, and making weights needs room too.
+        rotation_bytes = min(CACHE_MULTIPLE * l2_bytes, torch.cuda.mem_get_info(device)[0] // 8)
+    return Conditions(
+        device=torch.cuda.get_device_name(device) if on_gpu else str(device),
+        driver=_driver_version() if on_gpu else None,
+        cuda=torch.version.cuda,
+        torch=torch.__version__,
+        macko=macko_llm.__version__,
+        dtype=dtype,
+        threads=torch.get_num_threads(),
+        l2_bytes=l2_bytes,
+        rotation_bytes=rotation_bytes,
+        read_gigabytes_per_second=read_bandwidth(device),
+        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    )
+
+
+def _driver_version() -> str | None:
+    """What nvidia-smi says, for torch does not know."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    query = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.strip().partition("\n")[0] or None

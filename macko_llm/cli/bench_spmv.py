@@ -1,0 +1,184 @@
+"""`macko bench spmv`."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+import typer
+
+from macko_llm.cli.console import megabytes, plain_errors, print_json, print_table, progress_bars
+from macko_llm.cli.options import DeviceOption, JsonOption
+from macko_llm.errors import UsageError
+
+if TYPE_CHECKING:
+    from macko_llm.benchmarks.spmv import Case, Conditions, Method, SpmvReport
+
+Value = TypeVar("Value")
+
+COLUMNS = (
+    "rows x cols",
+    "sparsity",
+    "tokens",
+    "dense us",
+    "CSR us",
+    "macko us",
+    "GB/s",
+    "of read",
+    "vs dense",
+    "error dense",
+    "error macko",
+    "dense",
+    "packed",
+)
+
+
+@plain_errors
+def spmv(
+    shape: Annotated[
+        list[str] | None, typer.Option(metavar="ROWSxCOLS,...", help="[default: the shapes of Llama-2-7B]")
+    ] = None,
+    sparsity: Annotated[
+        list[str] | None, typer.Option(metavar="SHARE,...", help="Share of zeros. [default: 0.3,0.4,...,0.9]")
+    ] = None,
+    tokens: Annotated[
+        list[str] | None, typer.Option(metavar="COUNT,...", help="Rows of the input, such as 1,2,4,8,16. [default: 1]")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float16 or bfloat16.")] = "float16",
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Draw the speeds too (needs `macko-llm[plot]`).")
+    ] = None,
+) -> None:
+    """Time single layers: dense, sparse CSR and packed, with the bandwidth reached and the error of each.
+
+    The weights are random and go round in more copies than the caches hold. Lists are separated by commas; an option may also
+    be given several times.
+
+    Examples:
+        macko bench spmv
+
+        macko bench spmv --shape 4096x4096 --sparsity 0.5 --tokens 1,2,4,8,16 --plot speed.png
+    """
+    from macko_llm.benchmarks import plots
+    from macko_llm.benchmarks import spmv as benchmark
+
+    shapes = parse_list(shape, parse_shape) or list(benchmark.LLAMA_2_7B)
+    sparsities = parse_list(sparsity, parse_sparsity) or list(benchmark.SPARSITIES)
+    counts = parse_list(tokens, parse_tokens) or list(benchmark.TOKENS)
+    if plot is not None:
+        plots.check_plot(plot)
+    with progress_bars() as progress:
+        report = benchmark.measure_spmv(shapes, sparsities, counts, dtype=dtype, device=device, progress=progress)
+    command = command_line(shapes, sparsities, counts, dtype, device)
+    if as_json:
+        print_json({"command": command, **asdict(report)})
+    else:
+        print_spmv(report, command)
+    if plot is not None:
+        plots.plot_spmv(report, plot)
+
+
+def parse_list(texts: Sequence[str] | None, parse: Callable[[str], Value]) -> list[Value]:
+    """The values of an option that may be repeated and takes commas, each once, in order."""
+    return list(dict.fromkeys(parse(part.strip()) for text in texts or () for part in text.split(",")))
+
+
+def parse_shape(text: str) -> tuple[int, int]:
+    """(rows, cols) of "4096x11008".
+
+    Raises:
+        UsageError: it is no shape, or one that the format cannot hold.
+    """
+    from macko_llm.format import MAX_ENTRIES
+
+    match = re.fullmatch(r"([1-9]\d*) *[xX] *([1-9]\d*)", text, re.ASCII)
+    if match is None:
+        raise UsageError(f"{text!r} is not a shape; write rows x columns as in --shape 4096x11008.")
+    rows, cols = int(match[1]), int(match[2])
+    if rows * cols > MAX_ENTRIES:
+        raise UsageError(f"A weight of {rows} x {cols} has more than {MAX_ENTRIES} elements; use a smaller --shape.")
+    return rows, cols
+
+
+def parse_sparsity(text: str) -> float:
+    """A share of zeros.
+
+    Raises:
+        UsageError: it is no number from 0 to below 1.
+    """
+    try:
+        sparsity = float(text)
+    except ValueError as error:
+        raise UsageError(f"{text!r} is not a sparsity; write a share of zeros as in --sparsity 0.5.") from error
+    if not 0 <= sparsity < 1:
+        raise UsageError(f"The sparsity {text} is outside [0, 1); 0.5 makes half of the weights zero.")
+    return sparsity
+
+
+def parse_tokens(text: str) -> int:
+    """A number of tokens.
+
+    Raises:
+        UsageError: it is no whole number above 0.
+    """
+    if not re.fullmatch(r"[1-9]\d*", text, re.ASCII):
+        raise UsageError(f"{text!r} is not a number of tokens; write whole numbers above 0 as in --tokens 1,2,4.")
+    return int(text)
+
+
+def command_line(
+    shapes: Sequence[tuple[int, int]], sparsities: Sequence[float], tokens: Sequence[int], dtype: str, device: str
+) -> str:
+    """The command that measures these cases, with every default written out."""
+    return (
+        f"macko bench spmv --shape {','.join(f'{rows}x{cols}' for rows, cols in shapes)}"
+        f" --sparsity {','.join(map(str, sparsities))} --tokens {','.join(map(str, tokens))}"
+        f" --dtype {dtype} --device {device}"
+    )
+
+
+def print_spmv(report: "SpmvReport", command: str) -> None:
+    """A line a case, and below what a reader must know."""
+    print_table(_title(report.conditions), COLUMNS, [_row(case) for case in report.cases])
+    for note in dict.fromkeys(note for case in report.cases for note in case.notes):
+        print(f"* {note}")
+    print(f"Errors are relative to float64. Measured {report.conditions.date} with\n{command}")
+
+
+def _title(conditions: "Conditions") -> str:
+    device = conditions.device
+    if conditions.driver:
+        device += f", driver {conditions.driver}"
+    if conditions.l2_bytes is None:
+        device += f", {conditions.threads} thread{'s' * (conditions.threads > 1)}"
+    read = f"{_speed(conditions.read_gigabytes_per_second)} GB/s read"
+    return f"{device}, torch {conditions.torch}, {conditions.dtype}, {read}"
+
+
+def _row(case: "Case") -> list[str]:
+    return [
+        f"{case.rows} x {case.cols}",
+        f"{case.sparsity:.1%}",
+        str(case.tokens),
+        _microseconds(case.dense),
+        "-" if case.csr is None else _microseconds(case.csr),
+        _microseconds(case.macko),
+        _speed(case.gigabytes_per_second),
+        f"{case.bandwidth_share:.0%}",
+        f"{case.speedup:.2f}x",
+        f"{case.dense.relative_error:.1e}",
+        f"{case.macko.relative_error:.1e}",
+        megabytes(case.dense.nbytes),
+        megabytes(case.macko.nbytes),
+    ]
+
+
+def _microseconds(method: "Method") -> str:
+    return f"{'*' if method.timing.graph_failure else ''}{method.microseconds:.1f}"
+
+
+def _speed(gigabytes_per_second: float) -> str:
+    return f"{gigabytes_per_second:.{0 if gigabytes_per_second >= 100 else 1}f}"

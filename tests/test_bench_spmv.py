@@ -1,0 +1,248 @@
+"""`macko bench spmv` on the CPU: what it says, that its figures agree with each other, and how it refuses."""
+
+import json
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import assert_plain
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner, Result
+
+from macko_llm.benchmarks import timing, weights
+from macko_llm.benchmarks.spmv import LLAMA_2_7B, SPARSITIES
+from macko_llm.cli.bench_spmv import parse_list, parse_shape, parse_sparsity, parse_tokens
+from macko_llm.cli.main import app
+from macko_llm.linear import MackoLinear
+
+CPU = torch.device("cpu")
+SMALL = ["--device", "cpu", "--shape", "96x160", "--sparsity", "0.5"]
+
+
+def macko(*arguments: object, exit_code: int = 0) -> Result:
+    result = CliRunner().invoke(app, ["bench", "spmv", *map(str, arguments)])
+    assert result.exit_code == exit_code, result.output
+    return result
+
+
+@pytest.fixture(scope="module")
+def report() -> dict[str, Any]:
+    arguments = ["--device", "cpu", "--shape", "96x160,64x300", "--shape", "33x172", "--tokens", "1,3", "--json"]
+    content = json.loads(macko(*arguments, "--sparsity", "0", "--sparsity", "0.5").stdout)
+    assert isinstance(content, dict)
+    return content
+
+
+def test_every_combination_is_a_case(report: dict[str, Any]) -> None:
+    found = [(case["rows"], case["cols"], case["sparsity"], case["tokens"]) for case in report["cases"]]
+    shapes = [(96, 160), (64, 300), (33, 172)]
+    assert found == [(*shape, sparsity, tokens) for shape in shapes for sparsity in (0.0, 0.5) for tokens in (1, 3)]
+
+
+def test_json_names_the_conditions(report: dict[str, Any]) -> None:
+    conditions = report["conditions"]
+    assert (conditions["device"], conditions["dtype"], conditions["torch"]) == ("cpu", "float16", torch.__version__)
+    assert conditions["driver"] is conditions["l2_bytes"] is None
+    assert conditions["threads"] == torch.get_num_threads()
+    assert conditions["read_gigabytes_per_second"] > 0
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", conditions["date"])
+    assert report["command"] == (
+        "macko bench spmv --shape 96x160,64x300,33x172 --sparsity 0.0,0.5 --tokens 1,3 --dtype float16 --device cpu"
+    )
+
+
+def test_figures_agree_with_each_other(report: dict[str, Any]) -> None:
+    for case in report["cases"]:
+        rows, cols, tokens = case["rows"], case["cols"], case["tokens"]
+        dense, packed = case["dense"], case["macko"]
+        assert dense["nbytes"] == rows * cols * 2
+        entries = rows * (cols - int(cols * case["sparsity"]))
+        bridges = (packed["nbytes"] - 4 * (rows + 1)) / 2.5 - entries  # rare at these sparsities
+        assert 0 <= bridges < 0.01 * entries + 8
+        assert case["bytes_moved"] == packed["nbytes"] + tokens * (rows + cols) * 2
+        seconds = packed["timing"]["microseconds"] / 1e6
+        assert case["gigabytes_per_second"] == pytest.approx(case["bytes_moved"] / seconds / 1e9)
+        read = report["conditions"]["read_gigabytes_per_second"]
+        assert case["bandwidth_share"] == pytest.approx(case["gigabytes_per_second"] / read)
+        assert case["speedup"] == pytest.approx(dense["timing"]["microseconds"] / packed["timing"]["microseconds"])
+
+
+def test_methods_are_as_right_as_their_dtype(report: dict[str, Any]) -> None:
+    """A wrong product is off by about 1; rounding the result to float16 costs about 2e-4."""
+    for case in report["cases"]:
+        for name in ("dense", "csr", "macko"):
+            method = case[name]
+            if method is None:  # this build of torch has no CSR product
+                continue
+            assert 0 < method["relative_error"] < (1e-6 if method["dtype"] == "float32" else 1e-3)
+            assert method["timing"]["cuda_graph"] is False
+            assert method["timing"]["replays"] >= 15
+
+
+def test_what_small_shapes_mean_is_said(report: dict[str, Any]) -> None:
+    for case in report["cases"]:
+        assert case["macko"]["copies"] == weights.MAX_COPIES
+        assert any("caches" in note for note in case["notes"])
+
+
+def test_table(tmp_path: Path) -> None:
+    said = macko(*SMALL, "--dtype", "bfloat16", "--tokens", 1, "--tokens", "2").stdout
+    assert re.match(r"cpu, \d+ threads?, torch .*, bfloat16, [\d.]+ GB/s read", said)
+    number = r"\*?[\d.]+"
+    for tokens in (1, 2):
+        row = rf"96 x 160 +50\.0% +{tokens}( +{number}){{2,4}}.* {number}% +{number}x .* 30\.72 kB +19\.\d\d kB"
+        assert re.search(row, said), said
+    assert "--dtype bfloat16" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_plot(tmp_path: Path) -> None:
+    image = pytest.importorskip("matplotlib.image", reason="needs macko-llm[plot]")
+    for name, more in (("sparsities.png", ["--sparsity", "0.75"]), ("tokens.PNG", ["--tokens", "1,4"])):
+        macko(*SMALL, *more, "--plot", tmp_path / name)
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+        pixels = image.imread(tmp_path / name, format="png")
+        assert pixels.shape[0] > 300
+        assert pixels.shape[1] > 600
+        assert pixels[..., :3].std() > 0.01  # not a blank page
+
+
+def test_a_plot_without_matplotlib_is_refused_before_measuring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    result = macko(*SMALL, "--plot", tmp_path / "speed.png", exit_code=2)
+    assert "pip install 'macko-llm[plot]'" in result.stderr
+    assert_plain(result.stderr.removeprefix("macko: ").removesuffix("\n"))
+    assert (result.stdout, list(tmp_path.iterdir())) == ("", [])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--shape", "4096"], "'4096' is not a shape"),
+        (["--shape", "0x8"], "'0x8' is not a shape"),
+        (["--shape", "8x-8"], "'8x-8' is not a shape"),
+        (["--shape", "8x8,"], "'' is not a shape"),
+        (["--shape", "65536x65536"], "more than"),
+        (["--sparsity", "half"], "'half' is not a sparsity"),
+        (["--sparsity", "0.5,1"], "outside [0, 1)"),
+        (["--sparsity", "nan"], "outside [0, 1)"),
+        (["--sparsity=-0.1"], "outside [0, 1)"),
+        (["--tokens", "0"], "'0' is not a number of tokens"),
+        (["--tokens", "1,2.5"], "'2.5' is not a number of tokens"),
+        (["--dtype", "float32"], "float16 or bfloat16"),
+        (["--device", "nowhere"], "nowhere"),
+        (["--plot", "speed.pdf"], ".png"),
+        (["--plot", "no/such/folder/speed.png"], "no/such/folder"),
+    ],
+)
+def test_wrong_calls_are_one_sentence(arguments: list[str], words: str) -> None:
+    if "--plot" in arguments:
+        pytest.importorskip("matplotlib", reason="needs macko-llm[plot]")
+    result = macko(*arguments, exit_code=2)
+    sentence = result.stderr.splitlines()[-1]
+    assert sentence.startswith("macko: ")
+    assert words in sentence
+    assert_plain(sentence.removeprefix("macko: "))
+    assert result.stdout == ""
+
+
+def test_help_shows_an_example() -> None:
+    said = macko("--help").stdout
+    assert "macko bench spmv" in said.split("Examples:")[1]
+
+
+def test_lists() -> None:
+    assert parse_list(["4096x11008, 8X9", "4096x11008"], parse_shape) == [(4096, 11008), (8, 9)]
+    assert parse_list(["0.5", "0,.25"], parse_sparsity) == [0.5, 0.0, 0.25]
+    assert parse_list(["1,2,4", "16"], parse_tokens) == [1, 2, 4, 16]
+    assert parse_list(None, parse_tokens) == []
+    assert parse_list([f"{rows}x{cols}" for rows, cols in LLAMA_2_7B], parse_shape) == list(LLAMA_2_7B)
+    assert parse_list([",".join(map(str, SPARSITIES))], parse_sparsity) == list(SPARSITIES)
+
+
+# What is measured
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(1, 40),
+    cols=st.integers(1, 300),
+    sparsity=st.floats(0, 1, exclude_max=True),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16]),
+)
+def test_rows_have_exactly_their_zeros(rows: int, cols: int, sparsity: float, dtype: torch.dtype) -> None:
+    weight = weights.random_pruned((rows, cols), sparsity, dtype, torch.Generator().manual_seed(0))
+    assert (weight.shape, weight.dtype) == ((rows, cols), dtype)
+    assert ((weight == 0).sum(dim=1) == int(cols * sparsity)).all()
+
+
+def test_zeros_lie_anywhere() -> None:
+    weight = weights.random_pruned((400, 50), 0.5, torch.float16, torch.Generator().manual_seed(0))
+    share = (weight == 0).double().mean(dim=0)
+    assert ((share - 0.5).abs() < 0.15).all()  # six standard deviations
+
+
+@settings(max_examples=20, deadline=None)
+@given(rows=st.integers(1, 40), cols=st.integers(1, 100), tokens=st.integers(1, 3), sparsity=st.floats(0, 0.95))
+def test_csr_is_the_same_matrix(rows: int, cols: int, tokens: int, sparsity: float) -> None:
+    if weights.csr_dtype(torch.float32, CPU) is None:
+        pytest.skip("this build of torch has no CSR product")
+    generator = torch.Generator().manual_seed(0)
+    weight = weights.random_pruned((rows, cols), sparsity, torch.float16, generator)
+    csr = weights.to_csr(weight, torch.float32)
+    assert csr.crow_indices().dtype == csr.col_indices().dtype == torch.int32
+    assert torch.equal(csr.to_dense(), weight.float())
+    stored = csr.values().numel()
+    assert weights.weight_bytes(csr) == stored * (4 + 4) + (rows + 1) * 4
+    x = torch.randn(tokens, cols, generator=generator)
+    torch.testing.assert_close(weights.csr_product(x, csr), x @ weight.float().t(), rtol=1e-4, atol=1e-4)
+
+
+def test_each_method_goes_round_enough_weights() -> None:
+    """Every set adds up to the bytes asked for with not one copy too many, and all begin with the same weight."""
+    wanted = 100_000
+    sets = weights.make_weight_sets((64, 128), 0.5, torch.float16, CPU, csr_dtype=torch.float32, rotation_bytes=wanted)
+    for copies in (sets.dense, sets.csr, sets.packed):
+        each = weights.weight_bytes(copies[0])
+        assert (len(copies) - 1) * each < wanted <= len(copies) * each
+    assert len(sets.packed) > len(sets.dense)
+    for dense, csr, packed in zip(sets.dense, sets.csr, sets.packed, strict=False):
+        assert isinstance(packed, MackoLinear)
+        assert torch.equal(csr.to_dense(), dense.float())
+        torch.testing.assert_close(packed(torch.eye(128, dtype=torch.float16)), dense.t())
+    assert not torch.equal(sets.dense[0], sets.dense[1])
+
+
+def test_weight_sets_have_limits() -> None:
+    def copies(rotation_bytes: int) -> list[int]:
+        sets = weights.make_weight_sets((2, 8), 0.5, torch.float16, CPU, csr_dtype=None, rotation_bytes=rotation_bytes)
+        return [len(sets.dense), len(sets.csr), len(sets.packed)]
+
+    assert copies(1) == [weights.MIN_COPIES, 0, weights.MIN_COPIES]
+    assert copies(2**30) == [weights.MAX_COPIES, 0, weights.MAX_COPIES]
+
+
+def test_time_is_that_of_one_call() -> None:
+    """Sleeping never takes less than asked for: a time of half of it would divide by too much."""
+    calls: list[int] = []
+
+    def call(number: int) -> None:
+        calls.append(number)
+        time.sleep(0.002)
+
+    measured = timing.measure([lambda: call(0), lambda: call(1), lambda: call(2)], CPU)
+    assert measured.microseconds >= 2000
+    assert (measured.replays, measured.cuda_graph, measured.graph_failure) == (timing.REPLAYS, False, None)
+    assert measured.launches % 3 == 0
+    assert calls == [0, 1, 2] * (len(calls) // 3)
+
+
+def test_fast_calls_share_a_replay() -> None:
+    measured = timing.measure([lambda: None], CPU)
+    assert measured.launches == timing.MIN_LAUNCHES
+    assert measured.replays >= 15
