@@ -131,7 +131,7 @@ typedef struct macko_sliced {
   int32_t value_dtype;  // macko_dtype: a 16-bit one
   int32_t delta_bits;   // 2 or 4
   int32_t height;       // rows of a slice, at most 32
-  int32_t warps;        // of the block that multiplies a slice: 8, 12, 16, 24 or 32
+  int32_t warps;        // of the block that multiplies a slice: 8, 12, 16, 20, 24 or 32
 } macko_sliced;
 
 // Zeros at the end of a row that is shorter than its slice; no row of a valid layout has more.

@@ -71,6 +71,12 @@ def check_packable(weight: torch.Tensor, name: str = "the matrix") -> None:
         raise NonFiniteError(f"{name} holds NaN or infinity; repair the checkpoint before packing it.")
 
 
+def check_entries(rows: int, cols: int, entries: int) -> None:
+    """Refuse a [rows, cols] matrix with more entries than row offsets can count; raises FormatError."""
+    if entries > MAX_ENTRIES:
+        raise FormatError(f"a {rows} x {cols} matrix with {entries} entries does not fit int32 offsets; keep it dense.")
+
+
 def pack(weight: torch.Tensor) -> MackoMatrix:
     """Store a [rows, cols] float16 or bfloat16 matrix without its zeros (negative zero counts as zero)."""
     check_packable(weight)
@@ -90,8 +96,7 @@ def pack(weight: torch.Tensor) -> MackoMatrix:
     row_offsets = torch.zeros(rows + 1, dtype=torch.int64, device=device)
     row_offsets[1:] = entries_of_row.cumsum(0)
     entries = int(row_offsets[-1])
-    if entries > MAX_ENTRIES:
-        raise FormatError(f"a {rows} x {cols} matrix with {entries} entries does not fit int32 offsets; keep it dense.")
+    check_entries(rows, cols, entries)
 
     position = (bridges + 1).cumsum(0) - 1
     values = torch.zeros(padded_count(entries), dtype=weight.dtype, device=device)

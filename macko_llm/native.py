@@ -9,8 +9,8 @@ from typing import NoReturn
 
 import torch
 
-from macko_llm.errors import FormatError, NativeError
-from macko_llm.format import MAX_ENTRIES, MackoMatrix, padded_count
+from macko_llm.errors import NativeError
+from macko_llm.format import MackoMatrix, check_entries, padded_count
 from macko_llm.sliced import DELTA_BITS, SlicedMatrix, choose_shapes, plan_rows
 
 ABI_VERSION = 2
@@ -172,8 +172,7 @@ def cuda_pack(weight: torch.Tensor) -> MackoMatrix:
     wide_offsets = torch.zeros(rows + 1, dtype=torch.int64, device=device)
     torch.cumsum(counts, dim=0, out=wide_offsets[1:])
     entries = int(wide_offsets[-1])
-    if entries > MAX_ENTRIES:
-        raise FormatError(f"a {rows} x {cols} matrix with {entries} entries does not fit int32 offsets; keep it dense.")
+    check_entries(rows, cols, entries)
     row_offsets = wide_offsets.to(torch.int32)
     padded = padded_count(entries)
     values = torch.zeros(padded, dtype=weight.dtype, device=device)

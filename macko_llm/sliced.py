@@ -29,7 +29,7 @@ class Shape:
     warps: int
 
 
-RESIDENT_BLOCKS = {32: 1, 24: 2, 16: 3, 12: 4, 8: 6}
+RESIDENT_BLOCKS = {32: 1, 20: 1, 24: 2, 16: 3, 12: 4, 8: 6}
 """Blocks that a multiprocessor holds at a time, by their warps (SpmvConfig in csrc/cuda/sliced_spmv.cuh)."""
 HEIGHTS = range(8, 33, 4)
 """Multiples of 4, so that the lanes of a warp read whole 64-byte pieces."""

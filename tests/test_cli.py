@@ -24,7 +24,18 @@ from macko_llm.packing import pack_checkpoint
 from macko_llm.pruning import prune_checkpoint
 from macko_llm.recipe import PruneRecipe
 
-COMMANDS = ["prune", "pack", "unpack", "generate", "eval-perplexity", "inspect", "doctor", "demo", "bench quality"]
+COMMANDS = [
+    "prune",
+    "pack",
+    "unpack",
+    "generate",
+    "eval-perplexity",
+    "inspect",
+    "doctor",
+    "demo",
+    "bench quality",
+    "bench spmv",
+]
 PROGRESS_LINE = re.compile(r".+: \d+/\d+")
 UP = "model.layers.0.mlp.up_proj"
 

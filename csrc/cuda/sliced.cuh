@@ -101,8 +101,10 @@ inline int64_t shared_bytes_for_x(int device) {
 
 // Warps of the blocks that SpMV is compiled for.
 constexpr bool is_block_warps(int warps) {
-  return warps == 8 || warps == 12 || warps == 16 || warps == 24 || warps == 32;
+  return warps == 8 || warps == 12 || warps == 16 || warps == 20 || warps == 24 || warps == 32;
 }
+// Of those, the ones of which an SM holds one block at a time; of the others it holds as many as make up 48 warps.
+constexpr bool is_lone_block(int warps) { return warps == 20 || warps == 32; }
 
 // Checks what launchers rely on.
 inline bool is_valid(const macko_sliced* m) {

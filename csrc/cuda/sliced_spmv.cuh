@@ -2,6 +2,8 @@
 // warp multiplies its share of the slice's units, a lane a row, and the warps' sums are added up.
 #pragma once
 
+#include <algorithm>
+
 #include "cuda/scalar.cuh"
 #include "cuda/sliced.cuh"
 #include "cuda/warp.cuh"
@@ -32,9 +34,9 @@ struct SpmvConfig {
   // Blocks that an SM holds at a time. The launch planner counts on it (macko_llm/sliced.py): with room for fewer, SMs
   // would wait; with room for more, the next kernel's blocks would crowd on some SMs and leave others idle.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 750
-  static constexpr int Blocks = Warps >= 32 ? 1 : 32 / Warps;
+  static constexpr int Blocks = is_lone_block(Warps) ? 1 : 32 / Warps;
 #else
-  static constexpr int Blocks = Warps >= 32 ? 1 : 48 / Warps;
+  static constexpr int Blocks = is_lone_block(Warps) ? 1 : 48 / Warps;
 #endif
   static_assert(Tokens == 1 || Tokens == 2 || Tokens == 4, "x is read in 2, 4 or 8 bytes");
 };
@@ -232,7 +234,8 @@ __global__ void __launch_bounds__(Config::Threads, Config::Blocks)
 // What is asked of CUDA once a kernel and GPU.
 struct LaunchFacts {
   bool known;
-  bool overlaps;  // programmatic dependent launch
+  bool overlaps;           // programmatic dependent launch
+  int least_shared_bytes;  // so that no more blocks than Config::Blocks fit an SM
 };
 constexpr int kMaxGpus = 64;
 
@@ -249,7 +252,10 @@ cudaError_t launch_spmv_config(const macko_sliced& matrix, const T* x, const T* 
     const int most = static_cast<int>(shared_bytes_for_x(device));
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
     if (error != cudaSuccess) return error;
-    fact = {true, major >= 9};
+    int of_sm = 0;
+    error = cudaDeviceGetAttribute(&of_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+    if (error != cudaSuccess) return error;
+    fact = {true, major >= 9, is_lone_block(Config::Warps) ? std::min(most, of_sm / 2) : 0};
     if (device < kMaxGpus) facts[device] = fact;
   }
   cudaLaunchAttribute overlap;
@@ -258,7 +264,7 @@ cudaError_t launch_spmv_config(const macko_sliced& matrix, const T* x, const T* 
   cudaLaunchConfig_t config = {};
   config.gridDim = matrix.slices;
   config.blockDim = Config::Threads;
-  config.dynamicSmemBytes = spmv_shared_bytes(matrix.cols, Config::Tokens);
+  config.dynamicSmemBytes = std::max<int64_t>(spmv_shared_bytes(matrix.cols, Config::Tokens), fact.least_shared_bytes);
   config.stream = stream;
   config.attrs = &overlap;
   config.numAttrs = fact.overlaps ? 1 : 0;
@@ -269,6 +275,7 @@ template <typename T, int DeltaBits, int Tokens>
 cudaError_t launch_spmv_tokens(const macko_sliced& m, const T* x, const T* bias, T* y, int tokens, int device,
                                cudaStream_t stream) {
   const auto launch = m.warps == 32   ? launch_spmv_config<T, SpmvConfig<DeltaBits, 32, Tokens>>
+                      : m.warps == 20 ? launch_spmv_config<T, SpmvConfig<DeltaBits, 20, Tokens>>
                       : m.warps == 24 ? launch_spmv_config<T, SpmvConfig<DeltaBits, 24, Tokens>>
                       : m.warps == 16 ? launch_spmv_config<T, SpmvConfig<DeltaBits, 16, Tokens>>
                       : m.warps == 12 ? launch_spmv_config<T, SpmvConfig<DeltaBits, 12, Tokens>>

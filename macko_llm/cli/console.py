@@ -103,10 +103,13 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
+    # Numbers are never cut: a terminal that is too narrow wraps lines, which can be read.
+    needed = sum(max(len(row[i]) for row in [columns, *rows]) + 2 for i in range(len(columns))) + 2
+    width = max(Console().width if sys.stdout.isatty() else PIPE_WIDTH, needed)
+    console = Console(width=width)
     table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD)
     for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right", no_wrap=number == 0)
+        table.add_column(column, justify="left" if number == 0 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
     console.print(table)

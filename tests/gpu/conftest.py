@@ -1,7 +1,13 @@
 """Every test in this folder needs a CUDA GPU and is skipped, saying so, where there is none."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+
+from macko_llm import native
+
+pytest.register_assert_rewrite("sliced_helpers")  # so that its assertions show their values, as those of tests do
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -10,3 +16,20 @@ def cuda() -> torch.device:
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA GPU")
     return torch.device("cuda", 0)
+
+
+@pytest.fixture(scope="module")
+def kernels() -> None:
+    """The native library's."""
+    if not native.has_cuda():
+        pytest.skip("the native library was built without CUDA")
+
+
+@pytest.fixture(scope="module")
+def full_precision_sums() -> Iterator[None]:
+    """Dense products of many tokens: without it cuBLAS may add partial sums in 16 bits."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_fp16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction
+    matmul.allow_fp16_reduced_precision_reduction = matmul.allow_bf16_reduced_precision_reduction = False
+    yield
+    matmul.allow_fp16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction = before

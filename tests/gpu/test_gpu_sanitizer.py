@@ -1,0 +1,71 @@
+"""compute-sanitizer on every kernel: memory errors and races."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.usefixtures("kernels")
+
+SMALL_SET = """
+import torch
+from macko_llm import native, ops
+from macko_llm.sliced import _MAX_TRIES, DELTA_BITS, Shape, SlicedMatrix, plan_rows
+
+torch.manual_seed(0)
+device = torch.device("cuda")
+for rows, cols in ((1, 1), (33, 172), (61, 1031)):
+    for dtype in (torch.float16, torch.bfloat16):
+        weight = (torch.randint(1, 3, (rows, cols)) * (torch.rand(rows, cols) < 0.5)).to(dtype)
+        x = torch.randint(-1, 2, (4, cols))
+        exact = (x.double() @ weight.double().T).to(dtype)
+        there, x = weight.to(device), x.to(device, dtype)
+        canonical = ops.pack(there)
+        ops.validate(canonical, "the matrix")
+        assert torch.equal(ops.unpack(canonical).cpu(), weight)
+        products = [native.cuda_spmv_rows(canonical, x[:tokens].contiguous(), None) for tokens in (1, 2, 4)]
+        for shape in (Shape(32, 32), Shape(8, 24), Shape(28, 16), Shape(24, 20), Shape(20, 12), Shape(5, 8)):
+            for bits in DELTA_BITS:
+                counts = torch.empty(rows, dtype=torch.int32, device=device)
+                arguments = (there.data_ptr(), rows, cols, bits, counts.data_ptr())
+                native._call_cuda("macko_cuda_sliced_entries", (there,), *arguments)
+                planned = plan_rows({bits: counts}, rows, cols, dtype, [shape], 1 << 40)
+                matrix = SlicedMatrix(torch.zeros(planned.plan.nbytes, dtype=torch.uint8, device=device), planned.plan)
+                for at, array in zip(planned.plan.array_offsets[-2:], (planned.unit_offsets, planned.row_order)):
+                    matrix.data[at : at + array.nbytes] = array.view(torch.uint8)
+                native._call_cuda("macko_cuda_sliced_pack", (there,), there.data_ptr(), matrix.address)
+                torch.cuda.synchronize()
+                assert torch.equal(native.cuda_sliced_unpack(matrix).cpu(), weight)
+                products += [ops.linear(x[:tokens], matrix, None) for tokens in (1, 2, 4)]
+        assert all(torch.equal(y.cpu(), exact[: len(y)]) for y in products)
+torch.cuda.synchronize()
+print("all products are right")
+"""
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_compute_sanitizer_finds_nothing(tool: str, tmp_path: Path) -> None:
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        pytest.skip("needs compute-sanitizer on PATH")
+    script = tmp_path / "small_set.py"
+    script.write_text(SMALL_SET)
+    # Torch asks CUDA things that it may refuse, so only what kernels do counts. Without a cache every tensor ends where
+    # its memory does.
+    command = [
+        sanitizer,
+        "--tool",
+        tool,
+        "--error-exitcode",
+        "99",
+        *(["--report-api-errors", "no"] * (tool == "memcheck")),
+    ]
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        [*command, sys.executable, script], capture_output=True, text=True, timeout=90, env=environment
+    )
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    assert "all products are right" in run.stdout
