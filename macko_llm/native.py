@@ -42,7 +42,7 @@ _CUDA_SIGNATURES: dict[str, list[type]] = {
 _CUDA_FAILED = 4
 _DTYPE_CODES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 _STATUS = {
-    1: "it refused its arguments",
+    1: "it refused its arguments; report this with the output of `macko doctor`",
     2: "the matrix has too many entries for int32 row offsets; keep it dense",
     3: "memory or threads ran out; close other programs or use a smaller model",
 }

@@ -102,7 +102,7 @@ def linear(x: Tensor, matrix: MackoMatrix | SlicedMatrix, bias: Tensor | None) -
 
 
 def _is_plain(x: Tensor, matrix: SlicedMatrix, bias: Tensor | None) -> bool:
-    """Whether the library can be called at once, past the 8 us that torch takes to dispatch an op of ours."""
+    """Whether the library can be called at once, past torch's dispatch of an op, which takes longer than all else here."""
     plan, data = matrix.plan, matrix.data
     return (
         type(x) is Tensor

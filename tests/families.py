@@ -124,8 +124,8 @@ def _builder(make_config: Callable[[], PretrainedConfig]) -> Callable[[], PreTra
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {name: _builder(make) for name, make in _CONFIGS.items()}
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer trained on `SENTENCES`: <s> is 0 and begins every text, </s> is 1."""
+def byte_level_bpe(texts: list[str]) -> Tokenizer:
+    """Byte-level BPE trained on some texts: <s> is 0 and </s> is 1."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -135,7 +135,13 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(SENTENCES, trainer)
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer trained on `SENTENCES`; <s> begins every text."""
+    tokenizer = byte_level_bpe(SENTENCES)
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", model_max_length=MAX_POSITIONS

@@ -130,7 +130,10 @@ def test_refuses_a_bias_that_it_would_misread(bias: torch.Tensor) -> None:
 def test_the_library_refuses_arguments(function: str, arguments: tuple[object, ...]) -> None:
     memory = {"data": (ctypes.c_int64 * 8)(), "offsets": (ctypes.c_int32 * 2)(0, 1)}
     pointers = [ctypes.addressof(memory[argument]) if isinstance(argument, str) else argument for argument in arguments]
-    with pytest.raises(NativeError, match=f"^{function} failed: it refused its arguments\\.$"):
+    with pytest.raises(
+        NativeError,
+        match=f"^{function} failed: it refused its arguments; report this .*`macko doctor`\\.$",
+    ):
         native._call(function, *pointers)
 
 
@@ -192,7 +195,10 @@ def call_in_host_memory(function: str, arguments: tuple[object, ...]) -> None:
     ],
 )
 def test_cuda_functions_refuse_arguments(function: str, arguments: tuple[object, ...]) -> None:
-    with pytest.raises(NativeError, match=f"^{function} failed: it refused its arguments\\.$"):
+    with pytest.raises(
+        NativeError,
+        match=f"^{function} failed: it refused its arguments; report this .*`macko doctor`\\.$",
+    ):
         call_in_host_memory(function, arguments)
 
 

@@ -1,5 +1,5 @@
-// Sliced layout -> dense. Each warp takes the share of a slice that it has in SpMV. A lane spreads some units of its
-// row out in shared memory; then the warp writes the rows one after the other, in vectors of eight columns.
+// Sliced layout -> dense. A warp takes some neighbouring shares of a slice. A lane spreads some units of its row out in
+// shared memory; then the warp writes the rows one after the other, in vectors of eight columns.
 #include "cuda/sliced.cuh"
 #include "cuda/warp.cuh"
 

@@ -1,6 +1,5 @@
 """Packed matrices on a GPU: the CPU's bytes, float64's products, and a packed Llama that says what the dense one says."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -86,16 +85,6 @@ def test_whole_numbers_multiply_exactly(
         assert torch.equal(y.double().cpu(), exact)
         y = ops.linear(x.to(cuda, x_dtype), matrix, bias.to(cuda, x_dtype))
         assert torch.equal(y.double().cpu(), exact + bias)
-
-
-@pytest.fixture
-def full_precision_sums() -> Iterator[None]:
-    """Without it cuBLAS may add partial sums in 16 bits."""
-    matmul = torch.backends.cuda.matmul
-    before = matmul.allow_fp16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction
-    matmul.allow_fp16_reduced_precision_reduction = matmul.allow_bf16_reduced_precision_reduction = False
-    yield
-    matmul.allow_fp16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction = before
 
 
 @pytest.mark.usefixtures("full_precision_sums")
