@@ -21,7 +21,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from macko_llm.defaults import MAX_NEW_TOKENS
 from macko_llm.errors import NonFiniteError, UsageError
-from macko_llm.models import check_token_ids, max_positions
+from macko_llm.models import cache_argument, check_token_ids, max_positions
 from macko_llm.sampling import GREEDY, NOT_FINITE, Chooser, Sampling
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
@@ -282,7 +282,7 @@ def _steps(
 def _last_logits(model: PreTrainedModel, ids: Tensor, cache: DynamicCache) -> Tensor:
     """Feed [1, n] tokens behind those in the cache; [1, vocabulary] fp32 logits of the token after the last."""
     only_last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    logits = model(input_ids=ids, past_key_values=cache, use_cache=True, **only_last).logits
+    logits = model(input_ids=ids, use_cache=True, **{cache_argument(model): cache}, **only_last).logits
     return logits[:, -1].float()
 
 

@@ -1,5 +1,6 @@
 """Transformers models: loading them with plain errors, and finding the linear layers that pruning is about."""
 
+import inspect
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -182,6 +183,15 @@ def check_token_ids(ids: Sequence[int], config: PretrainedConfig, what: str) -> 
             f"{what} has the token {unknown}, but the model knows only {known}; "
             "use the tokenizer that belongs to the model."
         )
+
+
+def cache_argument(module: nn.Module) -> str:
+    """What the forward of a model or of a block calls its key/value cache.
+
+    transformers renamed `past_key_values` to `cache` in 5.24 and warns of the old name; code that comes with a model
+    may know only the old one.
+    """
+    return "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
 
 
 def decoder_blocks(model: PreTrainedModel) -> dict[str, nn.Module]:

@@ -1,8 +1,10 @@
 """What several tests do to checkpoints, and how they read errors."""
 
 import json
+import logging as stdlib_logging
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,6 +67,26 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
         os.environ.clear()
         os.environ.update(environment)
+
+
+@contextmanager
+def library_warnings() -> Iterator[list[str]]:
+    """Collects whatever is said inside through `warnings` or transformers' logger, even what was said once before."""
+    said: list[str] = []
+    listener = stdlib_logging.Handler(stdlib_logging.WARNING)
+    listener.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    stdlib_logging.Logger.warning_once.cache_clear()  # type: ignore[attr-defined]
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_warning()
+    logging.add_handler(listener)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield said
+        said += [str(warning.message) for warning in caught]
+    finally:
+        logging.remove_handler(listener)
+        logging.set_verbosity(verbosity)
 
 
 def truncate(file: Path, count: int = 100) -> None:

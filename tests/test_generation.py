@@ -9,10 +9,14 @@ import pytest
 import torch
 from families import FAMILIES, VOCABULARY
 from generation_helpers import TOKENIZER, Scripted, build, byte_level, greedy_of_transformers, prompt_of, tokens_of
+from helpers import library_warnings
 
 from macko_llm.defaults import MAX_NEW_TOKENS
+from macko_llm.demo.run import MODEL_FOLDER
 from macko_llm.errors import CheckpointError, NonFiniteError, UsageError
-from macko_llm.generation import generate, stop_token_ids, stream
+from macko_llm.generation import encode_prompt, generate, stop_token_ids, stream
+from macko_llm.models import load_model, load_tokenizer
+from macko_llm.perplexity import evaluate
 from macko_llm.sampling import Sampling
 
 
@@ -36,6 +40,21 @@ def test_greedy_is_that_of_transformers(family, length):
     assert len(set(expected)) > 3, "too dull a text to prove anything"
     assert tokens_of(family, prompt, max_new_tokens=40) == expected
     assert tokens_of(family, prompt[0].tolist(), max_new_tokens=40) == expected
+
+
+def test_no_library_warns(family):
+    with library_warnings() as said:
+        tokens_of(family, prompt_of(5), max_new_tokens=4)
+    assert said == []
+
+
+def test_no_library_warns_of_the_bundled_model():
+    with library_warnings() as said:
+        model = load_model(MODEL_FOLDER, device="cpu")
+        tokenizer = load_tokenizer(MODEL_FOLDER)
+        generate(model, tokenizer, encode_prompt(tokenizer, "Once upon a time"), max_new_tokens=4)
+        evaluate(model, tokenizer, "Once upon a time " * 40, dataset="none", seqlen=32)
+    assert said == []
 
 
 def test_greedy_stops_where_transformers_stops(model):

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BertForMaskedLM,
+    DynamicCache,
     GPT2Config,
     LlamaForCausalLM,
     MambaConfig,
@@ -224,6 +226,23 @@ def test_a_tokenizer_that_is_missing_or_damaged(llama: Path, tmp_path: Path) -> 
     for file in folder.glob("tokenizer*"):
         file.unlink()
     _refused(lambda: models.load_tokenizer(folder), "no usable tokenizer .*copy the tokenizer files")
+
+
+def test_the_cache_goes_by_the_name_that_the_forward_knows(llama: Path) -> None:
+    class Old(nn.Module):
+        def forward(self, past_key_values: Any) -> Any:
+            return past_key_values
+
+    class New(nn.Module):
+        def forward(self, cache: Any) -> Any:
+            return cache
+
+    assert models.cache_argument(Old()) == "past_key_values"
+    assert models.cache_argument(New()) == "cache"
+    model, tokens = models.load_model(llama, device="cpu"), random_tokens(1, 5)
+    cache = DynamicCache(config=model.config)
+    model(tokens, use_cache=True, **{models.cache_argument(model): cache})
+    assert cache.get_seq_length() == 5
 
 
 def test_custom_code_runs_only_when_trusted(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from macko_llm.errors import CalibrationError, CheckpointError, NonFiniteError, UsageError
+from macko_llm.models import cache_argument
 from macko_llm.pruning import pipeline, prune_model
 from macko_llm.pruning.replay import record_block_arguments
 from macko_llm.recipe import PruneRecipe
@@ -327,8 +328,8 @@ def _scaled(_block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     return (args[0] * 2, *args[1:]), kwargs
 
 
-def _cached(_block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    return args, {**kwargs, "past_key_values": DynamicCache()}
+def _cached(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    return args, {**kwargs, cache_argument(block): DynamicCache()}
 
 
 @pytest.mark.parametrize(
