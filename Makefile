@@ -5,7 +5,10 @@ BIN := .venv/bin
 export MACKO_CUDA ?= auto
 INSTALLED := .venv/.installed-$(MACKO_CUDA)
 
-.PHONY: help demo build test lint test-gpu bench clean
+# Variables, not --constraint, so that they hold where pip builds macko, too: the first with pip up to 25.2, then the second.
+PINNED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
+
+.PHONY: help demo build test lint test-gpu bench lock clean
 
 help:
 	@echo "make demo      prune, pack, evaluate and generate with the bundled model"
@@ -14,6 +17,7 @@ help:
 	@echo "make build     build the native library and install macko into .venv"
 	@echo "make test-gpu  run the tests that need a GPU"
 	@echo "make bench     measure sizes, perplexities and speeds of the bundled model"
+	@echo "make lock      set up .venv anew with the newest packages and pin them in constraints.txt"
 
 demo: $(INSTALLED)
 	$(BIN)/macko demo
@@ -32,11 +36,22 @@ bench: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/pre-commit run --all-files --show-diff-on-failure
 
+lock:
+	rm -rf .venv
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install "$$(grep '^torch==' constraints.txt)" --editable '.[dev]'
+	$(BIN)/python -m pip freeze --all --exclude pip --exclude-editable > .venv/frozen.txt
+	sed '/^torch==/q' constraints.txt > .venv/constraints.txt
+	oldest=$$($(BIN)/python -c 'import sys; print("%d.%d" % sys.version_info[:2])') && \
+	sed -e '/^torch==/d' -e 's/+.*//' -e "s/$$/; python_version >= \"$$oldest\"/" .venv/frozen.txt >> .venv/constraints.txt
+	mv .venv/constraints.txt constraints.txt
+	touch $(INSTALLED)
+
 clean:
 	rm -rf .venv build
 
 $(INSTALLED): pyproject.toml constraints.txt $(shell find csrc -type f) $(wildcard build_backend/*.py)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
+	$(PINNED) $(BIN)/python -m pip install --editable '.[dev]'
 	rm -f .venv/.installed*
 	touch $@
