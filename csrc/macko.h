@@ -20,7 +20,7 @@
 extern "C" {
 #endif
 
-#define MACKO_ABI_VERSION 2
+#define MACKO_ABI_VERSION 3
 
 typedef enum macko_status {
   MACKO_OK = 0,
@@ -155,13 +155,98 @@ MACKO_API macko_status macko_cuda_sliced_unpack(const macko_sliced* matrix,
                                                 uint16_t* weight,  // out: [rows, cols], every element is written
                                                 int32_t device, void* stream);
 
-// y = x W^T + bias for a few tokens, accumulated in float32. May start while the stream's last kernel still runs and
-// then fetches weights: those must have been written before that kernel was queued.
+// What becomes of x before a product of one token, rounded as transformers' eager Llama rounds it.
+typedef enum macko_transform {
+  MACKO_PLAIN = 0,
+  MACKO_RMS_NORM = 1,   // x / sqrt(mean(x^2) + norm_epsilon) * norm_weight
+  MACKO_SILU_GATE = 2,  // silu(x[0 .. cols)) * x[cols .. 2 cols)
+} macko_transform;
+
+typedef struct macko_input {
+  const void* norm_weight;  // [cols] of x's dtype at a multiple of 16, for MACKO_RMS_NORM
+  float norm_epsilon;
+  int32_t transform;  // macko_transform; all but MACKO_PLAIN need cols % 8 == 0 and x at a multiple of 16
+} macko_input;
+
+// y = x W^T + bias + residual for a few tokens, accumulated in float32. May start while the stream's last kernel still
+// runs and then fetches weights, the norm's too: those must have been written before that kernel was queued.
 MACKO_API macko_status macko_cuda_sliced_spmv(const macko_sliced* matrix,
-                                              const void* x,     // [tokens, cols] of value_dtype
-                                              const void* bias,  // [rows] of value_dtype, or null
-                                              void* y,           // out: [tokens, rows] of value_dtype
+                                              const macko_input* input,  // or null: plain; else for one token only
+                                              const void* x,             // [tokens, cols] of value_dtype
+                                              const void* bias,          // [rows] of value_dtype, or null
+                                              const void* residual,      // [tokens, rows] of value_dtype, or null
+                                              void* y,  // out: [tokens, rows] of value_dtype; may be the residual
                                               int64_t tokens, int32_t device, void* stream);
+
+// Dense matrices with one input, whose outputs lie one behind the other. All on one GPU.
+#define MACKO_DENSE_PARTS 3
+typedef struct macko_dense {
+  const void* weights[MACKO_DENSE_PARTS];  // [rows, cols] each, at a multiple of 16
+  const void* biases[MACKO_DENSE_PARTS];   // [rows] each, or null
+  int32_t rows[MACKO_DENSE_PARTS];         // 0 where there is no matrix
+  int32_t cols;                            // a multiple of 8, at most MACKO_DENSE_MAX_COLS
+  int32_t value_dtype;                     // macko_dtype: a 16-bit one
+} macko_dense;
+#define MACKO_DENSE_MAX_COLS 32768
+
+// y = x W^T + bias + residual for one token, accumulated in float32; starts early like macko_cuda_sliced_spmv.
+MACKO_API macko_status macko_cuda_dense_gemv(const macko_dense* matrix, const macko_input* input,
+                                             const void* x,         // [cols] of value_dtype at a multiple of 16
+                                             const void* residual,  // [all rows] of value_dtype, or null
+                                             void* y,               // out: [all rows]; may be the residual
+                                             int32_t device, void* stream);
+
+// The transform alone, for several tokens.
+MACKO_API macko_status macko_cuda_transform(const macko_input* input, const void* x,  // [tokens, cols or 2 cols]
+                                            void* y,                                  // out: [tokens, cols]
+                                            int64_t tokens, int64_t cols,             // at most MACKO_DENSE_MAX_COLS
+                                            int32_t dtype,  // macko_dtype of all: a 16-bit one
+                                            int32_t device, void* stream);
+
+// First of a token's kernels: moves on to the next slot and looks the tokens' embeddings up. Starts late and lets
+// nothing start early, so that all kernels of a token see what was written before it.
+MACKO_API macko_status macko_cuda_begin_token(const int64_t* tokens,   // [texts]; what is no token counts as 0
+                                              const void* embeddings,  // [vocabulary, hidden] of 16-bit values
+                                              void* x,                 // out: [texts, hidden]
+                                              int32_t* slot,           // [1] increased by one
+                                              int64_t texts, int64_t hidden, int64_t vocabulary, int32_t device,
+                                              void* stream);
+
+// Attention of one new token a text, over a cache of keys and values. All pointers are addresses on one GPU, at
+// multiples of 16; all values are of `dtype`. Texts end at one slot and begin at different ones (they are padded on the
+// left).
+typedef struct macko_attention {
+  const void* qkv;         // [texts][heads + 2 kv_heads][head_dim] queries, keys and values of the new token
+  void* keys;              // [texts][kv_heads][capacity][head_dim]; the new token's is written
+  void* values;            // the same
+  const void* cosines;     // [positions][head_dim] of the rotary embedding, positions counted from a text's first slot
+  const void* sines;       // the same
+  const void* query_norm;  // [head_dim] weight of an RMSNorm of each query before the rotation, or null
+  const void* key_norm;    // the same for keys
+  const int32_t* slot;     // [1] where the new token goes
+  const int32_t* first;    // [texts] first slot of each text
+  void* y;                 // out: [texts][heads][head_dim]
+  float* partial;          // scratch: [texts][heads][splits][head_dim + 2] if splits > 1
+  int32_t* tickets;        // scratch: [texts][heads], zero before and after
+  float scale;             // of the scores
+  float norm_epsilon;
+  int32_t texts, heads, kv_heads, head_dim;  // head_dim: 16, 32, 64, 128 or 256
+  int32_t capacity;                          // slots
+  int32_t window;                            // most tokens that one sees, itself included; 0: all
+  int32_t splits;                            // blocks that share the slots of a head, at most 64
+  int32_t dtype;                             // macko_dtype: a 16-bit one
+} macko_attention;
+
+// Starts early, and reads the cache's earlier slots early: those must be complete when macko_cuda_begin_token is
+// queued.
+MACKO_API macko_status macko_cuda_decode_attention(const macko_attention* attention, int32_t device, void* stream);
+
+// The most probable token of each text: the first of the largest logits; -1 where the largest is not finite.
+MACKO_API macko_status macko_cuda_argmax(const void* logits,  // [texts, vocabulary] of `dtype`, a 16-bit one
+                                         int64_t* tokens,     // out: [texts]
+                                         uint64_t* scratch,   // [2 texts], zero before and after
+                                         int64_t texts, int64_t vocabulary, int32_t dtype, int32_t device,
+                                         void* stream);
 
 #ifdef __cplusplus
 }

@@ -40,6 +40,9 @@ __device__ inline float from_float<float>(float value) {
   return value;
 }
 
+__device__ inline uint16_t bits_of(__half value) { return __half_as_ushort(value); }
+__device__ inline uint16_t bits_of(__nv_bfloat16 value) { return __bfloat16_as_ushort(value); }
+
 // Two 16-bit values that were read as one word, the first in the low half.
 template <typename T>
 __device__ float2 pair_to_float(uint32_t word);

@@ -1,12 +1,7 @@
 // Entry point of SpMV on the sliced layout.
+#include "cuda/input.cuh"
 #include "cuda/sliced.cuh"
-
-namespace macko {
-cudaError_t launch_spmv_fp16(const macko_sliced& matrix, const void* x, const void* bias, void* y, int64_t tokens,
-                             int device, cudaStream_t stream);
-cudaError_t launch_spmv_bf16(const macko_sliced& matrix, const void* x, const void* bias, void* y, int64_t tokens,
-                             int device, cudaStream_t stream);
-}  // namespace macko
+#include "cuda/spmv_call.h"
 
 using namespace macko;
 
@@ -15,13 +10,18 @@ int64_t macko_cuda_sliced_max_cols(int32_t device) {
   return columns < 0 ? 0 : columns > UINT16_MAX ? UINT16_MAX : columns;
 }
 
-macko_status macko_cuda_sliced_spmv(const macko_sliced* matrix, const void* x, const void* bias, void* y,
-                                    int64_t tokens, int32_t device, void* stream) {
+macko_status macko_cuda_sliced_spmv(const macko_sliced* matrix, const macko_input* input, const void* x,
+                                    const void* bias, const void* residual, void* y, int64_t tokens, int32_t device,
+                                    void* stream) {
   if (!is_valid(matrix) || tokens < 0) return MACKO_BAD_ARGUMENT;
   if (matrix->rows == 0 || tokens == 0) return MACKO_OK;
   if (!x || !y) return MACKO_BAD_ARGUMENT;
+  const macko_input plain = {nullptr, 0.0f, MACKO_PLAIN};
+  const macko_input& used = input ? *input : plain;
+  if (!is_valid(used, x, matrix->cols) || (used.transform != MACKO_PLAIN && tokens != 1)) return MACKO_BAD_ARGUMENT;
   const DeviceGuard guard(device);
   if (guard.status() != MACKO_OK) return guard.status();
-  const auto launch = matrix->value_dtype == MACKO_FLOAT16 ? launch_spmv_fp16 : launch_spmv_bf16;
-  return status_of(launch(*matrix, x, bias, y, tokens, device, static_cast<cudaStream_t>(stream)));
+  const SpmvCall call = {matrix, used, x, bias, residual, y, device, static_cast<cudaStream_t>(stream)};
+  return status_of(matrix->value_dtype == MACKO_FLOAT16 ? launch_spmv_fp16(call, tokens)
+                                                        : launch_spmv_bf16(call, tokens));
 }

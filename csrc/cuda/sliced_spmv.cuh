@@ -1,27 +1,17 @@
-// y = x W^T + bias for 1, 2 or 4 tokens from the sliced layout. A block takes a slice: x goes to shared memory, each
-// warp multiplies its share of the slice's units, a lane a row, and the warps' sums are added up.
+// y = x W^T + bias + residual for 1, 2 or 4 tokens from the sliced layout. A block takes a slice: x goes to shared
+// memory, each warp multiplies its share of the slice's units, a lane a row, and the warps' sums are added up.
 #pragma once
 
 #include <algorithm>
 
+#include "cuda/dependent_launch.cuh"
+#include "cuda/input.cuh"
 #include "cuda/scalar.cuh"
 #include "cuda/sliced.cuh"
+#include "cuda/spmv_call.h"
 #include "cuda/warp.cuh"
 
 namespace macko {
-
-// Blocks of a launch may start while the one before still runs, and fetch weights until it is done (programmatic
-// dependent launch). Nothing that another kernel writes may be read before wait_for_previous_kernel().
-__device__ __forceinline__ void let_next_kernel_start() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-__device__ __forceinline__ void wait_for_previous_kernel() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
 
 // Shape of a block, fixed when it is compiled.
 template <int DeltaBits_, int Warps_, int Tokens_>
@@ -44,27 +34,16 @@ struct SpmvConfig {
 // Bytes of shared memory that x takes.
 constexpr int64_t spmv_shared_bytes(int64_t cols, int tokens) { return (cols + kPaddingColumns) * tokens * 2; }
 
-// x [tokens, cols] -> [cols + kPaddingColumns][Tokens] in shared memory; what is not there becomes zero.
+// x [tokens, cols] -> [cols + kPaddingColumns][Tokens] in shared memory; what is not there becomes zero. One token's x
+// is transformed on the way. Asynchronous copies and loops that are not unrolled, because weights wait in registers.
 template <typename T, typename Config>
-__device__ __forceinline__ void fill_x(T* __restrict__ shared, const T* __restrict__ x, int cols, int tokens) {
+__device__ __forceinline__ void fill_x(T* __restrict__ shared, const T* __restrict__ x, const macko_input& input,
+                                       int cols, int tokens, float* scratch) {
   const bool vectors = cols % 8 == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0;
   int begin = 0;  // from here on, element by element
   if (Config::Tokens == 1 && vectors) {
     begin = cols;
-#if __CUDA_ARCH__ >= 800
-    // Asynchronous copies, because they need no registers while weights wait in them.
-    const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-#pragma unroll 1
-    for (int i = threadIdx.x * 8; i < cols; i += Config::Threads * 8) {
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + i * 2), "l"(x + i) : "memory");
-    }
-    asm volatile("cp.async.wait_all;" ::: "memory");
-#else
-#pragma unroll 1
-    for (int i = threadIdx.x * 8; i < cols; i += Config::Threads * 8) {
-      *reinterpret_cast<uint4*>(shared + i) = *reinterpret_cast<const uint4*>(x + i);
-    }
-#endif
+    fill_input<T>(shared, shared + cols + kPaddingColumns, x, input, cols, scratch, Config::Threads);
   } else if (Config::Tokens > 1 && vectors) {
     begin = cols;
 #pragma unroll 1
@@ -134,44 +113,49 @@ __device__ __forceinline__ void multiply_unit(float (&sums)[Config::Tokens],
   address += offsets.span() * kColumnBytes;
 }
 
-// The rows of a slice and their biases, which the first warp fetches while there is time.
-struct SliceRows {
-  int row[kWarpSize];  // -1 where there is none
-  float bias[kWarpSize];
-};
+// Lanes that add up one row's sums over the warps of a block: the largest power of 2 that divides the warps.
+template <typename Config>
+constexpr int kLanesPerRow = Config::Warps & -Config::Warps;
 
-// One token's sums over the warps of a block, written to y. Every warp adds up some rows, by shuffles.
-template <typename T, typename Config>
-__device__ __forceinline__ void write_sums(float (&partial)[Config::Warps][kWarpSize + 1], float sum,
-                                           const SliceRows& rows, T* y) {
-  constexpr int kLanes = Config::Warps & -Config::Warps;  // that add up one row: the largest power of 2 that divides
-  constexpr int kRows = kWarpSize / kLanes;               // that a warp adds up
+// Position in the slice of the row that this thread finishes, or -1 if it finishes none.
+template <typename Config>
+__device__ __forceinline__ int finished_row() {
+  constexpr int kLanes = kLanesPerRow<Config>, kRows = kWarpSize / kLanes;  // rows that a warp finishes
   static_assert(Config::Warps * kRows >= kWarpSize, "every row must find a warp");
+  const int place = warp_index() * kRows + lane_index() / kLanes;
+  return lane_index() % kLanes == 0 && place < kWarpSize ? place : -1;
+}
+
+// One token's sums over the warps of a block: in the thread that finishes a row, that row's.
+template <typename Config>
+__device__ __forceinline__ float add_up(float (&partial)[Config::Warps][kWarpSize + 1], float sum) {
+  constexpr int kLanes = kLanesPerRow<Config>, kRows = kWarpSize / kLanes;
   partial[warp_index()][lane_index()] = sum;
   __syncthreads();
-  const int place = warp_index() * kRows + lane_index() / kLanes;
-  if (warp_index() * kRows >= kWarpSize) return;
+  const int place = min(warp_index() * kRows + lane_index() / kLanes, kWarpSize - 1);
   float total = 0.0f;
 #pragma unroll
   for (int warp = 0; warp < Config::Warps; warp += kLanes) total += partial[warp + lane_index() % kLanes][place];
 #pragma unroll
   for (int distance = kLanes / 2; distance > 0; distance /= 2) total += __shfl_xor_sync(kAllLanes, total, distance);
-  if (lane_index() % kLanes == 0 && rows.row[place] >= 0) y[rows.row[place]] = from_float<T>(total + rows.bias[place]);
+  return total;
 }
 
 template <typename T, typename Config>
 __global__ void __launch_bounds__(Config::Threads, Config::Blocks)
     spmv_slice(const macko_sliced matrix,  // its warps are Config::Warps
-               const T* x,                 // [tokens, cols]
+               const macko_input input,    // plain unless Config::Tokens is 1
+               const T* x,                 // [tokens, cols], or what the transform reads
                const T* bias,              // [rows], or null
-               T* y,                       // out: [tokens, rows]
+               const T* residual,          // [tokens, rows], or null
+               T* y,                       // out: [tokens, rows]; may be the residual
                int tokens) {               // at most Config::Tokens
   using U = Unit<Config::DeltaBits>;
   constexpr int kAhead = Config::UnitsInFlight;
   // At 128 bytes: with x half a line off, copies into it cost 1 us of 16.
   extern __shared__ __align__(128) unsigned char shared_bytes[];
   __shared__ float partial[Config::Tokens][Config::Warps][kWarpSize + 1];
-  __shared__ SliceRows rows;
+  __shared__ int rows[kWarpSize];  // of the slice, -1 where there is none
   static_assert(sizeof(partial) + sizeof(rows) + 128 <= kSpmvOtherShared, "shared_bytes_for_x counts on it");
   T* const shared_x = reinterpret_cast<T*>(shared_bytes);
   const int slice = blockIdx.x, height = matrix.height;
@@ -202,12 +186,21 @@ __global__ void __launch_bounds__(Config::Threads, Config::Blocks)
     row = matrix.row_order[slice * height + lane_index()];
   }
 
+  if constexpr (Config::Tokens == 1) {
+    prepare_input<T>(shared_x + matrix.cols + kPaddingColumns, input, matrix.cols, Config::Threads);
+  }
   let_next_kernel_start();
   wait_for_previous_kernel();
-  fill_x<T, Config>(shared_x, x, matrix.cols, tokens);
-  if (warp_index() == 0) rows.row[lane_index()] = row;
+  fill_x<T, Config>(shared_x, x, input, matrix.cols, tokens, &partial[0][0][0]);
+  if (warp_index() == 0) rows[lane_index()] = row;
   __syncthreads();
-  const float row_bias = bias && row >= 0 ? to_float(bias[row]) : 0.0f;
+  // What is added to the row that this thread finishes, fetched while there is time, in one register.
+  const int place = finished_row<Config>();
+  uint32_t added = 0;
+  if (place >= 0 && rows[place] >= 0) {
+    if (bias) added = bits_of(bias[rows[place]]);
+    if (Config::Tokens == 1 && residual) added |= static_cast<uint32_t>(bits_of(residual[rows[place]])) << 16;
+  }
 
   float sums[Config::Tokens] = {};
   uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared_x)) + start * 2 * Config::Tokens;
@@ -224,81 +217,99 @@ __global__ void __launch_bounds__(Config::Threads, Config::Blocks)
       }
     }
   }
-  if (warp_index() == 0) rows.bias[lane_index()] = row_bias;
 #pragma unroll
   for (int t = 0; t < Config::Tokens; t++) {
-    if (t < tokens) write_sums<T, Config>(partial[t], sums[t], rows, y + static_cast<int64_t>(t) * matrix.rows);
+    float total = add_up<Config>(partial[t], sums[t]);
+    const int finished = finished_row<Config>();
+    if (t >= tokens || finished < 0 || rows[finished] < 0) continue;
+    const int64_t at = static_cast<int64_t>(t) * matrix.rows + rows[finished];
+    const float2 bias_and_residual = pair_to_float<T>(added);
+    total += bias_and_residual.x;
+    if (residual) total = rounded<T>(total) + (Config::Tokens == 1 ? bias_and_residual.y : to_float(residual[at]));
+    y[at] = from_float<T>(total);
   }
 }
 
 // What is asked of CUDA once a kernel and GPU.
 struct LaunchFacts {
   bool known;
-  bool overlaps;           // programmatic dependent launch
+  int most_shared_bytes;
   int least_shared_bytes;  // so that no more blocks than Config::Blocks fit an SM
 };
-constexpr int kMaxGpus = 64;
+
+// A product to launch, typed; see SpmvCall.
+template <typename T>
+struct Spmv {
+  macko_sliced matrix;
+  macko_input input;
+  const T* x;
+  const T* bias;
+  const T* residual;
+  T* y;
+  int device;
+  cudaStream_t stream;
+
+  explicit Spmv(const SpmvCall& call)
+      : matrix(*call.matrix),
+        input(call.input),
+        x(static_cast<const T*>(call.x)),
+        bias(static_cast<const T*>(call.bias)),
+        residual(static_cast<const T*>(call.residual)),
+        y(static_cast<T*>(call.y)),
+        device(call.device),
+        stream(call.stream) {}
+};
 
 template <typename T, typename Config>
-cudaError_t launch_spmv_config(const macko_sliced& matrix, const T* x, const T* bias, T* y, int tokens, int device,
-                               cudaStream_t stream) {
+cudaError_t launch_spmv_config(const Spmv<T>& p, int tokens) {
   static LaunchFacts facts[kMaxGpus];  // written with the same values by every thread that finds nothing
   const auto kernel = spmv_slice<T, Config>;
-  LaunchFacts fact = device < kMaxGpus ? facts[device] : LaunchFacts{};
+  LaunchFacts fact = p.device < kMaxGpus ? facts[p.device] : LaunchFacts{};
   if (!fact.known) {
-    int major = 0;
-    cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-    if (error != cudaSuccess) return error;
-    const int most = static_cast<int>(shared_bytes_for_x(device));
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+    const int most = static_cast<int>(shared_bytes_for_x(p.device));
+    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
     if (error != cudaSuccess) return error;
     int of_sm = 0;
-    error = cudaDeviceGetAttribute(&of_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+    error = cudaDeviceGetAttribute(&of_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor, p.device);
     if (error != cudaSuccess) return error;
-    fact = {true, major >= 9, is_lone_block(Config::Warps) ? std::min(most, of_sm / 2) : 0};
-    if (device < kMaxGpus) facts[device] = fact;
+    fact = {true, most, is_lone_block(Config::Warps) ? std::min(most, of_sm / 2) : 0};
+    if (p.device < kMaxGpus) facts[p.device] = fact;
   }
-  cudaLaunchAttribute overlap;
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = matrix.slices;
-  config.blockDim = Config::Threads;
-  config.dynamicSmemBytes = std::max<int64_t>(spmv_shared_bytes(matrix.cols, Config::Tokens), fact.least_shared_bytes);
-  config.stream = stream;
-  config.attrs = &overlap;
-  config.numAttrs = fact.overlaps ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, matrix, x, bias, y, tokens);
+  const int64_t bytes =
+      spmv_shared_bytes(p.matrix.cols, Config::Tokens) + other_elements(p.input, p.matrix.cols) * sizeof(T);
+  if (bytes > fact.most_shared_bytes) return cudaErrorInvalidValue;
+  return launch_overlapping(kernel, p.matrix.slices, Config::Threads, std::max<int64_t>(bytes, fact.least_shared_bytes),
+                            p.device, p.stream, p.matrix, p.input, p.x, p.bias, p.residual, p.y, tokens);
 }
 
 template <typename T, int DeltaBits, int Tokens>
-cudaError_t launch_spmv_tokens(const macko_sliced& m, const T* x, const T* bias, T* y, int tokens, int device,
-                               cudaStream_t stream) {
-  const auto launch = m.warps == 32   ? launch_spmv_config<T, SpmvConfig<DeltaBits, 32, Tokens>>
-                      : m.warps == 20 ? launch_spmv_config<T, SpmvConfig<DeltaBits, 20, Tokens>>
-                      : m.warps == 24 ? launch_spmv_config<T, SpmvConfig<DeltaBits, 24, Tokens>>
-                      : m.warps == 16 ? launch_spmv_config<T, SpmvConfig<DeltaBits, 16, Tokens>>
-                      : m.warps == 12 ? launch_spmv_config<T, SpmvConfig<DeltaBits, 12, Tokens>>
-                                      : launch_spmv_config<T, SpmvConfig<DeltaBits, 8, Tokens>>;
-  return launch(m, x, bias, y, tokens, device, stream);
+cudaError_t launch_spmv_tokens(const Spmv<T>& p, int tokens) {
+  const int warps = p.matrix.warps;
+  const auto launch = warps == 32   ? launch_spmv_config<T, SpmvConfig<DeltaBits, 32, Tokens>>
+                      : warps == 20 ? launch_spmv_config<T, SpmvConfig<DeltaBits, 20, Tokens>>
+                      : warps == 24 ? launch_spmv_config<T, SpmvConfig<DeltaBits, 24, Tokens>>
+                      : warps == 16 ? launch_spmv_config<T, SpmvConfig<DeltaBits, 16, Tokens>>
+                      : warps == 12 ? launch_spmv_config<T, SpmvConfig<DeltaBits, 12, Tokens>>
+                                    : launch_spmv_config<T, SpmvConfig<DeltaBits, 8, Tokens>>;
+  return launch(p, tokens);
 }
 
 // All tokens, as many at a time as fit.
 template <typename T>
-cudaError_t launch_spmv(const macko_sliced& m, const T* x, const T* bias, T* y, int64_t tokens, int device,
-                        cudaStream_t stream) {
-  const int64_t fit = shared_bytes_for_x(device) / spmv_shared_bytes(m.cols, 1);  // tokens whose x fits
+cudaError_t launch_spmv(Spmv<T> p, int64_t tokens) {
+  const int64_t fit = shared_bytes_for_x(p.device) / spmv_shared_bytes(p.matrix.cols, 1);  // tokens whose x fits
   while (tokens > 0) {
     const int now = tokens >= 3 && fit >= 4 ? 4 : tokens >= 2 && fit >= 2 ? 2 : 1;
     const int used = static_cast<int>(tokens < now ? tokens : now);
-    const bool narrow = m.delta_bits == 2;
+    const bool narrow = p.matrix.delta_bits == 2;
     const auto launch = now == 4   ? (narrow ? launch_spmv_tokens<T, 2, 4> : launch_spmv_tokens<T, 4, 4>)
                         : now == 2 ? (narrow ? launch_spmv_tokens<T, 2, 2> : launch_spmv_tokens<T, 4, 2>)
                                    : (narrow ? launch_spmv_tokens<T, 2, 1> : launch_spmv_tokens<T, 4, 1>);
-    const cudaError_t error = launch(m, x, bias, y, used, device, stream);
+    const cudaError_t error = launch(p, used);
     if (error != cudaSuccess) return error;
-    x += static_cast<int64_t>(used) * m.cols;
-    y += static_cast<int64_t>(used) * m.rows;
+    p.x += static_cast<int64_t>(used) * p.matrix.cols;
+    p.y += static_cast<int64_t>(used) * p.matrix.rows;
+    if (p.residual) p.residual += static_cast<int64_t>(used) * p.matrix.rows;
     tokens -= used;
   }
   return cudaSuccess;

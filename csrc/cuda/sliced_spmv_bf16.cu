@@ -2,9 +2,7 @@
 #include "cuda/sliced_spmv.cuh"
 
 namespace macko {
-cudaError_t launch_spmv_bf16(const macko_sliced& matrix, const void* x, const void* bias, void* y, int64_t tokens,
-                             int device, cudaStream_t stream) {
-  return launch_spmv(matrix, static_cast<const __nv_bfloat16*>(x), static_cast<const __nv_bfloat16*>(bias),
-                     static_cast<__nv_bfloat16*>(y), tokens, device, stream);
+cudaError_t launch_spmv_bf16(const SpmvCall& call, int64_t tokens) {
+  return launch_spmv(Spmv<__nv_bfloat16>(call), tokens);
 }
 }  // namespace macko

@@ -1,0 +1,60 @@
+// Kernels of a stream that overlap: programmatic dependent launch, on sm_90 and newer; elsewhere nothing happens.
+//
+// A kernel may start while the one before still runs, once every block of that one has called let_next_kernel_start().
+// wait_for_previous_kernel() returns when the one before is done, and so, by induction, all before it. What other
+// kernels write may be read after the wait only. Before it: weights, and whatever was complete before the stream's last
+// kernel that never calls let_next_kernel_start().
+#pragma once
+
+#include "cuda/launch.h"
+
+namespace macko {
+
+__device__ __forceinline__ void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+constexpr int kMaxGpus = 64;
+
+// Whether kernels of a GPU can overlap; asked of CUDA once a GPU.
+inline cudaError_t overlaps_launches(int device, bool* overlaps) {
+  static int majors[kMaxGpus];  // 0 is not known yet; every thread that finds nothing writes the same
+  int major = device < kMaxGpus ? majors[device] : 0;
+  if (major == 0) {
+    const cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    if (error != cudaSuccess) return error;
+    if (device < kMaxGpus) majors[device] = major;
+  }
+  *overlaps = major >= 9;
+  return cudaSuccess;
+}
+
+// Queues a kernel that calls wait_for_previous_kernel(), early if the GPU can.
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch_overlapping(void (*kernel)(Parameters...), dim3 grid, int threads, int64_t shared_bytes, int device,
+                               cudaStream_t stream, Arguments... arguments) {
+  bool overlaps = false;
+  const cudaError_t error = overlaps_launches(device, &overlaps);
+  if (error != cudaSuccess) return error;
+  cudaLaunchAttribute overlap;
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = threads;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &overlap;
+  config.numAttrs = overlaps ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+}  // namespace macko
