@@ -3,6 +3,7 @@
 import ctypes
 import importlib.util
 import sys
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import NoReturn
@@ -13,7 +14,7 @@ from macko_llm.errors import NativeError
 from macko_llm.format import MackoMatrix, check_entries, padded_count
 from macko_llm.sliced import DELTA_BITS, SlicedMatrix, choose_shapes, plan_rows
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 
 _INT32, _INT64, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 _SIGNATURES: dict[str, list[type]] = {
@@ -182,13 +183,14 @@ def cuda_pack(weight: torch.Tensor) -> MackoMatrix:
     return MackoMatrix(values, deltas, row_offsets, (rows, cols))
 
 
-def cuda_unpack(matrix: MackoMatrix) -> torch.Tensor:
-    """`format.unpack` of a valid matrix on a GPU."""
+def cuda_unpack(matrix: MackoMatrix, out: torch.Tensor | None = None) -> torch.Tensor:
+    """`format.unpack` of a valid matrix on a GPU, into `out` ([rows, cols], contiguous, of its dtype and GPU) if given."""
     rows, cols = matrix.shape
     values, deltas, row_offsets = _aligned(matrix)
-    weight = torch.empty(rows, cols, dtype=values.dtype, device=values.device)
+    weight = torch.empty(rows, cols, dtype=values.dtype, device=values.device) if out is None else out
     arrays = _address(values), _address(deltas), _address(row_offsets)
-    _call_cuda("macko_cuda_unpack", (values, deltas, row_offsets), *arrays, rows, cols, _address(weight))
+    tensors = (values, deltas, row_offsets, weight)
+    _call_cuda("macko_cuda_unpack", tensors, *arrays, rows, cols, _address(weight))
     return weight
 
 
@@ -230,15 +232,16 @@ def cuda_spmv_rows(matrix: MackoMatrix, x: torch.Tensor, bias: torch.Tensor | No
     return y
 
 
-def cuda_sliced(weight: torch.Tensor, canonical_nbytes: int) -> SlicedMatrix | None:
-    """The sliced layout of a contiguous [rows, cols] float16 or bfloat16 matrix on a GPU.
+def cuda_sliced(weight: torch.Tensor, member_rows: Sequence[int], canonical_nbytes: int) -> SlicedMatrix | None:
+    """The sliced layout of matrices with as many columns, as a group.
 
     Args:
-        weight: the dense matrix.
-        canonical_nbytes: bytes of its canonical arrays.
+        weight: the dense matrices one below the other, contiguous [rows, cols] float16 or bfloat16 on a GPU.
+        member_rows: rows of each; they add up to `rows`.
+        canonical_nbytes: bytes of all their canonical arrays.
 
     Returns:
-        None where the layout does not suit the matrix: no rows, too many columns for the GPU's shared memory, or rows of
+        None where the layout does not suit the matrices: no rows, too many columns for the GPU's shared memory, or rows of
         very different lengths (`sliced.plan_rows`).
     """
     rows, cols = weight.shape
@@ -250,8 +253,8 @@ def cuda_sliced(weight: torch.Tensor, canonical_nbytes: int) -> SlicedMatrix | N
         counts[bits] = torch.empty(rows, dtype=torch.int32, device=weight.device)
         addresses = _address(weight), rows, cols, bits, _address(counts[bits])
         _call_cuda("macko_cuda_sliced_entries", (weight,), *addresses)
-    shapes = choose_shapes(rows, torch.cuda.get_device_properties(device).multi_processor_count)
-    planned = plan_rows(counts, rows, cols, weight.dtype, shapes, canonical_nbytes)
+    shapes = choose_shapes(member_rows, torch.cuda.get_device_properties(device).multi_processor_count)
+    planned = plan_rows(counts, member_rows, cols, weight.dtype, shapes, canonical_nbytes)
     if planned is None:
         return None
     matrix = SlicedMatrix(torch.zeros(planned.plan.nbytes, dtype=torch.uint8, device=weight.device), planned.plan)
@@ -264,7 +267,7 @@ def cuda_sliced(weight: torch.Tensor, canonical_nbytes: int) -> SlicedMatrix | N
 def cuda_sliced_unpack(matrix: SlicedMatrix) -> torch.Tensor:
     """The dense [rows, cols] matrix of a sliced one."""
     plan = matrix.plan
-    weight = torch.empty(plan.rows, plan.cols, dtype=plan.dtype, device=matrix.data.device)
+    weight = torch.empty(matrix.rows, plan.cols, dtype=plan.dtype, device=matrix.data.device)
     _call_cuda("macko_cuda_sliced_unpack", (matrix.data,), matrix.address, _address(weight))
     return weight
 

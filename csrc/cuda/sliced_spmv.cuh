@@ -198,13 +198,12 @@ __global__ void __launch_bounds__(Config::Threads, Config::Blocks)
   }
   const int start = matrix.starts[(slice * Config::Warps + warp_index()) * height + lane];
   int row = -1;
-  if (warp_index() == 0 && lane_index() < height && slice * height + lane_index() < matrix.rows) {
-    row = matrix.row_order[slice * height + lane_index()];
-  }
+  if (warp_index() == 0 && lane_index() < height) row = matrix.row_order[slice * height + lane_index()];
 
   let_next_kernel_start();
   wait_for_previous_kernel();
   fill_x<T, Config>(shared_x, x, matrix.cols, tokens);
+  if (row >= 0) row -= matrix.first_row;  // not sooner: whoever subtracts waits for the load
   if (warp_index() == 0) rows.row[lane_index()] = row;
   __syncthreads();
   const float row_bias = bias && row >= 0 ? to_float(bias[row]) : 0.0f;
