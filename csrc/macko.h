@@ -119,8 +119,8 @@ MACKO_API macko_status macko_cuda_spmv_rows(const uint16_t* values, int32_t valu
 
 // A matrix in the layout that SpMV reads from GPU memory (csrc/cuda/sliced.cuh). All pointers are addresses on one GPU.
 // A unit is 32 / delta_bits entries of a row. Matrices that multiply the same x may share the arrays, as a group: each
-// has slices of its own, one matrix's behind the other's. The group is a matrix with the rows of all. One of its members
-// is a matrix whose starts, unit_offsets and row_order point to its first slice's.
+// has slices of its own, one matrix's behind the other's. The group is a matrix with the rows of all. One of its
+// members is a matrix whose starts, unit_offsets and row_order point to its first slice's.
 typedef struct macko_sliced {
   void* values;           // [units][entries of a unit / 8][height][8] 16-bit floats, at a multiple of 16
   uint32_t* deltas;       // [units][height], the deltas of a unit a word, its first entry in the low bits

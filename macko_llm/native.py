@@ -183,14 +183,13 @@ def cuda_pack(weight: torch.Tensor) -> MackoMatrix:
     return MackoMatrix(values, deltas, row_offsets, (rows, cols))
 
 
-def cuda_unpack(matrix: MackoMatrix, out: torch.Tensor | None = None) -> torch.Tensor:
-    """`format.unpack` of a valid matrix on a GPU, into `out` ([rows, cols], contiguous, of its dtype and GPU) if given."""
+def cuda_unpack(matrix: MackoMatrix) -> torch.Tensor:
+    """`format.unpack` of a valid matrix on a GPU."""
     rows, cols = matrix.shape
     values, deltas, row_offsets = _aligned(matrix)
-    weight = torch.empty(rows, cols, dtype=values.dtype, device=values.device) if out is None else out
+    weight = torch.empty(rows, cols, dtype=values.dtype, device=values.device)
     arrays = _address(values), _address(deltas), _address(row_offsets)
-    tensors = (values, deltas, row_offsets, weight)
-    _call_cuda("macko_cuda_unpack", tensors, *arrays, rows, cols, _address(weight))
+    _call_cuda("macko_cuda_unpack", (values, deltas, row_offsets), *arrays, rows, cols, _address(weight))
     return weight
 
 
@@ -232,36 +231,39 @@ def cuda_spmv_rows(matrix: MackoMatrix, x: torch.Tensor, bias: torch.Tensor | No
     return y
 
 
-def cuda_sliced(weight: torch.Tensor, member_rows: Sequence[int], canonical_nbytes: int) -> SlicedMatrix | None:
-    """The sliced layout of matrices with as many columns, as a group.
+def cuda_sliced(matrices: Sequence[MackoMatrix]) -> SlicedMatrix | None:
+    """The sliced layout of valid matrices on a GPU, of one dtype and with as many columns, as a group.
 
-    Args:
-        weight: the dense matrices one below the other, contiguous [rows, cols] float16 or bfloat16 on a GPU.
-        member_rows: rows of each; they add up to `rows`.
-        canonical_nbytes: bytes of all their canonical arrays.
+    Dense is the way there, one matrix at a time and twice each, so that it takes no more memory than the largest.
 
     Returns:
         None where the layout does not suit the matrices: no rows, too many columns for the GPU's shared memory, or rows of
         very different lengths (`sliced.plan_rows`).
     """
-    rows, cols = weight.shape
-    device = weight.get_device()
-    if rows == 0 or cols > library().macko_cuda_sliced_max_cols(device):
+    values, cols = matrices[0].values, matrices[0].shape[1]
+    device = values.get_device()
+    member_rows = [matrix.shape[0] for matrix in matrices]
+    if sum(member_rows) == 0 or cols > library().macko_cuda_sliced_max_cols(device):
         return None
-    counts = {}
-    for bits in DELTA_BITS:
-        counts[bits] = torch.empty(rows, dtype=torch.int32, device=weight.device)
-        addresses = _address(weight), rows, cols, bits, _address(counts[bits])
-        _call_cuda("macko_cuda_sliced_entries", (weight,), *addresses)
+    counts = {bits: torch.empty(sum(member_rows), dtype=torch.int32, device=values.device) for bits in DELTA_BITS}
+    for member, matrix in enumerate(matrices):
+        weight = cuda_unpack(matrix)
+        for bits, of_rows in counts.items():
+            own = of_rows.split(member_rows)[member]
+            addresses = _address(weight), *matrix.shape, bits, _address(own)
+            _call_cuda("macko_cuda_sliced_entries", (weight, own), *addresses)
     shapes = choose_shapes(member_rows, torch.cuda.get_device_properties(device).multi_processor_count)
-    planned = plan_rows(counts, member_rows, cols, weight.dtype, shapes, canonical_nbytes)
+    nbytes = sum(matrix.nbytes for matrix in matrices)
+    planned = plan_rows(counts, member_rows, cols, values.dtype, shapes, nbytes)
     if planned is None:
         return None
-    matrix = SlicedMatrix(torch.zeros(planned.plan.nbytes, dtype=torch.uint8, device=weight.device), planned.plan)
+    group = SlicedMatrix(torch.zeros(planned.plan.nbytes, dtype=torch.uint8, device=values.device), planned.plan)
     for offset, array in zip(planned.plan.array_offsets[-2:], (planned.unit_offsets, planned.row_order), strict=True):
-        matrix.data[offset : offset + array.nbytes] = array.view(torch.uint8)
-    _call_cuda("macko_cuda_sliced_pack", (weight, matrix.data), _address(weight), matrix.address)
-    return matrix
+        group.data[offset : offset + array.nbytes] = array.view(torch.uint8)
+    for matrix, view in zip(matrices, group.members, strict=True):
+        weight = cuda_unpack(matrix)
+        _call_cuda("macko_cuda_sliced_pack", (weight, view.data), _address(weight), view.address)
+    return group
 
 
 def cuda_sliced_unpack(matrix: SlicedMatrix) -> torch.Tensor:

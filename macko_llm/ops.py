@@ -67,19 +67,18 @@ def arrange(matrix: MackoMatrix) -> SlicedMatrix | None:
 def arrange_group(matrices: Sequence[MackoMatrix]) -> list[SlicedMatrix] | None:
     """One layout of matrices that multiply the same input, so that one kernel can multiply them all.
 
+    Args:
+        matrices: valid, at least one.
+
     Returns:
         Each matrix as a member of the group, or None where the layout does not suit them together (see `arrange`): also if
         their columns, dtypes or devices differ.
     """
     kinds = {(matrix.shape[1], matrix.values.dtype, matrix.values.device) for matrix in matrices}
-    cols, dtype, device = next(iter(kinds))
+    _, dtype, device = next(iter(kinds))
     if len(kinds) > 1 or device.type != "cuda" or dtype not in spec.VALUE_DTYPES.values() or not native.has_cuda():
         return None
-    member_rows = [matrix.shape[0] for matrix in matrices]
-    weight = torch.empty(sum(member_rows), cols, dtype=dtype, device=device)
-    for matrix, part in zip(matrices, weight.split(member_rows), strict=True):
-        native.cuda_unpack(matrix, out=part)
-    group = native.cuda_sliced(weight, member_rows, sum(matrix.nbytes for matrix in matrices))
+    group = native.cuda_sliced(matrices)
     if group is None:
         return None
     # A later SpMV may fetch weights before the kernels queued ahead of it are done (csrc/macko.h).

@@ -4,8 +4,8 @@
 // rows are interleaved a unit at a time, so that a warp reads them with full 16-byte loads, and each warp of a block
 // takes an equal share of a slice's units. A unit is as many entries of a row as a 32-bit word has deltas: 16 of 2 bits
 // or 8 of 4. Narrower deltas than the format's 4 bits save bytes while gaps are short; longer gaps are bridged by zeros
-// as in the format. Rows shorter than their slice go on with zeros of delta 0. In a group of matrices each one's rows are
-// sorted and cut by themselves, so that a slice has rows of one matrix only.
+// as in the format. Rows shorter than their slice go on with zeros of delta 0. In a group of matrices each one's rows
+// are sorted and cut by themselves, so that a slice has rows of one matrix only.
 #pragma once
 
 #include <cstdint>
