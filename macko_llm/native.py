@@ -246,12 +246,8 @@ def cuda_sliced(matrices: Sequence[MackoMatrix]) -> SlicedMatrix | None:
     if sum(member_rows) == 0 or cols > library().macko_cuda_sliced_max_cols(device):
         return None
     counts = {bits: torch.empty(sum(member_rows), dtype=torch.int32, device=values.device) for bits in DELTA_BITS}
-    for member, matrix in enumerate(matrices):
-        weight = cuda_unpack(matrix)
-        for bits, of_rows in counts.items():
-            own = of_rows.split(member_rows)[member]
-            addresses = _address(weight), *matrix.shape, bits, _address(own)
-            _call_cuda("macko_cuda_sliced_entries", (weight, own), *addresses)
+    for matrix, *own in zip(matrices, *(of_rows.split(member_rows) for of_rows in counts.values()), strict=True):
+        _count_entries(matrix, dict(zip(counts, own, strict=True)))
     shapes = choose_shapes(member_rows, torch.cuda.get_device_properties(device).multi_processor_count)
     nbytes = sum(matrix.nbytes for matrix in matrices)
     planned = plan_rows(counts, member_rows, cols, values.dtype, shapes, nbytes)
@@ -260,10 +256,20 @@ def cuda_sliced(matrices: Sequence[MackoMatrix]) -> SlicedMatrix | None:
     group = SlicedMatrix(torch.zeros(planned.plan.nbytes, dtype=torch.uint8, device=values.device), planned.plan)
     for offset, array in zip(planned.plan.array_offsets[-2:], (planned.unit_offsets, planned.row_order), strict=True):
         group.data[offset : offset + array.nbytes] = array.view(torch.uint8)
-    for matrix, view in zip(matrices, group.members, strict=True):
-        weight = cuda_unpack(matrix)
-        _call_cuda("macko_cuda_sliced_pack", (weight, view.data), _address(weight), view.address)
+    for matrix, member in zip(matrices, group.members, strict=True):
+        _fill(member, cuda_unpack(matrix))
     return group
+
+
+def _count_entries(matrix: MackoMatrix, counts: dict[int, torch.Tensor]) -> None:
+    weight = cuda_unpack(matrix)
+    for bits, of_rows in counts.items():
+        addresses = _address(weight), *matrix.shape, bits, _address(of_rows)
+        _call_cuda("macko_cuda_sliced_entries", (weight, of_rows), *addresses)
+
+
+def _fill(matrix: SlicedMatrix, weight: torch.Tensor) -> None:
+    _call_cuda("macko_cuda_sliced_pack", (weight, matrix.data), _address(weight), matrix.address)
 
 
 def cuda_sliced_unpack(matrix: SlicedMatrix) -> torch.Tensor:
