@@ -118,19 +118,22 @@ MACKO_API macko_status macko_cuda_spmv_rows(const uint16_t* values, int32_t valu
                                             int32_t device, void* stream);
 
 // A matrix in the layout that SpMV reads from GPU memory (csrc/cuda/sliced.cuh). All pointers are addresses on one GPU.
-// A unit is 32 / delta_bits entries of a row.
+// A unit is 32 / delta_bits entries of a row. Matrices that multiply the same x may share the arrays, as a group: each
+// has slices of its own, one matrix's behind the other's. The group is a matrix with the rows of all. One of its
+// members is a matrix whose starts, unit_offsets and row_order point to its first slice's.
 typedef struct macko_sliced {
   void* values;           // [units][entries of a unit / 8][height][8] 16-bit floats, at a multiple of 16
   uint32_t* deltas;       // [units][height], the deltas of a unit a word, its first entry in the low bits
   uint16_t* starts;       // [slices][warps][height] column that each warp's share of a row begins behind
-  int32_t* unit_offsets;  // [slices + 1] unit at which each slice begins
-  int32_t* row_order;     // [rows] the row at each position; position / height is its slice
+  int32_t* unit_offsets;  // [slices + 1] unit of `values` and `deltas` at which each slice begins
+  int32_t* row_order;     // [slices][height] the row at each place, counted in the whole group; -1 where there is none
   int32_t rows;
   int32_t cols;         // at most 65535
-  int32_t slices;       // rows / height, rounded up
+  int32_t slices;       // rows / height, rounded up for each member
+  int32_t first_row;    // a member's in its group, 0 for a group: what to subtract from row_order
   int32_t value_dtype;  // macko_dtype: a 16-bit one
   int32_t delta_bits;   // 2 or 4
-  int32_t height;       // rows of a slice, at most 32
+  int32_t height;       // rows of a slice, at most 32; a member's last slice may have fewer
   int32_t warps;        // of the block that multiplies a slice: 8, 12, 16, 20, 24 or 32
 } macko_sliced;
 

@@ -1,7 +1,7 @@
 """A linear layer whose weight is a packed matrix."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,8 +20,8 @@ class MackoLinear(nn.Module):
     """y = x Wᵀ + b like `nn.Linear`, with W in the MACKO format.
 
     The layer holds the canonical arrays as parameters or, once arranged for a GPU, the sliced layout as a buffer and no
-    canonical arrays. `state_dict()` gives canonical arrays either way, and moving the layer to another device restores
-    them.
+    canonical arrays; the layers of a group (`arrange_group`) share that buffer. `state_dict()` gives canonical arrays
+    either way, and moving the layer to another device restores them.
 
     Args:
         in_features: columns of W.
@@ -88,9 +88,7 @@ class MackoLinear(nn.Module):
         """Change valid canonical arrays on a GPU to its fastest layout; elsewhere, and if it does not suit, do nothing."""
         arranged = None if self.is_arranged else ops.arrange(self.matrix)
         if arranged is not None:
-            for name in ARRAY_NAMES:
-                self._parameters[name] = None
-            self.weight_sliced, self._sliced = arranged.data, arranged
+            self._set_sliced(arranged)
 
     def restore(self) -> None:
         """Go back to the canonical arrays."""
@@ -110,6 +108,11 @@ class MackoLinear(nn.Module):
         self.weight_values = _constant(matrix.values)
         self.weight_deltas = _constant(matrix.deltas)
         self.weight_row_offsets = _constant(matrix.row_offsets)
+
+    def _set_sliced(self, matrix: SlicedMatrix) -> None:
+        for name in ARRAY_NAMES:
+            self._parameters[name] = None
+        self.weight_sliced, self._sliced = matrix.data, matrix
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MackoLinear":
         self.restore()
@@ -149,6 +152,37 @@ class MackoLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, {holds}, "
             f"dtype={dtype}, bias={self.bias is not None}"
         )
+
+
+def arrange_group(layers: Sequence[MackoLinear]) -> None:
+    """Change layers that read the same input to one layout between them, so that one kernel can multiply them all.
+
+    Each layer still works by itself, as a view. Where no layout suits them together, each is arranged alone.
+
+    Args:
+        layers: with valid weights, at least one.
+    """
+    if group_of(layers) is not None:
+        return
+    members = ops.arrange_group([layer.matrix for layer in layers])
+    if members is None:
+        for layer in layers:
+            layer.arrange()
+        return
+    for layer, member in zip(layers, members, strict=True):
+        layer._set_sliced(member)
+
+
+def group_of(layers: Sequence[MackoLinear]) -> SlicedMatrix | None:
+    """The weights of these layers one below the other as one matrix, None unless they are all of one group, in its order."""
+    first = layers[0]._sliced
+    if first is None or len(layers) != len(first.plan.member_rows):
+        return None
+    for index, layer in enumerate(layers):
+        own = layer._sliced
+        if own is None or own.data is not first.data or own.member != index:
+            return None
+    return SlicedMatrix(first.data, first.plan)
 
 
 def _constant(tensor: Tensor) -> nn.Parameter:

@@ -27,6 +27,13 @@ from macko_llm.errors import CheckpointError, MackoError, UsageError
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _OTHER_TASKS = ("ForMaskedLM", "ForPreTraining", "Classification", "ForQuestionAnswering", "ForMultipleChoice")
 """Ends of architecture names that AutoModelForCausalLM would load, although they were not trained to continue text."""
+_SIBLINGS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+)
+"""What model families call the linear layers of one module that read the same input, in the order of a group."""
 _REASON_LENGTH = 200
 
 
@@ -236,6 +243,20 @@ def prunable_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
     if not linears:
         raise CheckpointError(f"The decoder blocks of {type(model).__name__} hold no nn.Linear; use another model.")
     return linears
+
+
+def projection_groups(model: nn.Module) -> list[list[str]]:
+    """Qualified names of linear layers that read the same input: q, k and v of an attention, gate and up of an MLP.
+
+    They are found by their names and widths, whatever kind of linear layer they are.
+    """
+    groups = []
+    for name, module in model.named_modules():
+        for siblings in _SIBLINGS:
+            widths = {getattr(getattr(module, sibling, None), "in_features", None) for sibling in siblings}
+            if len(widths) == 1 and None not in widths:
+                groups.append([f"{name}.{sibling}" if name else sibling for sibling in siblings])
+    return groups
 
 
 def memory_bytes(model: nn.Module) -> int:

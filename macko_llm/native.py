@@ -3,6 +3,7 @@
 import ctypes
 import importlib.util
 import sys
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import NoReturn
@@ -13,7 +14,7 @@ from macko_llm.errors import NativeError
 from macko_llm.format import MackoMatrix, check_entries, padded_count
 from macko_llm.sliced import DELTA_BITS, SlicedMatrix, choose_shapes, plan_rows
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 
 _INT32, _INT64, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 _SIGNATURES: dict[str, list[type]] = {
@@ -37,10 +38,19 @@ _CUDA_SIGNATURES: dict[str, list[type]] = {
     "macko_cuda_sliced_entries": [_POINTER, _INT64, _INT64, _INT32, _POINTER, _INT32, _POINTER],
     "macko_cuda_sliced_pack": [_POINTER, _POINTER, _INT32, _POINTER],
     "macko_cuda_sliced_unpack": [_POINTER, _POINTER, _INT32, _POINTER],
-    "macko_cuda_sliced_spmv": [_POINTER, _POINTER, _POINTER, _POINTER, _INT64, _INT32, _POINTER],
+    "macko_cuda_sliced_spmv": [
+        _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _INT64, _INT32, _POINTER,
+    ],
+    "macko_cuda_dense_gemv": [_POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _INT32, _POINTER],
+    "macko_cuda_transform": [_POINTER, _POINTER, _POINTER, _INT64, _INT64, _INT32, _INT32, _POINTER],
+    "macko_cuda_begin_token": [
+        _POINTER, _POINTER, _POINTER, _POINTER, _INT64, _INT64, _INT64, _INT32, _POINTER,
+    ],
+    "macko_cuda_decode_attention": [_POINTER, _INT32, _POINTER],
+    "macko_cuda_argmax": [_POINTER, _POINTER, _POINTER, _INT64, _INT64, _INT32, _INT32, _POINTER],
 }  # fmt: skip
 _CUDA_FAILED = 4
-_DTYPE_CODES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+DTYPE_CODES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 _STATUS = {
     1: "it refused its arguments; report this with the output of `macko doctor`",
     2: "the matrix has too many entries for int32 row offsets; keep it dense",
@@ -151,9 +161,9 @@ def cpu_spmv(matrix: MackoMatrix, x: torch.Tensor, bias: torch.Tensor | None) ->
     y = torch.empty(tokens, rows, dtype=x.dtype)
     _call(
         "macko_cpu_spmv",
-        *(_address(matrix.values), _DTYPE_CODES[matrix.values.dtype]),
+        *(_address(matrix.values), DTYPE_CODES[matrix.values.dtype]),
         *(_address(matrix.deltas), _address(matrix.row_offsets), rows, cols),
-        *(_address(x), None if bias is None else _address(bias), _address(y), _DTYPE_CODES[x.dtype], tokens),
+        *(_address(x), None if bias is None else _address(bias), _address(y), DTYPE_CODES[x.dtype], tokens),
         torch.get_num_threads(),
     )
     return y
@@ -168,7 +178,7 @@ def cuda_pack(weight: torch.Tensor) -> MackoMatrix:
     rows, cols = weight.shape
     device = weight.device
     counts = torch.empty(rows, dtype=torch.int32, device=device)
-    _call_cuda("macko_cuda_row_entries", (weight, counts), _address(weight), rows, cols, _address(counts))
+    call_cuda("macko_cuda_row_entries", (weight, counts), _address(weight), rows, cols, _address(counts))
     wide_offsets = torch.zeros(rows + 1, dtype=torch.int64, device=device)
     torch.cumsum(counts, dim=0, out=wide_offsets[1:])
     entries = int(wide_offsets[-1])
@@ -178,7 +188,7 @@ def cuda_pack(weight: torch.Tensor) -> MackoMatrix:
     values = torch.zeros(padded, dtype=weight.dtype, device=device)
     deltas = torch.zeros(padded // 2, dtype=torch.uint8, device=device)
     addresses = _address(row_offsets), _address(values), _address(deltas)
-    _call_cuda("macko_cuda_pack", (weight,), _address(weight), rows, cols, *addresses)
+    call_cuda("macko_cuda_pack", (weight,), _address(weight), rows, cols, *addresses)
     return MackoMatrix(values, deltas, row_offsets, (rows, cols))
 
 
@@ -188,7 +198,7 @@ def cuda_unpack(matrix: MackoMatrix) -> torch.Tensor:
     values, deltas, row_offsets = _aligned(matrix)
     weight = torch.empty(rows, cols, dtype=values.dtype, device=values.device)
     arrays = _address(values), _address(deltas), _address(row_offsets)
-    _call_cuda("macko_cuda_unpack", (values, deltas, row_offsets), *arrays, rows, cols, _address(weight))
+    call_cuda("macko_cuda_unpack", (values, deltas, row_offsets), *arrays, rows, cols, _address(weight))
     return weight
 
 
@@ -198,7 +208,7 @@ def cuda_row_spans(deltas: torch.Tensor, row_offsets: torch.Tensor) -> torch.Ten
     deltas = _aligned_tensor(deltas)
     spans = torch.empty(rows, dtype=torch.int64, device=deltas.device)
     arrays = _address(deltas), _address(row_offsets)
-    _call_cuda("macko_cuda_row_spans", (deltas, row_offsets), *arrays, rows, _address(spans))
+    call_cuda("macko_cuda_row_spans", (deltas, row_offsets), *arrays, rows, _address(spans))
     return spans
 
 
@@ -221,51 +231,61 @@ def cuda_spmv_rows(matrix: MackoMatrix, x: torch.Tensor, bias: torch.Tensor | No
     _check_bias(bias, x, rows)
     values, deltas, row_offsets = _aligned(matrix)
     y = torch.empty(tokens, rows, dtype=x.dtype, device=x.device)
-    _call_cuda(
+    call_cuda(
         "macko_cuda_spmv_rows",
         (x, values, deltas, row_offsets) if bias is None else (x, values, deltas, row_offsets, bias),
-        *(_address(values), _DTYPE_CODES[values.dtype], _address(deltas), _address(row_offsets), rows, cols),
-        *(_address(x), None if bias is None else _address(bias), _address(y), _DTYPE_CODES[x.dtype], tokens),
+        *(_address(values), DTYPE_CODES[values.dtype], _address(deltas), _address(row_offsets), rows, cols),
+        *(_address(x), None if bias is None else _address(bias), _address(y), DTYPE_CODES[x.dtype], tokens),
     )
     return y
 
 
-def cuda_sliced(weight: torch.Tensor, canonical_nbytes: int) -> SlicedMatrix | None:
-    """The sliced layout of a contiguous [rows, cols] float16 or bfloat16 matrix on a GPU.
+def cuda_sliced(matrices: Sequence[MackoMatrix]) -> SlicedMatrix | None:
+    """The sliced layout of valid matrices on a GPU, of one dtype and with as many columns, as a group.
 
-    Args:
-        weight: the dense matrix.
-        canonical_nbytes: bytes of its canonical arrays.
+    Dense is the way there, one matrix at a time and twice each, so that it takes no more memory than the largest.
 
     Returns:
-        None where the layout does not suit the matrix: no rows, too many columns for the GPU's shared memory, or rows of
+        None where the layout does not suit the matrices: no rows, too many columns for the GPU's shared memory, or rows of
         very different lengths (`sliced.plan_rows`).
     """
-    rows, cols = weight.shape
-    device = weight.get_device()
-    if rows == 0 or cols > library().macko_cuda_sliced_max_cols(device):
+    values, cols = matrices[0].values, matrices[0].shape[1]
+    device = values.get_device()
+    member_rows = [matrix.shape[0] for matrix in matrices]
+    if sum(member_rows) == 0 or cols > library().macko_cuda_sliced_max_cols(device):
         return None
-    counts = {}
-    for bits in DELTA_BITS:
-        counts[bits] = torch.empty(rows, dtype=torch.int32, device=weight.device)
-        addresses = _address(weight), rows, cols, bits, _address(counts[bits])
-        _call_cuda("macko_cuda_sliced_entries", (weight,), *addresses)
-    shapes = choose_shapes(rows, torch.cuda.get_device_properties(device).multi_processor_count)
-    planned = plan_rows(counts, rows, cols, weight.dtype, shapes, canonical_nbytes)
+    counts = {bits: torch.empty(sum(member_rows), dtype=torch.int32, device=values.device) for bits in DELTA_BITS}
+    for matrix, *own in zip(matrices, *(of_rows.split(member_rows) for of_rows in counts.values()), strict=True):
+        _count_entries(matrix, dict(zip(counts, own, strict=True)))
+    shapes = choose_shapes(member_rows, torch.cuda.get_device_properties(device).multi_processor_count)
+    nbytes = sum(matrix.nbytes for matrix in matrices)
+    planned = plan_rows(counts, member_rows, cols, values.dtype, shapes, nbytes)
     if planned is None:
         return None
-    matrix = SlicedMatrix(torch.zeros(planned.plan.nbytes, dtype=torch.uint8, device=weight.device), planned.plan)
+    group = SlicedMatrix(torch.zeros(planned.plan.nbytes, dtype=torch.uint8, device=values.device), planned.plan)
     for offset, array in zip(planned.plan.array_offsets[-2:], (planned.unit_offsets, planned.row_order), strict=True):
-        matrix.data[offset : offset + array.nbytes] = array.view(torch.uint8)
-    _call_cuda("macko_cuda_sliced_pack", (weight, matrix.data), _address(weight), matrix.address)
-    return matrix
+        group.data[offset : offset + array.nbytes] = array.view(torch.uint8)
+    for matrix, member in zip(matrices, group.members, strict=True):
+        _fill(member, cuda_unpack(matrix))
+    return group
+
+
+def _count_entries(matrix: MackoMatrix, counts: dict[int, torch.Tensor]) -> None:
+    weight = cuda_unpack(matrix)
+    for bits, of_rows in counts.items():
+        addresses = _address(weight), *matrix.shape, bits, _address(of_rows)
+        call_cuda("macko_cuda_sliced_entries", (weight, of_rows), *addresses)
+
+
+def _fill(matrix: SlicedMatrix, weight: torch.Tensor) -> None:
+    call_cuda("macko_cuda_sliced_pack", (weight, matrix.data), _address(weight), matrix.address)
 
 
 def cuda_sliced_unpack(matrix: SlicedMatrix) -> torch.Tensor:
     """The dense [rows, cols] matrix of a sliced one."""
     plan = matrix.plan
-    weight = torch.empty(plan.rows, plan.cols, dtype=plan.dtype, device=matrix.data.device)
-    _call_cuda("macko_cuda_sliced_unpack", (matrix.data,), matrix.address, _address(weight))
+    weight = torch.empty(matrix.rows, plan.cols, dtype=plan.dtype, device=matrix.data.device)
+    call_cuda("macko_cuda_sliced_unpack", (matrix.data,), matrix.address, _address(weight))
     return weight
 
 
@@ -282,8 +302,10 @@ def cuda_sliced_spmv(matrix: SlicedMatrix, x: torch.Tensor, bias: torch.Tensor |
     device = x.get_device()
     status = library().macko_cuda_sliced_spmv(
         matrix.address,
+        None,
         x.data_ptr(),
         None if bias is None else bias.data_ptr(),
+        None,
         y.data_ptr(),
         x.numel() // matrix.plan.cols,
         device,
@@ -341,7 +363,7 @@ def _raise(name: str, status: int) -> NoReturn:
     raise NativeError(f"{name} failed: {_STATUS.get(status, f'unknown status {status}')}.")
 
 
-def _call_cuda(name: str, tensors: tuple[torch.Tensor, ...], *arguments: object) -> None:
+def call_cuda(name: str, tensors: tuple[torch.Tensor, ...], *arguments: object) -> None:
     """Call a function on the GPU that holds these tensors, all that it reads, and on the current stream."""
     device = _one_device(tensors)
     _call(name, *arguments, device, torch._C._cuda_getCurrentRawStream(device))

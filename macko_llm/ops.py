@@ -4,6 +4,8 @@ The CPU runs the native library, and so do NVIDIA GPUs if it was built with CUDA
 which is right everywhere and fast nowhere.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -12,7 +14,7 @@ from macko_llm import format as spec
 from macko_llm import native
 from macko_llm.errors import FormatError
 from macko_llm.format import MackoMatrix
-from macko_llm.sliced import Shape, SlicedMatrix, SlicedPlan
+from macko_llm.sliced import SlicedMatrix
 
 SPMV_MAX_TOKENS = 2
 """Up to this many tokens SpMV reads the canonical arrays; beyond, unpacking for a dense product is faster (measured on a
@@ -23,9 +25,9 @@ SLICED_SPMV_MAX_TOKENS = 12
 _library = torch.library.Library("macko", "DEF")
 _library.define("pack(Tensor weight) -> (Tensor values, Tensor deltas, Tensor row_offsets)")
 _library.define("unpack(Tensor values, Tensor deltas, Tensor row_offsets, SymInt cols) -> Tensor")
-_PLAN = "int rows, int cols, int delta_bits, int height, int warps, int units"
-_library.define(f"sliced_unpack(Tensor data, ScalarType dtype, {_PLAN}) -> Tensor")
-_library.define(f"sliced_spmv(Tensor x, Tensor data, Tensor? bias, {_PLAN}) -> Tensor")
+# `numbers` are SlicedMatrix.numbers.
+_library.define("sliced_unpack(Tensor data, ScalarType dtype, int[] numbers) -> Tensor")
+_library.define("sliced_spmv(Tensor x, Tensor data, Tensor? bias, int[] numbers) -> Tensor")
 _library.define("spmv(Tensor x, Tensor values, Tensor deltas, Tensor row_offsets, Tensor? bias) -> Tensor")
 
 
@@ -58,13 +60,30 @@ def arrange(matrix: MackoMatrix) -> SlicedMatrix | None:
         None where the canonical arrays are the better layout: on a CPU, without CUDA kernels, for rows of very different
         lengths, for very many columns (`native.cuda_sliced`).
     """
-    if not (matrix.values.is_cuda and matrix.values.dtype in spec.VALUE_DTYPES.values() and native.has_cuda()):
+    members = arrange_group([matrix])
+    return members[0] if members else None
+
+
+def arrange_group(matrices: Sequence[MackoMatrix]) -> list[SlicedMatrix] | None:
+    """One layout of matrices that multiply the same input, so that one kernel can multiply them all.
+
+    Args:
+        matrices: valid, at least one.
+
+    Returns:
+        Each matrix as a member of the group, or None where the layout does not suit them together (see `arrange`): also if
+        their columns, dtypes or devices differ.
+    """
+    kinds = {(matrix.shape[1], matrix.values.dtype, matrix.values.device) for matrix in matrices}
+    _, dtype, device = next(iter(kinds))
+    if len(kinds) > 1 or device.type != "cuda" or dtype not in spec.VALUE_DTYPES.values() or not native.has_cuda():
         return None
-    arranged = native.cuda_sliced(unpack(matrix), matrix.nbytes)
-    if arranged is not None:
-        # A later SpMV may fetch weights before the kernels queued ahead of it are done (csrc/macko.h).
-        torch.cuda.current_stream(matrix.values.device).synchronize()
-    return arranged
+    group = native.cuda_sliced(matrices)
+    if group is None:
+        return None
+    # A later SpMV may fetch weights before the kernels queued ahead of it are done (csrc/macko.h).
+    torch.cuda.current_stream(device).synchronize()
+    return group.members
 
 
 def restore(matrix: SlicedMatrix) -> MackoMatrix:
@@ -88,7 +107,7 @@ def linear(x: Tensor, matrix: MackoMatrix | SlicedMatrix, bias: Tensor | None) -
     """
     if isinstance(matrix, SlicedMatrix):
         if _is_plain(x, matrix, bias):
-            y = x.new_empty((*x.shape[:-1], matrix.plan.rows))
+            y = x.new_empty((*x.shape[:-1], matrix.rows))
             native.cuda_sliced_spmv(matrix, x, bias, y)
             return y
         return _sliced_linear(x, matrix, bias)
@@ -122,7 +141,7 @@ def _is_plain(x: Tensor, matrix: SlicedMatrix, bias: Tensor | None) -> bool:
 def _is_plain_bias(bias: Tensor, matrix: SlicedMatrix) -> bool:
     return (
         bias.dtype is matrix.plan.dtype
-        and bias.shape == (matrix.plan.rows,)
+        and bias.shape == (matrix.rows,)
         and bias.get_device() == matrix.data.get_device()
         and bias.is_contiguous()
     )
@@ -141,12 +160,11 @@ def _wants_gradient(x: Tensor) -> bool:
 def _sliced_linear(x: Tensor, matrix: SlicedMatrix, bias: Tensor | None) -> Tensor:
     plan = matrix.plan
     _check_input(x, plan.cols, plan.dtype)
-    numbers = (plan.rows, plan.cols, plan.delta_bits, plan.shape.height, plan.shape.warps, plan.units)
     tokens = x.numel() // plan.cols
     if tokens <= SLICED_SPMV_MAX_TOKENS and x.dtype == plan.dtype and not _wants_gradient(x):
-        y = torch.ops.macko.sliced_spmv(x.reshape(tokens, plan.cols), matrix.data, bias, *numbers)
-        return y.view(*x.shape[:-1], plan.rows)
-    weight = torch.ops.macko.sliced_unpack(matrix.data, plan.dtype, *numbers)
+        y = torch.ops.macko.sliced_spmv(x.reshape(tokens, plan.cols), matrix.data, bias, matrix.numbers)
+        return y.view(*x.shape[:-1], matrix.rows)
+    weight = torch.ops.macko.sliced_unpack(matrix.data, plan.dtype, matrix.numbers)
     return F.linear(x, weight.to(x.dtype), bias)
 
 
@@ -217,34 +235,29 @@ def _spmv_cuda(x: Tensor, values: Tensor, deltas: Tensor, row_offsets: Tensor, b
 
 
 @torch.library.impl(_library, "sliced_unpack", "CUDA")
-def _sliced_unpack_cuda(data: Tensor, dtype: torch.dtype, *numbers: int) -> Tensor:
-    return native.cuda_sliced_unpack(_sliced(data, dtype, *numbers))
+def _sliced_unpack_cuda(data: Tensor, dtype: torch.dtype, numbers: list[int]) -> Tensor:
+    return native.cuda_sliced_unpack(SlicedMatrix.from_numbers(data, dtype, numbers))
 
 
 @torch.library.impl(_library, "sliced_spmv", "CUDA")
-def _sliced_spmv_cuda(x: Tensor, data: Tensor, bias: Tensor | None, *numbers: int) -> Tensor:
-    matrix = _sliced(data, x.dtype, *numbers)
-    native.check_spmv(x, data, bias, matrix.plan.rows)
-    y = x.new_empty(x.shape[0], matrix.plan.rows)
+def _sliced_spmv_cuda(x: Tensor, data: Tensor, bias: Tensor | None, numbers: list[int]) -> Tensor:
+    matrix = SlicedMatrix.from_numbers(data, x.dtype, numbers)
+    native.check_spmv(x, data, bias, matrix.rows)
+    y = x.new_empty(x.shape[0], matrix.rows)
     native.cuda_sliced_spmv(matrix, x.contiguous(), None if bias is None else bias.contiguous(), y)
     return y
 
 
-def _sliced(
-    data: Tensor, dtype: torch.dtype, rows: int, cols: int, delta_bits: int, height: int, warps: int, units: int
-) -> SlicedMatrix:
-    return SlicedMatrix(data, SlicedPlan(rows, cols, dtype, delta_bits, Shape(height, warps), units))
-
-
 @torch.library.register_fake("macko::sliced_unpack")
-def _sliced_unpack_fake(data: Tensor, dtype: torch.dtype, rows: int, cols: int, *_: int) -> Tensor:
-    return data.new_empty(rows, cols, dtype=dtype)
+def _sliced_unpack_fake(data: Tensor, dtype: torch.dtype, numbers: list[int]) -> Tensor:
+    matrix = SlicedMatrix.from_numbers(data, dtype, numbers)
+    return data.new_empty(matrix.rows, matrix.plan.cols, dtype=dtype)
 
 
 @torch.library.register_fake("macko::sliced_spmv")
-def _sliced_spmv_fake(x: Tensor, data: Tensor, bias: Tensor | None, rows: int, *_: int) -> Tensor:
-    del data, bias
-    return x.new_empty(x.shape[0], rows)
+def _sliced_spmv_fake(x: Tensor, data: Tensor, bias: Tensor | None, numbers: list[int]) -> Tensor:
+    del bias
+    return x.new_empty(x.shape[0], SlicedMatrix.from_numbers(data, x.dtype, numbers).rows)
 
 
 @torch.library.register_fake("macko::pack")

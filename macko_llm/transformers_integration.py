@@ -12,7 +12,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from macko_llm import checkpoint, models, ops
 from macko_llm.errors import FormatError, UsageError
 from macko_llm.format import DELTA_BITS, FORMAT_VERSION, VALUE_DTYPES
-from macko_llm.linear import ARRAY_NAMES, MackoLinear
+from macko_llm.linear import ARRAY_NAMES, MackoLinear, arrange_group
 
 HEADER_DTYPES = {"float16": "F16", "bfloat16": "BF16"}
 """What safetensors calls the dtypes of the values."""
@@ -94,14 +94,16 @@ class MackoQuantizer(HfQuantizer):
             dtype = self._dtypes.get(name, parameter.dtype)
             if parameter.dtype != dtype:  # a renamed tensor of a quantized model may be left as it was stored
                 parameter.data = parameter.data.to(dtype)
-        for name, module in model.named_modules():
-            if not isinstance(module, MackoLinear):
-                continue
-            for parameter in module.parameters():
+        layers = _packed_layers(model)
+        for name, layer in layers.items():
+            for parameter in layer.parameters():
                 parameter.requires_grad_(False)  # transformers gives every floating tensor gradients
-            if module.weight_values.device.type != "meta":  # offloaded to disk
-                ops.validate(module.matrix, name)
-                module.arrange()
+            if layer.weight_values.device.type != "meta":  # offloaded to disk
+                ops.validate(layer.matrix, name)
+        groups = _packed_groups(model, layers)
+        grouped = {layer for group in groups for layer in group}
+        for group in [*groups, *([layer] for layer in layers.values() if layer not in grouped)]:
+            arrange_group(group)
         return model
 
     @property
@@ -131,6 +133,17 @@ def load(
     return models.load_model(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
 
 
+def fuse_projections(model: nn.Module) -> None:
+    """Group the packed layers that read the same input, where `.to()` and the like have arranged each alone.
+
+    Loading does so by itself. Layers that are in their groups already are left as they are, and so are those that no
+    layout of a GPU suits.
+    """
+    for group in _packed_groups(model, _packed_layers(model)):
+        if all(layer.is_arranged for layer in group):
+            arrange_group(group)
+
+
 def check_headers(
     linears: dict[str, nn.Linear], infos: dict[str, checkpoint.TensorInfo], value_dtype: str
 ) -> list[str]:
@@ -153,6 +166,15 @@ def check_headers(
             raise FormatError(f"The checkpoint packs {name}, which its config.json does not have; download it again.")
         _check_layer_headers(name, linears[name], infos, value_dtype)
     return list(packed)
+
+
+def _packed_layers(model: nn.Module) -> dict[str, MackoLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, MackoLinear)}
+
+
+def _packed_groups(model: nn.Module, layers: dict[str, MackoLinear]) -> list[list[MackoLinear]]:
+    groups = (names for names in models.projection_groups(model) if layers.keys() >= set(names))
+    return [[layers[name] for name in names] for names in groups]
 
 
 def _check_layer_headers(

@@ -4,7 +4,8 @@
 // rows are interleaved a unit at a time, so that a warp reads them with full 16-byte loads, and each warp of a block
 // takes an equal share of a slice's units. A unit is as many entries of a row as a 32-bit word has deltas: 16 of 2 bits
 // or 8 of 4. Narrower deltas than the format's 4 bits save bytes while gaps are short; longer gaps are bridged by zeros
-// as in the format. Rows shorter than their slice go on with zeros of delta 0.
+// as in the format. Rows shorter than their slice go on with zeros of delta 0. In a group of matrices each one's rows
+// are sorted and cut by themselves, so that a slice has rows of one matrix only.
 #pragma once
 
 #include <cstdint>
@@ -106,13 +107,20 @@ constexpr bool is_block_warps(int warps) {
 // Of those, the ones of which an SM holds one block at a time; of the others it holds as many as make up 48 warps.
 constexpr bool is_lone_block(int warps) { return warps == 20 || warps == 32; }
 
-// Checks what launchers rely on.
+// Checks what launchers rely on. Every slice has a row, and rows may fill slices partly where a group's member ends.
 inline bool is_valid(const macko_sliced* m) {
   return m && m->rows >= 0 && m->cols >= 1 && m->cols <= UINT16_MAX && (m->delta_bits == 2 || m->delta_bits == 4) &&
          (m->value_dtype == MACKO_FLOAT16 || m->value_dtype == MACKO_BFLOAT16) && m->height >= 1 &&
-         m->height <= kWarpSize && is_block_warps(m->warps) && m->slices == (m->rows + m->height - 1) / m->height &&
+         m->height <= kWarpSize && is_block_warps(m->warps) && m->first_row >= 0 && m->slices <= m->rows &&
+         m->slices >= (m->rows + m->height - 1) / m->height &&
          (m->rows == 0 || (m->values && m->deltas && m->starts && m->unit_offsets && m->row_order &&
                            is_aligned(m->values, 16) && is_aligned(m->deltas, 4)));
+}
+
+// The row at a place of a slice, -1 if there is none.
+__device__ __forceinline__ int row_at(const macko_sliced& matrix, int slice, int place) {
+  const int row = matrix.row_order[slice * matrix.height + place];
+  return row < 0 ? row : row - matrix.first_row;
 }
 
 }  // namespace macko

@@ -50,8 +50,7 @@ struct RowWriter {
   int slice, place;  // the row's place in its slice
   int first_unit, units;
 
-  __device__ RowWriter(const macko_sliced& matrix, int position)
-      : matrix(matrix), slice(position / matrix.height), place(position % matrix.height) {
+  __device__ RowWriter(const macko_sliced& matrix, int slice, int place) : matrix(matrix), slice(slice), place(place) {
     first_unit = matrix.unit_offsets[slice];
     units = matrix.unit_offsets[slice + 1] - first_unit;
   }
@@ -94,9 +93,11 @@ __global__ void __launch_bounds__(kBlockThreads)
     fill(const uint16_t* __restrict__ weight,  // [rows, cols] bits of 16-bit floats
          const macko_sliced matrix) {          // its values and deltas are zero
   const int position = blockIdx.x * kBlockWarps + warp_index();
-  if (position >= matrix.rows) return;
-  const RowWriter<DeltaBits> writer(matrix, position);
-  const int row = matrix.row_order[position];
+  const int slice = position / matrix.height, place = position % matrix.height;
+  if (slice >= matrix.slices) return;
+  const int row = row_at(matrix, slice, place);
+  if (row < 0) return;
+  const RowWriter<DeltaBits> writer(matrix, slice, place);
   weight += static_cast<int64_t>(row) * matrix.cols;
   int written = 0, previous = -1;
   for (int first = 0; first < matrix.cols; first += kWarpSize) {
@@ -140,6 +141,7 @@ macko_status macko_cuda_sliced_pack(const uint16_t* weight, const macko_sliced* 
   if (matrix->rows == 0) return MACKO_OK;
   return launch_on(device, [&] {
     const auto kernel = matrix->delta_bits == 2 ? fill<2> : fill<4>;
-    kernel<<<blocks_for(matrix->rows), kBlockThreads, 0, static_cast<cudaStream_t>(stream)>>>(weight, *matrix);
+    const int64_t places = int64_t{matrix->slices} * matrix->height;
+    kernel<<<blocks_for(places), kBlockThreads, 0, static_cast<cudaStream_t>(stream)>>>(weight, *matrix);
   });
 }

@@ -182,9 +182,7 @@ __global__ void __launch_bounds__(Config::Threads, Config::Blocks)
   }
   const int start = matrix.starts[(slice * Config::Warps + warp_index()) * height + lane];
   int row = -1;
-  if (warp_index() == 0 && lane_index() < height && slice * height + lane_index() < matrix.rows) {
-    row = matrix.row_order[slice * height + lane_index()];
-  }
+  if (warp_index() == 0 && lane_index() < height) row = matrix.row_order[slice * height + lane_index()];
 
   if constexpr (Config::Tokens == 1) {
     prepare_input<T>(shared_x + matrix.cols + kPaddingColumns, input, matrix.cols, Config::Threads);
@@ -192,6 +190,7 @@ __global__ void __launch_bounds__(Config::Threads, Config::Blocks)
   let_next_kernel_start();
   wait_for_previous_kernel();
   fill_x<T, Config>(shared_x, x, input, matrix.cols, tokens, &partial[0][0][0]);
+  if (row >= 0) row -= matrix.first_row;  // not sooner: whoever subtracts waits for the load
   if (warp_index() == 0) rows[lane_index()] = row;
   __syncthreads();
   // What is added to the row that this thread finishes, fetched while there is time, in one register.

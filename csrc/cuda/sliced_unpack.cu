@@ -29,9 +29,9 @@ __global__ void __launch_bounds__(kUnpackWarps* kWarpSize)
   const int task = blockIdx.x * kUnpackWarps + warp_index(), slice = task / tasks;
   if (slice >= matrix.slices) return;
   const int lane = lane_index(), height = matrix.height, cols = matrix.cols;
-  const int first_share = task % tasks * shares, last_share = first_share + shares - 1,
-            position = slice * height + lane;
-  const bool has_row = lane < height && position < matrix.rows;
+  const int first_share = task % tasks * shares, last_share = first_share + shares - 1;
+  const int own_row = lane < height ? row_at(matrix, slice, lane) : -1;
+  const bool has_row = own_row >= 0;
   const int slice_begin = matrix.unit_offsets[slice], slice_end = matrix.unit_offsets[slice + 1];
   const Share first(slice_begin, slice_end, matrix.warps, first_share);
   const Share last(slice_begin, slice_end, matrix.warps, last_share);
@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kUnpackWarps* kWarpSize)
   const bool is_last = last_share + 1 == matrix.warps;
 
   // Columns are counted from the 16-byte boundary at or before the row, so that vectors are aligned for any cols.
-  const int64_t row_begin = has_row ? static_cast<int64_t>(matrix.row_order[position]) * cols : 0;
+  const int64_t row_begin = has_row ? static_cast<int64_t>(own_row) * cols : 0;
   const int shift = static_cast<int>(row_begin % kVectorColumns);
   const int row_end = has_row ? shift + cols : 0;
   const int begin = has_row ? shift + matrix.starts[(slice * matrix.warps + first_share) * height + lane]

@@ -1,5 +1,7 @@
 """Sliced matrices and layers for the tests on a GPU, and what each of them must do."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
@@ -21,13 +23,15 @@ layouts = pytest.mark.parametrize(
 )
 
 
-def cut(weight: Tensor, shape: Shape, bits: int, device: torch.device = GPU) -> SlicedMatrix | None:
-    """A matrix in this very layout, whatever suits it; None if its rows are too uneven for any."""
+def cut(
+    weight: Tensor, shape: Shape, bits: int, device: torch.device = GPU, member_rows: Sequence[int] | None = None
+) -> SlicedMatrix | None:
+    """A matrix or a group in this very layout, whatever suits it; None if its rows are too uneven for any."""
     there, (rows, cols) = weight.to(device), weight.shape
     counts = torch.empty(rows, dtype=torch.int32, device=device)
     entries = (there.data_ptr(), rows, cols, bits, counts.data_ptr())
     native._call_cuda("macko_cuda_sliced_entries", (there,), *entries)
-    planned = plan_rows({bits: counts}, rows, cols, weight.dtype, [shape], 1 << 40)
+    planned = plan_rows({bits: counts}, member_rows or [rows], cols, weight.dtype, [shape], 1 << 40)
     if planned is None:
         return None
     matrix = SlicedMatrix(torch.zeros(planned.plan.nbytes, dtype=torch.uint8, device=device), planned.plan)
@@ -38,8 +42,14 @@ def cut(weight: Tensor, shape: Shape, bits: int, device: torch.device = GPU) -> 
     return matrix
 
 
-def certainly_cut(weight: Tensor, shape: Shape = SHAPES[0], bits: int = 2, device: torch.device = GPU) -> SlicedMatrix:
-    matrix = cut(weight, shape, bits, device)
+def certainly_cut(
+    weight: Tensor,
+    shape: Shape = SHAPES[0],
+    bits: int = 2,
+    device: torch.device = GPU,
+    member_rows: Sequence[int] | None = None,
+) -> SlicedMatrix:
+    matrix = cut(weight, shape, bits, device, member_rows)
     assert matrix is not None
     return matrix
 
@@ -59,9 +69,7 @@ def large_matrix(rows: int, cols: int, sparsity: float, dtype: torch.dtype, seed
 
 def spmv(x: Tensor, matrix: SlicedMatrix, bias: Tensor | None) -> Tensor:
     """The op, whatever `ops.linear` would choose."""
-    plan = matrix.plan
-    numbers = (plan.rows, plan.cols, plan.delta_bits, plan.shape.height, plan.shape.warps, plan.units)
-    return torch.ops.macko.sliced_spmv(x, matrix.data, bias, *numbers)
+    return torch.ops.macko.sliced_spmv(x, matrix.data, bias, matrix.numbers)
 
 
 def poison(*sizes: int) -> None:
@@ -74,14 +82,14 @@ def poison(*sizes: int) -> None:
 
 
 def assert_layout(matrix: SlicedMatrix, weight: Tensor) -> None:
-    """The bytes of the naive encoder; the naive decoder and unpacking give the dense matrix back."""
+    """A group's bytes are the naive encoder's; the naive decoder and unpacking give the dense matrix back."""
     plan = matrix.plan
     assert (plan.rows, plan.cols, plan.dtype) == (*weight.shape, weight.dtype)
     assert plan.nbytes == len(matrix.data)
     buffer = matrix.data.cpu().numpy()
-    assert np.array_equal(buffer, encode(weight, plan.shape, plan.delta_bits))
+    assert np.array_equal(buffer, encode(weight, plan.shape, plan.delta_bits, plan.member_rows))
     expected = patterns(weight + 0.0)  # negative zeros count as zeros
-    decoded = decode(buffer, plan.rows, plan.cols, plan.shape, plan.delta_bits, plan.units)
+    decoded = decode(buffer, plan.member_rows, plan.cols, plan.shape, plan.delta_bits, plan.units)
     assert np.array_equal(decoded, expected)
     poison(weight.nbytes)
     unpacked = native.cuda_sliced_unpack(matrix)

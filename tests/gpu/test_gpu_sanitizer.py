@@ -23,6 +23,7 @@ for rows, cols in ((1, 1), (33, 172), (61, 1031)):
         x = torch.randint(-1, 2, (4, cols))
         exact = (x.double() @ weight.double().T).to(dtype)
         there, x = weight.to(device), x.to(device, dtype)
+        members = [rows // 2, rows - rows // 2]  # a group; one row is two members, of which one has none
         canonical = ops.pack(there)
         ops.validate(canonical, "the matrix")
         assert torch.equal(ops.unpack(canonical).cpu(), weight)
@@ -32,7 +33,7 @@ for rows, cols in ((1, 1), (33, 172), (61, 1031)):
                 counts = torch.empty(rows, dtype=torch.int32, device=device)
                 arguments = (there.data_ptr(), rows, cols, bits, counts.data_ptr())
                 native._call_cuda("macko_cuda_sliced_entries", (there,), *arguments)
-                planned = plan_rows({bits: counts}, rows, cols, dtype, [shape], 1 << 40)
+                planned = plan_rows({bits: counts}, members, cols, dtype, [shape], 1 << 40)
                 matrix = SlicedMatrix(torch.zeros(planned.plan.nbytes, dtype=torch.uint8, device=device), planned.plan)
                 for at, array in zip(planned.plan.array_offsets[-2:], (planned.unit_offsets, planned.row_order)):
                     matrix.data[at : at + array.nbytes] = array.view(torch.uint8)
@@ -40,6 +41,10 @@ for rows, cols in ((1, 1), (33, 172), (61, 1031)):
                 torch.cuda.synchronize()
                 assert torch.equal(native.cuda_sliced_unpack(matrix).cpu(), weight)
                 products += [ops.linear(x[:tokens], matrix, None) for tokens in (1, 2, 4)]
+                parts = [native.cuda_sliced_unpack(member) for member in matrix.members]
+                assert torch.equal(torch.cat(parts).cpu(), weight)
+                parts = [ops.linear(x[:2], member, None) for member in matrix.members]
+                products.append(torch.cat(parts, dim=1))
         assert all(torch.equal(y.cpu(), exact[: len(y)]) for y in products)
 torch.cuda.synchronize()
 print("all products are right")

@@ -165,13 +165,11 @@ def test_opcheck(dtype: torch.dtype) -> None:
     weight = random_matrix(6, 40, 0.5, dtype)
     for shape, bits in (LAYOUTS[0], LAYOUTS[-1]):
         matrix = certainly_cut(weight, shape, bits)
-        plan = matrix.plan
-        numbers = (plan.rows, plan.cols, plan.delta_bits, plan.shape.height, plan.shape.warps, plan.units)
         x, bias = torch.randn(3, 40).to(GPU, dtype), torch.randn(6).to(GPU, dtype)
-        torch.library.opcheck(torch.ops.macko.sliced_spmv, (x, matrix.data, bias, *numbers))
-        torch.library.opcheck(torch.ops.macko.sliced_spmv, (x, matrix.data, None, *numbers))
-        torch.library.opcheck(torch.ops.macko.sliced_unpack, (matrix.data, dtype, *numbers))
-        assert torch.equal(torch.ops.macko.sliced_unpack(matrix.data, dtype, *numbers).cpu(), weight)
+        torch.library.opcheck(torch.ops.macko.sliced_spmv, (x, matrix.data, bias, matrix.numbers))
+        torch.library.opcheck(torch.ops.macko.sliced_spmv, (x, matrix.data, None, matrix.numbers))
+        torch.library.opcheck(torch.ops.macko.sliced_unpack, (matrix.data, dtype, matrix.numbers))
+        assert torch.equal(torch.ops.macko.sliced_unpack(matrix.data, dtype, matrix.numbers).cpu(), weight)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
