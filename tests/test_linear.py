@@ -1,16 +1,18 @@
 """MackoLinear against nn.Linear: values, shapes, gradients, compilation, state."""
 
 import copy
+import io
 from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from test_sliced import make as sliced_group
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from macko_llm import ops
 from macko_llm.errors import FormatError
-from macko_llm.linear import ARRAY_NAMES, MackoLinear
+from macko_llm.linear import ARRAY_NAMES, MackoLinear, arrange_group, group_of
 from macko_llm.ops import SPMV_MAX_TOKENS
 
 ROWS, COLS = 24, 172
@@ -219,3 +221,44 @@ def test_a_placeholder_has_nothing_to_arrange() -> None:
     placeholder.restore()
     assert not placeholder.is_arranged
     assert placeholder.weight_values.is_meta
+
+
+def test_a_cpu_has_no_groups() -> None:
+    layers = [make(seed=seed)[0] for seed in range(3)]
+    states = [{name: tensor.clone() for name, tensor in layer.state_dict().items()} for layer in layers]
+    arrange_group(layers)
+    assert group_of(layers) is None
+    assert ops.arrange_group([layer.matrix for layer in layers]) is None
+    for layer, state in zip(layers, states, strict=True):
+        assert not layer.is_arranged
+        assert all(torch.equal(tensor, state[name]) for name, tensor in layer.state_dict().items())
+    arrange_group([MackoLinear(COLS, ROWS, 8, device="meta"), layers[0]])
+    assert not layers[0].is_arranged
+
+
+def saved_and_loaded(layers: nn.ModuleList) -> nn.ModuleList:
+    buffer = io.BytesIO()
+    torch.save(layers, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize("remake", [copy.deepcopy, saved_and_loaded])
+def test_copies_of_a_group_are_a_group(remake: Callable[[nn.ModuleList], nn.ModuleList]) -> None:
+    """In the CPU's memory, where nothing multiplies it."""
+    group = sliced_group(member_rows=(ROWS, 7, ROWS))
+    layers = nn.ModuleList(MackoLinear(COLS, member.rows, 8, device="meta") for member in group.members)
+    for layer, member in zip(layers, group.members, strict=True):
+        layer._set_sliced(member)
+    assert group_of(layers).data is group.data
+    assert group_of(layers).member is None
+    assert [buffer.data_ptr() for buffer in layers.buffers()] == [group.data.data_ptr()]  # once, though it is in all
+    assert not list(layers.parameters())
+    twins = remake(layers)
+    twin = group_of(twins)
+    assert twin.plan == group.plan
+    assert torch.equal(twin.data, group.data)
+    assert twin.data.data_ptr() != group.data.data_ptr()
+    assert all(layer.weight_sliced is twin.data for layer in twins)
+    for others in (layers[:2], layers[::-1], [layers[0], twins[1], layers[2]], layers[1:2]):
+        assert group_of(others) is None

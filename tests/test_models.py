@@ -1,5 +1,6 @@
 """Loading models and finding their linear layers: the names in every family, and a plain sentence for what cannot be used."""
 
+import itertools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -42,6 +43,14 @@ NAMES = {
 }
 
 
+GROUPS = {
+    "phi3": [],  # its projections are fused on disk
+    "gpt_neox": [],
+    "opt": [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]],
+}
+"""Layers of a block that read the same input."""
+
+
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("models") / "llama", "llama", torch.float16)
@@ -61,6 +70,35 @@ def test_blocks_and_linears_of_every_family(family: str) -> None:
         assert model.get_submodule(name) is linear
     firsts = [name.removeprefix(f"{prefix}.").split(".")[0] for name in linears]
     assert firsts == sorted(firsts), "linears come in the order of the blocks"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_projections_that_read_the_same_input(family: str) -> None:
+    model = FAMILIES[family]()
+    groups = models.projection_groups(model)
+    inside = GROUPS.get(family, [_GATED[:3], _GATED[4:6]])
+    assert groups == [
+        [f"{block}.{name}" for name in names] for block in models.decoder_blocks(model) for names in inside
+    ]
+    inputs: dict[str, int] = {}
+    for name in itertools.chain(*groups):
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda _, arguments, name=name: inputs.update({name: id(arguments[0])})
+        )
+    model(random_tokens(1, 4))
+    for group in groups:
+        assert len({inputs[name] for name in group}) == 1, "they are multiplied with one tensor"
+
+
+def test_other_names_and_widths_of_projections() -> None:
+    block = nn.Module()
+    for name, width in {"w1": 8, "w2": 4, "w3": 8, "query": 8, "key": 8, "value": 7, "gate_proj": 8}.items():
+        block.add_module(name, nn.Linear(width, 4))
+    block.q_proj = block.k_proj = block.v_proj = nn.Identity()
+    assert models.projection_groups(block) == [["w1", "w3"]]
+    assert models.projection_groups(nn.ModuleList([block])) == [["0.w1", "0.w3"]]
+    block.value = nn.Linear(8, 2)
+    assert models.projection_groups(block) == [["query", "key", "value"], ["w1", "w3"]]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

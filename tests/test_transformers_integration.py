@@ -20,7 +20,7 @@ from macko_llm.linear import ARRAY_NAMES, MackoLinear
 from macko_llm.packing import inspect_checkpoint, pack_checkpoint
 from macko_llm.pruning import prune_checkpoint
 from macko_llm.recipe import PruneRecipe
-from macko_llm.transformers_integration import MackoConfig
+from macko_llm.transformers_integration import MackoConfig, fuse_projections
 
 TOKENS = random_tokens(2, 11)
 
@@ -198,6 +198,17 @@ def test_a_model_loaded_as_float32_saves_its_packed_values_as_they_were(packed: 
     assert len(arrays) == 3 * 14
     assert {name: saved[name] for name in arrays} == {name: stored[name] for name in arrays}
     assert torch.equal(_logits(macko_llm.load(tmp_path / "saved", device="cpu")), _logits(model))
+
+
+def test_grouping_changes_nothing_on_a_cpu(packed: Path) -> None:
+    model = macko_llm.load(packed, device="cpu")
+    before = _bits(model.state_dict())
+    fuse_projections(model)
+    fuse_projections(
+        macko_llm.load(packed.parent / "pruned", device="cpu")
+    )  # of a dense model there is nothing to group
+    assert _bits(model.state_dict()) == before
+    assert not any(module.is_arranged for module in model.modules() if isinstance(module, MackoLinear))
 
 
 # Generating

@@ -83,7 +83,7 @@ def assert_arranges_or_not(weight: Tensor) -> SlicedMatrix | None:
     naive = None
     if len(weight) and weight.shape[1] <= native.library().macko_cuda_sliced_max_cols(0):
         lengths = {bits: row_lengths(weight, bits) for bits in DELTA_BITS}
-        naive = naive_choice(lengths, choose_shapes(len(weight), multiprocessors)[:_MAX_TRIES], canonical.nbytes)
+        naive = naive_choice(lengths, choose_shapes([len(weight)], multiprocessors)[:_MAX_TRIES], canonical.nbytes)
     assert (matrix is None) == (naive is None)
     if matrix is not None and naive is not None:
         assert (matrix.plan.shape, matrix.plan.nbytes, matrix.plan.delta_bits) == naive[:3]

@@ -68,7 +68,7 @@ def test_kernels_that_start_early_wait_for_what_they_read(sizes: list[int], toke
     for seed in range(2):
         for rows, cols in shapes:
             weight = large_matrix(rows, cols, 0.5, torch.float16, seed) / (cols / 2) ** 0.5
-            layers.append(certainly_cut(weight, choose_shapes(rows, 132)[0], 2))
+            layers.append(certainly_cut(weight, choose_shapes([rows], 132)[0], 2))
     layers = [layers[i % len(layers)] for i in range(50)]
     canonical = ops.pack(torch.eye(sizes[0], dtype=torch.float16, device=GPU))
     functions: list[Callable[[Tensor], Tensor]] = [
