@@ -41,13 +41,14 @@ def generate(
     """
     from macko_llm import checkpoint, generation, models
     from macko_llm.sampling import Sampling
+    from macko_llm.text import encode_prompt
     from macko_llm.transformers_integration import load
 
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     text = _read_stdin() if prompt == "-" else prompt
     folder = checkpoint.locate(model)
     tokenizer = models.load_tokenizer(folder, trust_remote_code=trust_remote_code)
-    prompt_ids = generation.encode_prompt(tokenizer, text, chat=chat, system_prompt=system_prompt)
+    prompt_ids = encode_prompt(tokenizer, text, chat=chat, system_prompt=system_prompt)
     loaded = load(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     made = generation.generate(
         loaded,
