@@ -184,6 +184,13 @@ def generate_batch(
     return _drain(model, prompts, _start(model, tokenizer, prompts, max_new_tokens, sampling, stop_ids, stop))
 
 
+def batch_tokens_per_second(texts: Sequence[Generation]) -> float | None:
+    """New tokens after the firsts, of all texts of a batch, over the time that the longest took; None where there are none."""
+    spans = [(one.new_tokens - 1, one.tokens_per_second) for one in texts]
+    longest = max((new / speed for new, speed in spans if speed is not None), default=None)
+    return sum(new for new, _ in spans) / longest if longest else None
+
+
 class _Writer:
     """Turns the tokens of one text into steps, and knows when it ends."""
 

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from macko_llm.defaults import MAX_NEW_TOKENS
 from macko_llm.errors import CheckpointError, NonFiniteError, UsageError
-from macko_llm.generation import generate, generate_batch, stop_token_ids, stream
+from macko_llm.generation import Generation, batch_tokens_per_second, generate, generate_batch, stop_token_ids, stream
 from macko_llm.sampling import Sampling
 
 
@@ -370,6 +370,13 @@ def test_speeds_count_the_engines_time_alone(monkeypatch):
     assert result.prefill_tokens_per_second == 2.0
     assert result.tokens_per_second == 2.0
     assert now > 100
+
+
+def test_the_speed_of_a_batch():
+    """Three texts of which the longest takes 4 s: 8 + 4 + 0 tokens after the firsts."""
+    texts = [Generation("", 1, new, 1.0, speed, 0) for new, speed in ((9, 2.0), (5, 2.0), (1, None))]
+    assert batch_tokens_per_second(texts) == 3.0
+    assert batch_tokens_per_second(texts[2:]) is None
 
 
 def test_peak_memory_is_in_bytes(model):
