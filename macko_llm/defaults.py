@@ -6,6 +6,12 @@ MAX_NEW_TOKENS = 128
 TEMPERATURE = 0.0
 """Greedy."""
 
+CACHE_BUCKET = 512
+"""Tokens in the smallest cache of fixed length; the next ones are twice as long each."""
+
+RUN_AHEAD = 4
+"""Steps that a GPU is given to do before the host reads the token of the one before them."""
+
 CALIBRATION_SEQLEN = 2048
 """Tokens in a calibration sequence, where the model takes that many."""
 

@@ -1,4 +1,4 @@
-"""What macko raises at a user: one sentence that says what is wrong and names the fix."""
+"""What macko raises at a user, or warns of: one sentence that says what is wrong and names the fix."""
 
 
 class MackoError(Exception):
@@ -31,3 +31,7 @@ class NonFiniteError(MackoError):
 
 class NativeError(MackoError):
     """The native library is missing, of another version, or refused its arguments."""
+
+
+class MackoWarning(UserWarning):
+    """Something works, but not as well as it should."""

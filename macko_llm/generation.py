@@ -1,31 +1,31 @@
 """The decode loop: tokens out of any transformers causal language model, dense or packed, one step at a time.
 
 `stream` yields one `Step` a token and prints nothing; `generate` drains it into a `Generation` with the speeds and the
-peak memory.
+peak memory; `generate_batch` does so for several prompts at once.
 """
 
-import inspect
 import re
 import resource
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from macko_llm.defaults import MAX_NEW_TOKENS
+from macko_llm.defaults import MAX_NEW_TOKENS, RUN_AHEAD
+from macko_llm.engine import Engine, make_engine
 from macko_llm.errors import NonFiniteError, UsageError
-from macko_llm.models import cache_argument, check_token_ids, max_positions
-from macko_llm.sampling import GREEDY, NOT_FINITE, Chooser, Sampling
+from macko_llm.models import check_token_ids, max_positions
+from macko_llm.sampling import GREEDY, NOT_FINITE, Sampling
+from macko_llm.text import Detokenizer, StopStrings
 
-_UNFINISHED = "\N{REPLACEMENT CHARACTER}"
-"""What a tokenizer decodes the first bytes of an unfinished character to."""
+FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True)
@@ -35,31 +35,37 @@ class Step:
     Attributes:
         index: 0 for the token that the prefill gives, then 1, 2, ...
         token_id: the token, a stop token included.
-        text: the text that this token finished, empty while a character lacks bytes; special and stop tokens have none.
-        seconds: time from the first token's request to this token being known, without the time that the consumer took
-            between steps.
-        finish_reason: None while there is more; on the last step "stop" after a stop token, "length" at max_new_tokens.
+        text: the text that is certain since this token, empty while a character lacks bytes or a stop string may have
+            begun; special and stop tokens have none.
+        seconds: time that the engine took from the first token's request to this token being known: wall time for the
+            first, building the engine included, and for each later one the device's own. The consumer's time between
+            steps is not in it.
+        finish_reason: None while there is more; on the last step "stop" after a stop token or a stop string, "length" at
+            max_new_tokens.
     """
 
     index: int
     token_id: int
     text: str
     seconds: float
-    finish_reason: Literal["stop", "length"] | None
+    finish_reason: FinishReason | None
 
 
 @dataclass(frozen=True)
 class Generation:
     """A finished text and what it took.
 
+    The speeds are this text's. In a batch all texts are read in the same time, and each is written until it ends, so that
+    the speeds of the texts, added up, are the batch's while all of them are being written.
+
     Attributes:
-        text: all new text, without the prompt.
+        text: all new text, without the prompt, a stop string and what would have come after it.
         prompt_tokens: tokens of the prompt.
         new_tokens: tokens generated, a stop token included.
         prefill_tokens_per_second: prompt tokens over the time to the first new token.
         tokens_per_second: new tokens after the first over the time they took; None where there is only the first.
         peak_memory_bytes: on GPUs what torch had allocated at most during this call, summed over the model's GPUs; else
-            the peak resident memory of the process so far.
+            the peak resident memory of the process so far. A batch's texts share it.
     """
 
     text: str
@@ -68,36 +74,6 @@ class Generation:
     prefill_tokens_per_second: float
     tokens_per_second: float | None
     peak_memory_bytes: int
-
-
-def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool = False, system_prompt: str | None = None
-) -> Tensor:
-    """Token ids of a prompt, [1, n] int64 on the CPU.
-
-    Args:
-        tokenizer: the model's tokenizer; without `chat` its own special tokens (BOS) are added.
-        prompt: text to continue, or with `chat` what the user says. Empty text to continue becomes the BOS token.
-        chat: put the prompt into the tokenizer's chat template and open the model's answer.
-        system_prompt: what the system says before the user, only with `chat`.
-
-    Raises:
-        UsageError: a system prompt without chat, no chat template or one that refuses the roles, an empty prompt where
-            there is no BOS.
-    """
-    if chat:
-        text = _render_chat(tokenizer, prompt, system_prompt)
-    elif system_prompt is not None:
-        raise UsageError("A system prompt belongs to a chat; add --chat, or write it into the prompt.")
-    else:
-        text = prompt
-    # A template writes its own BOS. verbose=False: the length is checked against the model, with a better sentence.
-    ids = list(tokenizer(text, add_special_tokens=not chat, verbose=False)["input_ids"])
-    if not ids:
-        if tokenizer.bos_token_id is None:
-            raise UsageError("The prompt is empty and the tokenizer has no BOS token to start from; give some text.")
-        ids = [tokenizer.bos_token_id]
-    return torch.tensor([ids], dtype=torch.int64)
 
 
 def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
@@ -121,6 +97,7 @@ def stream(
     max_new_tokens: int = MAX_NEW_TOKENS,
     sampling: Sampling = GREEDY,
     stop_ids: Collection[int] | None = None,
+    stop: Sequence[str] = (),
 ) -> Iterator[Step]:
     """Continue a prompt, one step a token; all arguments are checked at the call, the work begins at the first `next`.
 
@@ -135,17 +112,17 @@ def stream(
         max_new_tokens: stop after this many.
         sampling: how each token is chosen, from fp32 logits.
         stop_ids: tokens that end the text; None takes the model's (`stop_token_ids`).
+        stop: texts that end the text, before them; where several could, the one that is complete first.
 
     Raises:
-        UsageError: an empty prompt, no new tokens wanted, or more tokens together than the model has positions.
+        UsageError: an empty prompt, no new tokens wanted, more tokens together than the model has positions, or an empty
+            stop string.
         CheckpointError: a token that the model does not know: the tokenizer belongs to another model.
         NonFiniteError: while iterating, when the logits are NaN or infinite.
     """
-    ids = _token_list(prompt_ids)
-    _check_length(len(ids), max_new_tokens, max_positions(model.config))
-    check_token_ids(ids, model.config, "The prompt")
-    stop = frozenset(stop_token_ids(model, tokenizer) if stop_ids is None else stop_ids)
-    return _steps(model, _Detokenizer(tokenizer, ids), ids, max_new_tokens, Chooser(sampling), stop)
+    return (
+        step for (step,) in _start(model, tokenizer, [prompt_ids], max_new_tokens, sampling, stop_ids, stop) if step
+    )
 
 
 def generate(
@@ -156,6 +133,7 @@ def generate(
     max_new_tokens: int = MAX_NEW_TOKENS,
     sampling: Sampling = GREEDY,
     stop_ids: Collection[int] | None = None,
+    stop: Sequence[str] = (),
     on_text: Callable[[str], object] | None = None,
 ) -> Generation:
     """Continue a prompt to its end; arguments and errors of `stream`.
@@ -163,127 +141,209 @@ def generate(
     Args:
         model: as in `stream`.
         tokenizer: as in `stream`.
-        prompt_ids: as in `stream`; `encode_prompt` makes them.
+        prompt_ids: as in `stream`; `text.encode_prompt` makes them.
         max_new_tokens: as in `stream`.
         sampling: as in `stream`.
         stop_ids: as in `stream`.
+        stop: as in `stream`.
         on_text: called with each piece of new text as it comes; its time is not counted.
     """
-    ids = _token_list(prompt_ids)
-    steps = stream(model, tokenizer, ids, max_new_tokens=max_new_tokens, sampling=sampling, stop_ids=stop_ids)
+    rows = _start(model, tokenizer, [prompt_ids], max_new_tokens, sampling, stop_ids, stop)
+    return _drain(model, [prompt_ids], rows, on_text)[0]
+
+
+def generate_batch(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Tensor | Sequence[int]],
+    *,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    sampling: Sampling = GREEDY,
+    stop_ids: Collection[int] | None = None,
+    stop: Sequence[str] = (),
+) -> list[Generation]:
+    """Continue several prompts at once, each to its own end.
+
+    Args:
+        model: as in `stream`.
+        tokenizer: as in `stream`.
+        prompts: prompts as in `stream`, one or more; their lengths may differ.
+        max_new_tokens: as in `stream`, for each text.
+        sampling: as in `stream`; what a seed draws for a text depends on its place and on the number of texts.
+        stop_ids: as in `stream`.
+        stop: as in `stream`.
+
+    Returns:
+        One for each prompt, in order.
+
+    Raises:
+        UsageError: as `stream`, and where there is no prompt or the model cannot read different lengths at once.
+        CheckpointError: as `stream`.
+        NonFiniteError: when the logits of a text that has not ended are NaN or infinite.
+    """
+    return _drain(model, prompts, _start(model, tokenizer, prompts, max_new_tokens, sampling, stop_ids, stop))
+
+
+def batch_tokens_per_second(texts: Sequence[Generation]) -> float | None:
+    """New tokens after the firsts, of all texts of a batch, over the time that the longest took; None where there are none."""
+    spans = [(one.new_tokens - 1, one.tokens_per_second) for one in texts]
+    longest = max((new / speed for new, speed in spans if speed is not None), default=None)
+    return sum(new for new, _ in spans) / longest if longest else None
+
+
+class _Writer:
+    """Turns the tokens of one text into steps, and knows when it ends."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt: list[int],
+        limit: int,
+        stop_ids: frozenset[int],
+        stop: Sequence[str],
+    ) -> None:
+        self.detokenizer = Detokenizer(tokenizer, prompt)
+        self.stop_strings = StopStrings(stop)
+        self.limit = limit
+        self.stop_ids = stop_ids
+        self.written = 0
+        self.finished = False
+
+    def step(self, token_id: int, seconds: float) -> Step:
+        """The step of the next token."""
+        if token_id == NOT_FINITE:
+            raise NonFiniteError(
+                f"The logits of new token {self.written} are NaN or infinite; "
+                "use --dtype bfloat16 or float32, or repair the checkpoint if it holds such weights."
+            )
+        reason: FinishReason | None = None
+        fresh = ""
+        if token_id in self.stop_ids:
+            reason = "stop"
+        else:
+            fresh = self.detokenizer.push(token_id)
+            if self.written == self.limit - 1:
+                reason = "length"
+        if reason:
+            fresh += self.detokenizer.flush()
+        text = self.stop_strings.push(fresh)
+        if self.stop_strings.found:
+            reason = "stop"
+        elif reason:
+            text += self.stop_strings.flush()
+        step = Step(self.written, token_id, text, seconds, reason)
+        self.written += 1
+        self.finished = reason is not None
+        return step
+
+
+def _start(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Tensor | Sequence[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    stop_ids: Collection[int] | None,
+    stop: Sequence[str],
+) -> Iterator[list[Step | None]]:
+    """Check everything now; the steps of all texts, position by position, None where a text has ended."""
+    if not prompts:
+        raise UsageError("There is no prompt; give at least one.")
+    ids = [_token_list(prompt) for prompt in prompts]
+    for prompt in ids:
+        _check_length(len(prompt), max_new_tokens, max_positions(model.config))
+        check_token_ids(prompt, model.config, "The prompt")
+    ends = frozenset(stop_token_ids(model, tokenizer) if stop_ids is None else stop_ids)
+    writers = [_Writer(tokenizer, prompt, max_new_tokens, ends, stop) for prompt in ids]
+    return _write(writers, _token_rows(model, ids, max_new_tokens, sampling))
+
+
+def _write(writers: list[_Writer], rows: Iterator[tuple[list[int], float]]) -> Iterator[list[Step | None]]:
+    for tokens, seconds in rows:
+        yield [
+            None if writer.finished else writer.step(token, seconds)
+            for writer, token in zip(writers, tokens, strict=True)
+        ]
+        if all(writer.finished for writer in writers):
+            return
+
+
+def _token_rows(
+    model: PreTrainedModel, prompts: list[list[int]], new_tokens: int, sampling: Sampling
+) -> Iterator[tuple[list[int], float]]:
+    """The tokens of each step, one a text, and the seconds until then; on a GPU some steps run ahead of the host."""
+    began = time.perf_counter()
+    longest = max(map(len, prompts))
+    engine = make_engine(model, max_tokens=longest + new_tokens, batch=len(prompts), sampling=sampling)
+    newest = engine.prefill(prompts)
+    tokens = newest.tolist()
+    seconds = time.perf_counter() - began
+    yield tokens, seconds
+    most = 1 + (RUN_AHEAD if engine.device.type == "cuda" else 0)
+    left = new_tokens - 1
+    queued: deque[Callable[[], tuple[list[int], float]]] = deque()
+    while left or queued:
+        while left and len(queued) < most:
+            newest, read = _decode(engine, newest)
+            queued.append(read)
+            left -= 1
+        tokens, took = queued.popleft()()
+        seconds += took
+        yield tokens, seconds
+
+
+def _decode(engine: Engine, token: Tensor) -> tuple[Tensor, Callable[[], tuple[list[int], float]]]:
+    """Ask for the next tokens; on a GPU without waiting for them. What is returned with them waits, and tells its time."""
+    if engine.device.type != "cuda":
+        began = time.perf_counter()
+        token = engine.decode(token)
+        done = token.tolist(), time.perf_counter() - began
+        return token, lambda: done
+    stream = torch.cuda.current_stream(engine.device)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record(stream)
+    token = engine.decode(token)
+    on_host = token.to("cpu", non_blocking=True)  # torch makes it pinned memory
+    end.record(stream)
+
+    def read() -> tuple[list[int], float]:
+        end.synchronize()
+        return on_host.tolist(), begin.elapsed_time(end) / 1e3
+
+    return token, read
+
+
+def _drain(
+    model: PreTrainedModel,
+    prompts: Sequence[Tensor | Sequence[int]],
+    rows: Iterator[list[Step | None]],
+    on_text: Callable[[str], object] | None = None,
+) -> list[Generation]:
     gpus = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.device.type == "cuda"}
     for gpu in gpus:
         torch.cuda.reset_peak_memory_stats(gpu)
-    pieces: list[str] = []
-    arrived: list[float] = []
-    for step in steps:
-        arrived.append(step.seconds)
-        pieces.append(step.text)
-        if on_text is not None and step.text:
-            on_text(step.text)
+    texts: list[list[Step]] = [[] for _ in prompts]
+    for row in rows:
+        for steps, step in zip(texts, row, strict=True):
+            if step is None:
+                continue
+            steps.append(step)
+            if on_text is not None and step.text:
+                on_text(step.text)
+    peak = sum(map(torch.cuda.max_memory_allocated, gpus)) if gpus else _peak_resident_bytes()
+    return [_generation(len(_token_list(prompt)), steps, peak) for prompt, steps in zip(prompts, texts, strict=True)]
+
+
+def _generation(prompt_tokens: int, steps: list[Step], peak_memory_bytes: int) -> Generation:
+    first, last = steps[0].seconds, steps[-1].seconds
     return Generation(
-        text="".join(pieces),
-        prompt_tokens=len(ids),
-        new_tokens=len(arrived),
-        prefill_tokens_per_second=len(ids) / arrived[0],
-        tokens_per_second=(len(arrived) - 1) / (arrived[-1] - arrived[0]) if len(arrived) > 1 else None,
-        peak_memory_bytes=sum(map(torch.cuda.max_memory_allocated, gpus)) if gpus else _peak_resident_bytes(),
+        text="".join(step.text for step in steps),
+        prompt_tokens=prompt_tokens,
+        new_tokens=len(steps),
+        prefill_tokens_per_second=prompt_tokens / first,
+        tokens_per_second=(len(steps) - 1) / (last - first) if len(steps) > 1 else None,
+        peak_memory_bytes=peak_memory_bytes,
     )
-
-
-class _Detokenizer:
-    """Text from tokens as they come.
-
-    A token's text depends on the ones before it (leading spaces, bytes of one character), so a few tokens of context
-    are decoded again each time and what they already showed is cut off.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: list[int]) -> None:
-        self.tokenizer = tokenizer
-        self.context = prompt
-        self.shown = self._decode(prompt)
-        self.pending: list[int] = []
-
-    def push(self, token_id: int) -> str:
-        """The text that this token finished."""
-        self.pending.append(token_id)
-        text = self._decode(self.context + self.pending)
-        return "" if text.endswith(_UNFINISHED) else self._show(text)
-
-    def flush(self) -> str:
-        """The rest, however unfinished."""
-        return self._show(self._decode(self.context + self.pending))
-
-    def _show(self, text: str) -> str:
-        fresh = self._after_shown(text)
-        # Tokens without text (special ones) make no context: after them alone a leading space would be lost.
-        if fresh:
-            alone = self._decode(self.pending)
-            if fresh.endswith(alone):
-                self.context, self.shown = self.pending, alone
-            else:  # the new tokens begin within a character
-                self.context, self.shown = self.context + self.pending, text
-            self.pending = []
-        return fresh
-
-    def _after_shown(self, text: str) -> str:
-        if text.startswith(self.shown):
-            return text[len(self.shown) :]
-        finished = self.shown.rstrip(_UNFINISHED)
-        if text.startswith(finished):  # the prompt ended within a character, which is whole now
-            return text[len(finished) :]
-        # Byte fallback takes back a whole run of bytes, shown text too, when one of them makes no character.
-        return self._decode(self.pending)
-
-    def _decode(self, ids: list[int]) -> str:
-        return cast(str, self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
-
-def _steps(
-    model: PreTrainedModel,
-    detokenizer: _Detokenizer,
-    prompt: list[int],
-    max_new_tokens: int,
-    choose: Chooser,
-    stop: frozenset[int],
-) -> Iterator[Step]:
-    clock = -time.perf_counter()
-    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-    fed = torch.tensor([prompt], device=model.device)
-    for index in range(max_new_tokens):
-        token = choose(_last_logits(model, fed, cache))
-        token_id = int(token)
-        seconds = clock + time.perf_counter()
-        if token_id == NOT_FINITE:
-            raise NonFiniteError(
-                f"The logits of new token {index} are NaN or infinite; "
-                "use --dtype bfloat16 or float32, or repair the checkpoint if it holds such weights."
-            )
-        finish_reason: Literal["stop", "length"] | None = None
-        text = ""
-        if token_id in stop:
-            finish_reason = "stop"
-        else:
-            text = detokenizer.push(token_id)
-            if index == max_new_tokens - 1:
-                finish_reason = "length"
-        if finish_reason:
-            text += detokenizer.flush()
-        handed_over = time.perf_counter()
-        yield Step(index, token_id, text, seconds, finish_reason)
-        clock -= time.perf_counter() - handed_over
-        if finish_reason:
-            return
-        fed = token.to(model.device)
-
-
-# Inside this function only: a generator that yields within inference mode would switch it on for its consumer too.
-@torch.inference_mode()
-def _last_logits(model: PreTrainedModel, ids: Tensor, cache: DynamicCache) -> Tensor:
-    """Feed [1, n] tokens behind those in the cache; [1, vocabulary] fp32 logits of the token after the last."""
-    only_last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    logits = model(input_ids=ids, use_cache=True, **{cache_argument(model): cache}, **only_last).logits
-    return logits[:, -1].float()
 
 
 def _token_list(prompt_ids: Tensor | Sequence[int]) -> list[int]:
@@ -312,19 +372,6 @@ def _check_length(prompt: int, new: int, limit: int | None) -> None:
     raise UsageError(
         f"The prompt's {prompt} tokens and {new} new ones are more than the model's {limit} positions; {fix}."
     )
-
-
-def _render_chat(tokenizer: PreTrainedTokenizerBase, prompt: str, system_prompt: str | None) -> str:
-    if getattr(tokenizer, "chat_template", None) is None:
-        raise UsageError("The tokenizer has no chat template; use a chat model, or drop --chat.")
-    messages = [{"role": "user", "content": prompt}]
-    if system_prompt is not None:
-        messages.insert(0, {"role": "system", "content": system_prompt})
-    try:
-        return cast(str, tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
-    except TemplateError as error:
-        fix = "drop --system-prompt" if system_prompt is not None else "drop --chat"
-        raise UsageError(f"The tokenizer's chat template refuses these messages ({error}); {fix}.") from error
 
 
 def _peak_resident_bytes() -> int:

@@ -1,4 +1,4 @@
-"""How the next token is chosen: the settings, the probabilities, and the draw on the model's device."""
+"""How the next token is chosen: the settings, the probabilities, and the draw, which keeps no state on the device."""
 
 import math
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class Sampling:
         temperature: 0 takes the most probable token (greedy); above 0, logits are divided by it and one token is drawn.
         top_k: draw only among this many most probable tokens.
         top_p: of those, draw only among the fewest that together hold at least this probability, in (0, 1].
-        seed: makes the draw reproducible on the same kind of device, in [0, 2**64); None draws differently each time.
+        seed: makes the draw reproducible, in [0, 2**64); None draws differently each time.
 
     Raises:
         UsageError: a value outside its range, or top_k or top_p at temperature 0, where nothing is drawn.
@@ -75,36 +75,55 @@ def token_probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
         logits = logits.masked_fill(logits < kth, -math.inf)
     if sampling.top_p is not None and sampling.top_p < 1:
         ranked, order = logits.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
-        mass_before = ranked.cumsum(dim=-1) - ranked
+        # In fp64, since GPUs add in an order that changes from run to run, and a rounding must not change who is in.
+        mass_before = ranked.double().cumsum(dim=-1) - ranked
         drop = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, mass_before >= sampling.top_p)
         logits = logits.masked_fill(drop, -math.inf)
     return logits.softmax(dim=-1)
 
 
-class Chooser:
-    """Chooses tokens on the device that the logits are on; holds the random state of one text."""
+def uniforms(sampling: Sampling, steps: int, batch: int) -> Tensor | None:
+    """One uniform number for each token to come, [steps, batch] float64 on the CPU; None for greedy, which needs none.
 
-    def __init__(self, sampling: Sampling) -> None:
-        self.sampling = sampling
-        self.generator: torch.Generator | None = None
+    They are drawn up front and on the CPU, so that a draw needs no random state on the device, is the same on all of
+    them, and does not change with `steps`: step i of `batch` texts always gets the same row of the same seed.
+    """
+    if sampling.temperature == 0:
+        return None
+    generator = torch.Generator()
+    if sampling.seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(sampling.seed)
+    return torch.rand(steps, batch, dtype=torch.float64, generator=generator)
 
-    @torch.inference_mode()
-    def __call__(self, logits: Tensor) -> Tensor:
-        """[batch, vocabulary] logits -> [batch, 1] int64 token ids, NOT_FINITE where logits are NaN or infinite."""
-        largest, token = logits.max(dim=-1, keepdim=True)
-        # max hands NaN on, so it alone tells; it stays on the device: the caller's read of the token is the only wait.
-        usable = largest.isfinite()
-        if self.sampling.temperature > 0:
-            if self.generator is None:
-                self.generator = self._new_generator(logits.device)
-            probabilities = token_probabilities(torch.where(usable, logits, 0), self.sampling)
-            token = torch.multinomial(probabilities, 1, generator=self.generator)
-        return torch.where(usable, token, NOT_FINITE)
 
-    def _new_generator(self, device: torch.device) -> torch.Generator:
-        generator = torch.Generator(device)
-        if self.sampling.seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(self.sampling.seed)
-        return generator
+def choose(logits: Tensor, sampling: Sampling, uniform: Tensor | None = None) -> Tensor:
+    """Choose one token a text; never waits for the device, so that a CUDA graph can capture it.
+
+    Args:
+        logits: [batch, vocabulary], floating point.
+        sampling: how to choose.
+        uniform: [batch] float64 in [0, 1) on the device of the logits, a row of `uniforms`; None for greedy.
+
+    Returns:
+        [batch] int64, NOT_FINITE where the logits are NaN or infinite.
+    """
+    largest, token = logits.max(dim=-1)
+    unusable = ~largest.isfinite()  # max hands NaN on, so it alone tells
+    if uniform is not None:
+        probabilities = token_probabilities(logits.masked_fill(unusable[:, None], 0), sampling)
+        token = _draw(probabilities, uniform)
+    return token.masked_fill(unusable, NOT_FINITE)
+
+
+def _draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
+    """The first token whose cumulative probability passes `uniform`, among those of a probability above 0; [batch]."""
+    cumulative = probabilities.double().cumsum(dim=-1)
+    target = uniform[:, None] * cumulative[:, -1:]
+    count = probabilities.shape[-1]
+    tokens = torch.arange(count, device=probabilities.device)
+    impossible = probabilities <= 0
+    first = tokens.masked_fill(impossible | (cumulative <= target), count).amin(dim=-1)
+    # Rounding can leave none that passes (uniform next to 1); then it is the last possible one.
+    return torch.minimum(first, tokens.masked_fill(impossible, -1).amax(dim=-1))

@@ -189,6 +189,31 @@ def test_the_prompt_from_stdin() -> None:
             assert json.loads(piped.stdout)[key] == json.loads(given.stdout)[key]
 
 
+def test_several_prompts() -> None:
+    """Each text is what its prompt gives alone; the summary is about all of them."""
+    call = ["generate", "packed", "--max-new-tokens", 12, "--dtype", "float32"]
+    prompts = ["Once upon a time", "The fox", "Every morning the old owl told"]
+    alone = [macko_json(*call, "--prompt", prompt) for prompt in prompts]
+    several = [argument for prompt in prompts for argument in ("--prompt", prompt)]
+    together = json.loads(macko(*call, *several, "--json").stdout)
+    for key in ("text", "prompt_tokens", "new_tokens"):
+        assert [one[key] for one in together] == [one[key] for one in alone]
+    result = macko(*call, *several)
+    assert result.stdout == "".join(f"--- prompt {n} ---\n{one['text']}\n" for n, one in enumerate(alone, 1))
+    read, written = (sum(one[key] for one in alone) for key in ("prompt_tokens", "new_tokens"))
+    assert f"prompt: {read} tokens" in result.stderr
+    assert f"decode: {written} tokens, " in result.stderr
+    macko(*call, "--prompt", "-", "--prompt", "-", exit_code=2)
+
+
+def test_stop_strings() -> None:
+    call = ["generate", "packed", "--prompt", "Once", "--max-new-tokens", 30, "--dtype", "float32"]
+    text = macko_json(*call)["text"]
+    cut = macko(*call, "--stop", text[9:12], "--stop", "never said").stdout
+    assert cut == text[: text.index(text[9:12])] + "\n"
+    macko(*call, "--stop", "", exit_code=2)
+
+
 def test_chat(folder: Path) -> None:
     template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
     (folder / "dense" / "chat_template.jinja").write_text(template)

@@ -15,6 +15,7 @@ from helpers import assert_plain, weights
 import macko_llm
 from macko_llm import generation
 from macko_llm.models import load_tokenizer
+from macko_llm.text import encode_prompt
 
 COMMAND = [sys.executable, "-m", "macko_llm"]
 TIMEOUT = 240
@@ -74,9 +75,7 @@ def test_the_main_chain(folder: Path) -> None:
         chunks.append(chunk)
     assert len(chunks) > 3, "the text streams"
     model, tokenizer = macko_llm.load(folder / "pruned", dtype="float32"), load_tokenizer(folder / "pruned")
-    made = generation.generate(
-        model, tokenizer, generation.encode_prompt(tokenizer, "Once upon a time"), max_new_tokens=50
-    )
+    made = generation.generate(model, tokenizer, encode_prompt(tokenizer, "Once upon a time"), max_new_tokens=50)
     assert b"".join(chunks).decode() == made.text + "\n"
     assert generate.stderr is not None
     summary = generate.stderr.read()

@@ -8,16 +8,28 @@ from types import SimpleNamespace
 import pytest
 import torch
 from families import FAMILIES, VOCABULARY
-from generation_helpers import TOKENIZER, Scripted, build, byte_level, greedy_of_transformers, prompt_of, tokens_of
+from generation_helpers import (
+    TOKENIZER,
+    Scripted,
+    build,
+    byte_level,
+    greedy_of_transformers,
+    prompt_of,
+    spoken,
+    tokens_of,
+)
 from helpers import library_warnings
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from macko_llm.defaults import MAX_NEW_TOKENS
 from macko_llm.demo.run import MODEL_FOLDER
 from macko_llm.errors import CheckpointError, NonFiniteError, UsageError
-from macko_llm.generation import encode_prompt, generate, stop_token_ids, stream
+from macko_llm.generation import Generation, batch_tokens_per_second, generate, generate_batch, stop_token_ids, stream
 from macko_llm.models import load_model, load_tokenizer
 from macko_llm.perplexity import evaluate
 from macko_llm.sampling import Sampling
+from macko_llm.text import encode_prompt
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -148,6 +160,13 @@ def test_seeded_sampling_is_reproducible(model):
     assert len(unseeded) == 4
 
 
+def test_a_seed_says_the_same_however_many_tokens_are_asked_for(model):
+    sampling = Sampling(temperature=1.5, seed=3)
+    longest = tokens_of(model, prompt_of(4), max_new_tokens=50, sampling=sampling)
+    for new in (1, 2, 17, 49):
+        assert tokens_of(model, prompt_of(4), max_new_tokens=new, sampling=sampling) == longest[:new]
+
+
 def test_sampling_leaves_the_global_random_state_alone(model):
     before = torch.random.get_rng_state()
     tokens_of(model, prompt_of(4), max_new_tokens=3, sampling=Sampling(temperature=1.0, seed=3))
@@ -177,6 +196,99 @@ def test_draws_follow_the_probabilities():
 
 def test_the_largest_seed_works(model):
     tokens_of(model, prompt_of(4), max_new_tokens=2, sampling=Sampling(temperature=1.0, seed=2**64 - 1))
+
+
+# Stop strings
+
+
+@settings(deadline=None, max_examples=100)
+@given(data=st.data())
+def test_a_stop_string_ends_the_text_before_it(data):
+    text = data.draw(st.text("ab é日", min_size=1, max_size=30), "text")
+    at = data.draw(st.integers(0, len(text) - 1), "at")
+    stop = text[at : at + data.draw(st.integers(1, 6), "length")]
+    new = TOKENIZER(text)["input_ids"]
+    steps = spoken(TOKENIZER, TOKENIZER("The")["input_ids"], new, max_new_tokens=len(new) + 1, stop=[stop, "never"])
+    assert "".join(step.text for step in steps) == text[: text.index(stop)]
+    assert [step.finish_reason for step in steps] == [None] * (len(steps) - 1) + ["stop"]
+    said = len(TOKENIZER.decode(new[: len(steps)]).rstrip("\ufffd"))
+    assert said >= text.index(stop) + len(stop), "the text goes on until the stop string is whole"
+
+
+def test_text_that_waits_for_a_stop_string_is_shown_at_the_end():
+    new = TOKENIZER("a cat met")["input_ids"]
+    prompt = TOKENIZER("The")["input_ids"]
+    steps = spoken(TOKENIZER, prompt, new, stop=["cat met a dog"])
+    assert "".join(step.text for step in steps) == "a cat met"
+    assert [step.finish_reason for step in steps][-1] == "length"
+    (end,) = TOKENIZER("</s>")["input_ids"]
+    steps = spoken(TOKENIZER, prompt, [*new, end], max_new_tokens=99, stop=["cat met a dog"], stop_ids=[end])
+    assert "".join(step.text for step in steps) == "a cat met"
+    assert [step.finish_reason for step in steps][-1] == "stop"
+
+
+def test_a_stop_string_on_the_last_allowed_token_is_a_stop():
+    steps = spoken(TOKENIZER, [0], TOKENIZER("a dog")["input_ids"], stop=["g"])
+    assert steps[-1].finish_reason == "stop"
+
+
+def test_an_empty_stop_string_is_refused_at_once(model):
+    with pytest.raises(UsageError, match="stop string is empty"):
+        stream(model, TOKENIZER, [5], max_new_tokens=3, stop=[""])
+
+
+# Batches
+
+
+def test_a_batch_is_each_text_alone(family):
+    prompts = [prompt_of(length, seed=length) for length in (9, 2, 14)]
+    said = [tokens_of(family, prompt, max_new_tokens=30) for prompt in prompts]
+    # One ends early at its own stop token, which the others do not say before they end.
+    stop = next(token for token in said[1] if token not in said[0] + said[2])
+    options = {"max_new_tokens": 30, "stop_ids": [stop]}
+    alone = [generate(family, TOKENIZER, prompt, **options) for prompt in prompts]
+    batch = generate_batch(family, TOKENIZER, prompts, **options)
+    assert [(one.text, one.prompt_tokens, one.new_tokens) for one in batch] == [
+        (one.text, one.prompt_tokens, one.new_tokens) for one in alone
+    ]
+    assert batch[1].new_tokens == said[1].index(stop) + 1 < batch[0].new_tokens == 30
+
+
+def test_a_batch_that_has_ended_runs_no_further(model):
+    prompts = [prompt_of(4), prompt_of(6)]
+    stops = [tokens_of(model, prompt, max_new_tokens=1)[0] for prompt in prompts]
+    ended = generate_batch(model, TOKENIZER, prompts, max_new_tokens=50, stop_ids=stops)
+    assert [one.new_tokens for one in ended] == [1, 1]
+    assert [one.text for one in ended] == ["", ""]
+
+
+def test_a_stop_string_ends_one_text_of_a_batch(model):
+    prompts = [prompt_of(4), prompt_of(6)]
+    texts = [generate(model, TOKENIZER, prompt, max_new_tokens=20, stop_ids=()).text for prompt in prompts]
+    stop = next(texts[0][i : i + 2] for i in range(5, 20) if texts[0][i : i + 2] not in texts[1])
+    batch = generate_batch(model, TOKENIZER, prompts, max_new_tokens=20, stop_ids=(), stop=[stop])
+    assert [one.text for one in batch] == [texts[0][: texts[0].index(stop)], texts[1]]
+
+
+def test_seeded_batches_are_reproducible(model):
+    def say(seed):
+        sampling = Sampling(temperature=1.5, seed=seed)
+        made = generate_batch(
+            model, TOKENIZER, [[5, 6], [5, 6], [7]], max_new_tokens=20, sampling=sampling, stop_ids=()
+        )
+        return [one.text for one in made]
+
+    assert say(1) == say(1) != say(2)
+    assert len(set(say(1))) == 3, "each text has its own draws"
+
+
+def test_impossible_batches(model):
+    with pytest.raises(UsageError, match="no prompt"):
+        generate_batch(model, TOKENIZER, [])
+    with pytest.raises(UsageError, match="60 tokens and 5 new ones"):
+        generate_batch(model, TOKENIZER, [[5], prompt_of(60)], max_new_tokens=5)
+    with pytest.raises(UsageError, match="holds no tokens"):
+        generate_batch(model, TOKENIZER, [[5], []], max_new_tokens=5)
 
 
 # Limits and errors, all before any work
@@ -278,6 +390,13 @@ def test_speeds_count_the_engines_time_alone(monkeypatch):
     assert result.prefill_tokens_per_second == 2.0
     assert result.tokens_per_second == 2.0
     assert now > 100
+
+
+def test_the_speed_of_a_batch():
+    """Three texts of which the longest takes 4 s: 8 + 4 + 0 tokens after the firsts."""
+    texts = [Generation("", 1, new, 1.0, speed, 0) for new, speed in ((9, 2.0), (5, 2.0), (1, None))]
+    assert batch_tokens_per_second(texts) == 3.0
+    assert batch_tokens_per_second(texts[2:]) is None
 
 
 def test_peak_memory_is_in_bytes(model):

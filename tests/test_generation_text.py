@@ -1,4 +1,4 @@
-"""The text of generated tokens, piece by piece, and the prompts that they continue."""
+"""The text of generated tokens, piece by piece."""
 
 import pytest
 import torch
@@ -7,8 +7,6 @@ from generation_helpers import (
     TOKENIZER,
     TOKENIZERS,
     build,
-    byte_fallback,
-    byte_level,
     decode,
     greedy_of_transformers,
     spoken,
@@ -16,8 +14,7 @@ from generation_helpers import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from macko_llm.errors import UsageError
-from macko_llm.generation import encode_prompt, generate
+from macko_llm.generation import generate
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -112,60 +109,3 @@ def test_text_of_a_random_model(family):
     assert "A cat 😀" + result.text == decode(TOKENIZER, prompt[0].tolist() + new)
     assert "".join(pieces) == result.text
     assert all(pieces)
-
-
-# Prompts
-
-
-def test_prompts_get_the_tokenizers_special_tokens():
-    llama_like = TOKENIZERS["byte fallback"]
-    ids = encode_prompt(llama_like, "the dog")
-    assert ids.dtype == torch.int64
-    assert ids.tolist() == [llama_like("the dog")["input_ids"]]
-    assert ids[0, 0] == llama_like.bos_token_id
-    assert encode_prompt(TOKENIZER, "the dog").tolist() == [TOKENIZER("the dog")["input_ids"]]
-
-
-def test_an_empty_prompt_is_the_bos_token():
-    assert encode_prompt(TOKENIZERS["byte fallback"], "").tolist() == [[TOKENIZERS["byte fallback"].bos_token_id]]
-    assert encode_prompt(TOKENIZER, "").tolist() == [[TOKENIZER.bos_token_id]]
-    without = byte_level()
-    without.bos_token = None
-    with pytest.raises(UsageError, match=r"prompt is empty .* give some text"):
-        encode_prompt(without, "")
-
-
-CHAT_TEMPLATE = (
-    "<s>{% for m in messages %}{% if m.role == 'system' and m.content == 'no' %}"
-    "{{ raise_exception('System role not supported') }}{% endif %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
-    "{% if add_generation_prompt %}[assistant]{% endif %}"
-)
-
-
-@pytest.fixture
-def chat_tokenizer():
-    tokenizer = byte_fallback()
-    tokenizer.chat_template = CHAT_TEMPLATE
-    return tokenizer
-
-
-def test_chat_prompts(chat_tokenizer):
-    def shown(*args, **options):
-        return chat_tokenizer.decode(encode_prompt(chat_tokenizer, *args, chat=True, **options)[0])
-
-    said = [{"role": "user", "content": "Hi"}]
-    ids = encode_prompt(chat_tokenizer, "Hi", chat=True)
-    assert ids.tolist()[0] == chat_tokenizer.apply_chat_template(said, add_generation_prompt=True)["input_ids"]
-    assert ids.tolist()[0].count(chat_tokenizer.bos_token_id) == 1
-    assert shown("Hi").split() == ["<s>", "[user]", "Hi", "[assistant]"]
-    assert shown("Hi", system_prompt="Rhyme.").split() == ["<s>", "[system]", "Rhyme.", "[user]", "Hi", "[assistant]"]
-    assert shown("").split() == ["<s>", "[user]", "[assistant]"]
-
-
-def test_impossible_chats(chat_tokenizer):
-    with pytest.raises(UsageError, match=r"no chat template; .* drop --chat"):
-        encode_prompt(TOKENIZER, "Hi", chat=True)
-    with pytest.raises(UsageError, match=r"System role not supported.*drop --system-prompt"):
-        encode_prompt(chat_tokenizer, "Hi", chat=True, system_prompt="no")
-    with pytest.raises(UsageError, match="add --chat"):
-        encode_prompt(chat_tokenizer, "Hi", system_prompt="Rhyme.")

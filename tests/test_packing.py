@@ -18,6 +18,7 @@ from macko_llm.linear import ARRAY_NAMES, MackoLinear
 from macko_llm.packing import inspect_checkpoint, pack_checkpoint, unpack_checkpoint
 from macko_llm.pruning import prune_checkpoint
 from macko_llm.recipe import PruneRecipe
+from macko_llm.text import encode_prompt
 
 UP = "model.layers.0.mlp.up_proj"
 
@@ -87,7 +88,7 @@ def test_packed_generation_is_token_for_token_the_dense_one(family: str, tmp_pat
     pruned = _pruned(tmp_path, family, torch.float16)
     pack_checkpoint(pruned, tmp_path / "packed")
     tokenizer = models.load_tokenizer(pruned)
-    prompt = generation.encode_prompt(tokenizer, "Once upon a time there was a little fox")
+    prompt = encode_prompt(tokenizer, "Once upon a time there was a little fox")
     texts = []
     for folder in (pruned, tmp_path / "packed"):
         model = macko_llm.load(folder, dtype="float32", device="cpu")

@@ -15,6 +15,7 @@ from macko_llm import calibration, checkpoint, generation, models, perplexity
 from macko_llm.packing import inspect_checkpoint, pack_checkpoint, unpack_checkpoint
 from macko_llm.pruning import prune_checkpoint
 from macko_llm.recipe import PruneRecipe
+from macko_llm.text import encode_prompt
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 MODEL = SHARED / "models" / "tinystories-656k"
@@ -110,7 +111,7 @@ def test_packed_is_smaller_and_unpacks_bit_for_bit(folder: Path, tmp_path: Path)
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_the_packed_model_writes_what_the_pruned_one_writes(dtype: str, folder: Path) -> None:
     tokenizer = models.load_tokenizer(MODEL)
-    prompts = [generation.encode_prompt(tokenizer, prompt) for prompt in PROMPTS]
+    prompts = [encode_prompt(tokenizer, prompt) for prompt in PROMPTS]
     texts = []
     for name in ("wanda-16", "packed"):
         model = macko_llm.load(folder / name, dtype=dtype, device="cpu")

@@ -1,13 +1,15 @@
 """The probabilities of the next token against plain Python and against transformers' own warpers."""
 
 import math
+from bisect import bisect_right
+from itertools import accumulate
 
 import pytest
 import torch
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from macko_llm.errors import UsageError
-from macko_llm.sampling import Sampling, token_probabilities
+from macko_llm.sampling import GREEDY, NOT_FINITE, Sampling, choose, token_probabilities, uniforms
 
 
 def naive_probabilities(logits, temperature, top_k, top_p):
@@ -64,6 +66,90 @@ def test_tokens_tied_with_the_kth_are_kept_and_forbidden_ones_are_not():
     assert token_probabilities(logits, Sampling(temperature=1.0, top_k=5))[0, 4] == 0
     hot = token_probabilities(logits, Sampling(temperature=1e300))[0]
     torch.testing.assert_close(hot, torch.tensor([0.25, 0.25, 0.25, 0.25, 0.0]))
+
+
+# The draw
+
+SAMPLINGS = [
+    Sampling(temperature=1.0),
+    Sampling(temperature=0.7, top_k=5),
+    Sampling(temperature=1.5, top_p=0.8),
+    Sampling(temperature=2.0, top_k=9, top_p=0.9),
+]
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_draws_follow_the_probabilities(sampling):
+    """20001 evenly spaced uniform numbers choose each token as often as plain Python's probabilities say."""
+    logits = torch.randn(1, 40, generator=torch.Generator().manual_seed(1)) * 2
+    expected = naive_probabilities(logits[0].tolist(), sampling.temperature, sampling.top_k, sampling.top_p)
+    count = 20001
+    even = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    drawn = choose(logits.expand(count, 40), sampling, even)
+    share = torch.bincount(drawn, minlength=40) / count
+    torch.testing.assert_close(share, torch.tensor(expected), rtol=0, atol=2 / count + 1e-6)
+    assert drawn.tolist() == sorted(drawn.tolist()), "a larger number never draws an earlier token"
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_each_text_is_drawn_with_its_own_number(sampling):
+    generator = torch.Generator().manual_seed(2)
+    logits = torch.randn(200, 30, generator=generator)
+    numbers = uniforms(Sampling(temperature=1.0, seed=2), 1, 200)[0]
+    steps = [
+        list(accumulate(naive_probabilities(row, sampling.temperature, sampling.top_k, sampling.top_p)))
+        for row in logits.tolist()
+    ]
+    expected = [bisect_right(row, u * row[-1]) for row, u in zip(steps, numbers.tolist(), strict=True)]
+    assert choose(logits, sampling, numbers).tolist() == expected
+
+
+@pytest.mark.parametrize("uniform", [0.0, 5e-324, 0.5, 1 - 2**-53])
+def test_a_token_of_probability_0_is_never_drawn(uniform):
+    logits = torch.full((3, 1000), -math.inf)
+    logits[0, 500] = 1.0
+    logits[1, [7, 900]] = torch.tensor([0.0, -200.0])  # the second is 0 in fp32
+    logits[2, 3:998] = torch.linspace(-1, 1, 995)
+    drawn = choose(logits, Sampling(temperature=1.0), torch.full((3,), uniform, dtype=torch.float64)).tolist()
+    assert drawn[:2] == [500, 7]
+    assert 3 <= drawn[2] < 998
+    assert (drawn[2] == 3) == (uniform < 0.1)
+    assert (drawn[2] == 997) == (uniform > 0.9)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, *SAMPLINGS])
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_logits_that_are_not_finite_choose_no_token(sampling, poison):
+    logits = torch.zeros(4, 20)
+    logits[0, 4] = logits[2, 5] = logits[3, 6] = 50.0
+    logits[1, 7] = poison
+    logits[2] = -math.inf
+    logits[3, 8] = -math.inf
+    numbers = None if sampling is GREEDY else torch.full((4,), 0.5, dtype=torch.float64)
+    assert choose(logits, sampling, numbers).tolist() == [4, NOT_FINITE, NOT_FINITE, 6]
+
+
+def test_uniform_numbers():
+    sampling = Sampling(temperature=1.0, seed=5)
+    numbers = uniforms(sampling, 1000, 3)
+    assert numbers.dtype == torch.float64
+    assert numbers.shape == (1000, 3)
+    assert numbers.min() >= 0
+    assert numbers.max() < 1
+    assert abs(numbers.mean() - 0.5) < 5 * math.sqrt(1 / 12 / 3000)
+    assert not torch.equal(numbers, uniforms(Sampling(temperature=1.0, seed=6), 1000, 3))
+    assert not torch.equal(uniforms(Sampling(temperature=1.0), 9, 1), uniforms(Sampling(temperature=1.0), 9, 1))
+    assert uniforms(GREEDY, 1000, 3) is None
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("steps", [1, 2, 15, 16, 17, 100])
+def test_the_numbers_of_a_step_do_not_depend_on_the_steps_to_come(steps, batch):
+    sampling = Sampling(temperature=1.0, seed=5)
+    assert torch.equal(uniforms(sampling, steps, batch), uniforms(sampling, 200, batch)[:steps])
+
+
+# Impossible settings
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from macko_llm.defaults import EVALUATION_SEQLEN
 from macko_llm.progress import Progress, no_progress
 from macko_llm.pruning.pipeline import prune_checkpoint
 from macko_llm.recipe import PruneRecipe
+from macko_llm.text import encode_prompt
 from macko_llm.transformers_integration import load
 
 SPEED_RUNS = 3
@@ -97,7 +98,7 @@ def measure_chain(
             loaded, tokenizer, text, dataset=dataset, seqlen=seqlen, limit=limit, progress=progress
         )
         windows, used_seqlen = report.windows, report.seqlen
-        ids = generation.encode_prompt(tokenizer, prompt)
+        ids = encode_prompt(tokenizer, prompt)
         progress(f"generating with {name}", 0, SPEED_RUNS)
         speeds = []
         for run in range(SPEED_RUNS):

@@ -92,8 +92,8 @@ def _progress_lines() -> Progress:
     return report
 
 
-def print_json(content: dict[str, Any]) -> None:
-    """Exactly one JSON object on stdout; JSON has no NaN and no infinity, so they become null."""
+def print_json(content: dict[str, Any] | list[Any]) -> None:
+    """Exactly one JSON object or list on stdout; JSON has no NaN and no infinity, so they become null."""
     print(json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False))
 
 

@@ -15,7 +15,9 @@ from macko_llm.errors import UsageError
 @plain_errors
 def generate(
     model: ModelArgument,
-    prompt: Annotated[str, typer.Option(help="Text to continue, or - to read it from stdin.")],
+    prompt: Annotated[
+        list[str], typer.Option(help="Text to continue, or - to read it from stdin; several run at once.")
+    ],
     max_new_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.")] = MAX_NEW_TOKENS,
     temperature: Annotated[float, typer.Option(help="0 is greedy; above 0 tokens are drawn.")] = TEMPERATURE,
     top_k: Annotated[int | None, typer.Option(help="Draw among this many most probable tokens.")] = None,
@@ -23,6 +25,9 @@ def generate(
         float | None, typer.Option(help="Draw among the fewest tokens that hold this probability.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Makes the draw reproducible.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="The text ends before this; may be given several times.")
+    ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     system_prompt: Annotated[str | None, typer.Option(help="What the system says first, with --chat.")] = None,
     dtype: DtypeOption = "auto",
@@ -30,43 +35,68 @@ def generate(
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Continue a prompt; the text streams to stdout, a summary goes to stderr.
+    """Continue a prompt; the text streams to stdout, a summary goes to stderr. Several prompts are
+    printed at the end, with --json as a list.
 
     Examples:
         macko generate ./packed --prompt "Once upon a time"
 
         macko generate ./packed --prompt "Why is the sky blue?" --chat --temperature 0.7 --top-p 0.9 --seed 1
 
+        macko generate ./packed --prompt "Q: How old is the sea? A:" --prompt "Q: And the sky? A:" --stop "Q:"
+
         cat question.txt | macko generate ./packed --prompt -
     """
     from macko_llm import checkpoint, generation, models
     from macko_llm.sampling import Sampling
+    from macko_llm.text import encode_prompt
     from macko_llm.transformers_integration import load
 
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    text = _read_stdin() if prompt == "-" else prompt
+    texts = _read_prompts(prompt)
     folder = checkpoint.locate(model)
     tokenizer = models.load_tokenizer(folder, trust_remote_code=trust_remote_code)
-    prompt_ids = generation.encode_prompt(tokenizer, text, chat=chat, system_prompt=system_prompt)
+    prompts = [encode_prompt(tokenizer, text, chat=chat, system_prompt=system_prompt) for text in texts]
     loaded = load(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    made = generation.generate(
-        loaded,
-        tokenizer,
-        prompt_ids,
-        max_new_tokens=max_new_tokens,
-        sampling=sampling,
-        on_text=None if as_json else _print_piece,
-    )
+    if len(prompts) == 1:
+        made = [
+            generation.generate(
+                loaded,
+                tokenizer,
+                prompts[0],
+                max_new_tokens=max_new_tokens,
+                sampling=sampling,
+                stop=stop or (),
+                on_text=None if as_json else _print_piece,
+            )
+        ]
+    else:
+        made = generation.generate_batch(
+            loaded, tokenizer, prompts, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop or ()
+        )
     if as_json:
-        print_json(asdict(made))
+        print_json(asdict(made[0]) if len(made) == 1 else [asdict(one) for one in made])
         return
-    print()
-    decode = f"{made.tokens_per_second:.1f} tokens/s" if made.tokens_per_second is not None else "one token"
+    if len(made) == 1:
+        print()
+    else:
+        for number, one in enumerate(made, 1):
+            print(f"--- prompt {number} ---\n{one.text}")
+    prefill = sum(one.prefill_tokens_per_second for one in made)
+    speed = generation.batch_tokens_per_second(made)
+    decode = f"{speed:.1f} tokens/s" if speed is not None else "one token" if len(made) == 1 else "one token each"
     print(
-        f"prompt: {made.prompt_tokens} tokens, {made.prefill_tokens_per_second:.1f} tokens/s; "
-        f"decode: {made.new_tokens} tokens, {decode}; peak memory: {megabytes(made.peak_memory_bytes)}",
+        f"prompt: {sum(one.prompt_tokens for one in made)} tokens, {prefill:.1f} tokens/s; "
+        f"decode: {sum(one.new_tokens for one in made)} tokens, {decode}; "
+        f"peak memory: {megabytes(made[0].peak_memory_bytes)}",
         file=sys.stderr,
     )
+
+
+def _read_prompts(prompts: list[str]) -> list[str]:
+    if prompts.count("-") > 1:
+        raise UsageError("Only one prompt can come from stdin; use --prompt - once.")
+    return [_read_stdin() if prompt == "-" else prompt for prompt in prompts]
 
 
 def _read_stdin() -> str:

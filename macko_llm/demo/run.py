@@ -8,6 +8,7 @@ from macko_llm.benchmarks.quality import QualityReport, measure_chain
 from macko_llm.demo.stories import CALIBRATION_SEED, HELD_OUT_SEED, story_text
 from macko_llm.progress import Progress, no_progress
 from macko_llm.recipe import PruneRecipe
+from macko_llm.text import encode_prompt
 from macko_llm.transformers_integration import load
 
 MODEL_FOLDER = Path(__file__).parent / "model"
@@ -65,6 +66,6 @@ def run(folder: Path, progress: Progress = no_progress) -> DemoResult:
     packed = folder / f"packed-{SPARSITY * 100:g}"
     tokenizer = models.load_tokenizer(packed)
     made = generation.generate(
-        load(packed, device="cpu"), tokenizer, generation.encode_prompt(tokenizer, PROMPT), max_new_tokens=400
+        load(packed, device="cpu"), tokenizer, encode_prompt(tokenizer, PROMPT), max_new_tokens=400
     )
     return DemoResult(report, PROMPT, made.text)

@@ -14,6 +14,7 @@ from macko_llm.errors import FormatError
 from macko_llm.format import MackoMatrix
 from macko_llm.linear import ARRAY_NAMES, MackoLinear
 from macko_llm.packing import pack_checkpoint
+from macko_llm.text import encode_prompt
 
 HALVES = [torch.float16, torch.bfloat16]
 SHAPES = [(0, 5), (1, 1), (1, 172), (7, 1), (33, 172), (64, 300), (257, 2048), (1024, 4096)]
@@ -195,7 +196,7 @@ def test_greedy_generation_gives_the_tokens_of_the_dense_llama(folders: tuple[Pa
     dense, packed = (load(folder, dtype) for folder in folders)
     tokenizer = models.load_tokenizer(folders[0])
     for prompt in ("Once upon a time", "The fox found a red ball"):
-        ids = generation.encode_prompt(tokenizer, prompt)
+        ids = encode_prompt(tokenizer, prompt)
         expected, actual = (
             [step.token_id for step in generation.stream(model, tokenizer, ids, max_new_tokens=NEW_TOKENS, stop_ids=())]
             for model in (dense, packed)

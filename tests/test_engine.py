@@ -1,0 +1,184 @@
+"""Engines: texts of different lengths at once against each alone, and every engine against the eager one."""
+
+import functools
+import math
+import warnings
+
+import pytest
+import torch
+from families import FAMILIES, MAX_POSITIONS, WINDOW
+from generation_helpers import Scripted, build, greedy_of_transformers, prompt_of
+from transformers import DynamicCache
+
+from macko_llm.engine import EagerEngine, StaticEngine, make_engine, pad_left
+from macko_llm.errors import MackoWarning, UsageError
+from macko_llm.sampling import GREEDY, NOT_FINITE, Sampling
+
+LENGTHS = [3, WINDOW + 4, 1, WINDOW]
+NEW = 30
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request):
+    return build(request.param)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build("llama")
+
+
+def prompts_of(lengths):
+    return [prompt_of(length, seed)[0].tolist() for seed, length in enumerate(lengths)]
+
+
+def run(engine, prompts, new):
+    """[batch][new] tokens; what an engine returned must stay as it was until the end."""
+    tokens = [engine.prefill(prompts)]
+    while len(tokens) < new:
+        tokens.append(engine.decode(tokens[-1]))
+    return torch.stack(tokens, dim=1).tolist()
+
+
+def static(model, prompts, sampling=GREEDY, bucket=16):
+    return StaticEngine(model, max_tokens=max(map(len, prompts)) + NEW, sampling=sampling, bucket=bucket)
+
+
+def eager(model, prompts, sampling=GREEDY):
+    return EagerEngine(model, max_tokens=max(map(len, prompts)) + NEW, sampling=sampling)
+
+
+def test_padding_on_the_left():
+    ids, padding = pad_left([[5, 6, 7], [8]])
+    assert ids.tolist() == [[5, 6, 7], [0, 0, 8]]
+    assert padding.tolist() == [0, 2]
+
+
+def test_texts_of_different_lengths_at_once_are_each_alone(family):
+    prompts = prompts_of(LENGTHS)
+    alone = [greedy_of_transformers(family, torch.tensor([prompt]), NEW) for prompt in prompts]
+    assert run(eager(family, prompts), prompts, NEW) == alone
+
+
+@pytest.mark.parametrize("lengths", [[7], [7, 7]])
+def test_texts_of_one_length_need_no_mask(lengths):
+    """So that their results are, bit for bit, those of a plain forward."""
+    speaker = Scripted([4, 5], 300)
+    forward = speaker.forward
+
+    def plain(input_ids, past_key_values, use_cache):
+        said = forward(input_ids, past_key_values, use_cache)
+        said.logits = said.logits.expand(len(lengths), -1, -1)
+        return said
+
+    speaker.forward = plain
+    assert run(eager(speaker, prompts_of(lengths)), prompts_of(lengths), 2) == [[4, 5]] * len(lengths)
+
+
+def test_different_lengths_need_a_model_with_a_mask():
+    with pytest.raises(UsageError, match="one at a time"):
+        eager(Scripted([4], 300), prompts_of([2, 3])).prefill(prompts_of([2, 3]))
+
+
+def test_a_prefill_begins_anew(model):
+    engine = eager(model, prompts_of([9]), Sampling(temperature=1.0, seed=3))
+    first = run(engine, prompts_of([9]), 9)
+    run(engine, prompts_of([2, 5]), 5)
+    assert run(engine, prompts_of([9]), 9) == first
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=1.0, top_p=0.9, seed=0)])
+def test_a_text_that_is_not_finite_leaves_the_others_alone(sampling):
+    model = build("llama")
+    prompts = [[5, 6, 7], [8, 9, 10]]
+    clean = run(eager(model, prompts, sampling), prompts, 6)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[10] = math.nan
+    poisoned = run(eager(model, prompts, sampling), prompts, 6)
+    assert poisoned == [clean[0], [NOT_FINITE] * 6]
+
+
+# The fixed decode step, which does on the CPU what a GPU captures
+
+
+@pytest.mark.parametrize("attention", ["the model's", "eager"])
+@pytest.mark.parametrize("lengths", [[1], [5], [16], LENGTHS, [WINDOW + 9, 20]])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_fixed_step_says_what_the_eager_engine_says(name, attention, lengths):
+    """From caches of 16 slots to 64: two that grow, and windows shorter than the text."""
+    family, prompts = build(name), prompts_of(lengths)
+    if attention == "eager":
+        family.set_attn_implementation("eager")
+    expected = run(eager(family, prompts), prompts, NEW)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert run(static(family, prompts), prompts, NEW) == expected
+        assert run(static(family, prompts, bucket=512), prompts, NEW) == expected
+
+
+@pytest.mark.parametrize("sampling", [Sampling(temperature=1.5, seed=1), Sampling(temperature=1.0, top_p=0.8, seed=2)])
+def test_the_fixed_step_draws_what_the_eager_engine_draws(model, sampling):
+    prompts = prompts_of([3, 9])
+    expected = run(eager(model, prompts, sampling), prompts, NEW)
+    assert run(static(model, prompts, sampling), prompts, NEW) == expected
+
+
+def test_the_fixed_step_says_that_logits_are_not_finite():
+    model = build("llama")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[10] = math.nan
+    prompts = [[5, 6, 7], [8, 9, 10]]
+    assert run(static(model, prompts), prompts, 6) == run(eager(model, prompts), prompts, 6)
+
+
+def test_a_prefill_of_the_static_engine_begins_anew(model):
+    engine = static(model, prompts_of([9]), Sampling(temperature=1.0, seed=3))
+    first = run(engine, prompts_of([9]), NEW)
+    run(engine, prompts_of([2, 5]), 5)
+    assert run(engine, prompts_of([9]), NEW) == first
+
+
+@pytest.mark.parametrize("family_name", ["llama", "gemma2", "mistral"])
+@pytest.mark.parametrize("works_until", [0, 16, 32])
+def test_what_cannot_be_fixed_goes_on_in_the_eager_engine_with_one_warning(family_name, works_until):
+    """A model that refuses fixed caches, from the start or once they have grown past some length."""
+    model = build(family_name)
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def picky(**arguments):
+        cache = arguments.get("cache", arguments.get("past_key_values"))
+        if not isinstance(cache, DynamicCache) and cache.get_max_length() > works_until:
+            raise RuntimeError("no such cache. Ever")
+        return forward(**arguments)
+
+    prompts = prompts_of([9, 4])
+    expected = run(eager(model, prompts), prompts, NEW)
+    model.forward = picky
+    engine = static(model, prompts)
+    with pytest.warns(MackoWarning, match=r"ForCausalLM generates slowly, .* no such cache\. Ever\.$") as caught:
+        assert run(engine, prompts, NEW) == expected
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda model: setattr(model, "_can_compile_fullgraph", False), "knows no fixed cache"),
+        (lambda model: setattr(model, "create_masks_for_generate", None), "masks of its own"),
+        (lambda model: setattr(model.config, "attention_chunk_size", 8), "kinds that are not supported"),
+    ],
+)
+def test_what_could_differ_is_refused(change, reason):
+    model = build("llama")
+    prompts = prompts_of([9])
+    change(model)
+    expected = run(eager(model, prompts), prompts, 9)
+    with pytest.warns(MackoWarning, match=reason):
+        assert run(static(model, prompts), prompts, 9) == expected
+
+
+def test_on_the_cpu_the_engine_is_the_eager_one(model):
+    engine = make_engine(model, max_tokens=MAX_POSITIONS, batch=1, sampling=GREEDY)
+    assert isinstance(engine, EagerEngine)
+    assert engine.device == torch.device("cpu")
