@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from macko_llm import checkpoint, models, ops
+from macko_llm import checkpoint, ops
 from macko_llm.errors import FormatError, UsageError
 from macko_llm.format import DELTA_BITS, FORMAT_VERSION, VALUE_DTYPES
 from macko_llm.linear import ARRAY_NAMES, MackoLinear
@@ -99,7 +99,7 @@ class MackoQuantizer(HfQuantizer):
                 continue
             for parameter in module.parameters():
                 parameter.requires_grad_(False)  # transformers gives every floating tensor gradients
-            if module.weight_values.device.type != "meta":  # offloaded to disk
+            if not module.weight_values.is_meta:  # offloaded to disk, or `loading` fills it
                 ops.validate(module.matrix, name)
                 module.arrange()
         return model
@@ -121,14 +121,6 @@ class MackoQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """Every op has a fake kernel, so that `generate` may compile a static cache."""
         return True
-
-
-def load(
-    path: str | Path, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
-) -> PreTrainedModel:
-    """Load a causal language model, dense or packed, by folder or hub id; see `models.load_model`."""
-    folder = checkpoint.locate(path)
-    return models.load_model(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
 
 
 def check_headers(

@@ -40,8 +40,8 @@ def generate(
         cat question.txt | macko generate ./packed --prompt -
     """
     from macko_llm import checkpoint, generation, models
+    from macko_llm.loading import load
     from macko_llm.sampling import Sampling
-    from macko_llm.transformers_integration import load
 
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     text = _read_stdin() if prompt == "-" else prompt
