@@ -23,11 +23,11 @@ def load(path: str, **options: Any) -> "PreTrainedModel":
 
     Args:
         path: a folder or a hub id.
-        options: dtype, device and trust_remote_code of `macko_llm.models.load_model`.
+        options: dtype, device and trust_remote_code of `macko_llm.loading.load`.
 
     Raises:
         MackoError: one sentence that says what is wrong and how to mend it.
     """
-    from macko_llm.transformers_integration import load
+    from macko_llm.loading import load
 
     return load(path, **options)

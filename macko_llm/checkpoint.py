@@ -24,6 +24,7 @@ WEIGHTS_FILE = "model.safetensors"
 PROVENANCE_FILE = "macko.json"
 QUANT_METHOD = "macko"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
+_LENGTH_BYTES = 8  # of the header's length, at the start of a safetensors file
 _NEEDED_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken"]
 
 
@@ -199,6 +200,8 @@ class TensorInfo:
     file: Path
     dtype: str
     shape: tuple[int, ...]
+    offset: int
+    """Where in the file its bytes begin."""
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -227,10 +230,13 @@ def tensor_infos(files: list[Path]) -> dict[str, TensorInfo]:
     """
     infos: dict[str, TensorInfo] = {}
     for file in files:
-        with open_tensors(file) as reader:
-            for name in reader.keys():  # noqa: SIM118 - safe_open is not a dict
-                part = reader.get_slice(name)
-                infos[name] = TensorInfo(file, part.get_dtype(), tuple(part.get_shape()))
+        with open_tensors(file), file.open("rb") as stream:  # opening as safetensors checks all that is relied on here
+            size = int.from_bytes(stream.read(_LENGTH_BYTES), "little")
+            header = json.loads(stream.read(size))
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            offset = _LENGTH_BYTES + size + entry["data_offsets"][0]
+            infos[name] = TensorInfo(file, entry["dtype"], tuple(entry["shape"]), offset)
     return infos
 
 

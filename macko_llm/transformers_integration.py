@@ -98,12 +98,10 @@ class MackoQuantizer(HfQuantizer):
         for name, layer in layers.items():
             for parameter in layer.parameters():
                 parameter.requires_grad_(False)  # transformers gives every floating tensor gradients
-            if layer.weight_values.device.type != "meta":  # offloaded to disk
+            if not layer.weight_values.is_meta:  # offloaded to disk, or `loading` fills it
                 ops.validate(layer.matrix, name)
-        groups = _packed_groups(model, layers)
-        grouped = {layer for group in groups for layer in group}
-        for group in [*groups, *([layer] for layer in layers.values() if layer not in grouped)]:
-            arrange_group(group)
+        for group in layer_groups(model):
+            arrange_group(list(group.values()))
         return model
 
     @property
@@ -125,12 +123,15 @@ class MackoQuantizer(HfQuantizer):
         return True
 
 
-def load(
-    path: str | Path, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
-) -> PreTrainedModel:
-    """Load a causal language model, dense or packed, by folder or hub id; see `models.load_model`."""
-    folder = checkpoint.locate(path)
-    return models.load_model(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+def layer_groups(model: nn.Module) -> list[dict[str, MackoLinear]]:
+    """All packed layers by name, those together that read the same input and can share a layout; first to last."""
+    layers = _packed_layers(model)
+    group_of = {}
+    for names in models.projection_groups(model):
+        if layers.keys() >= set(names):
+            group_of.update(dict.fromkeys(names, names))
+    ordered = dict.fromkeys(tuple(group_of.get(name, [name])) for name in layers)
+    return [{name: layers[name] for name in names} for names in ordered]
 
 
 def fuse_projections(model: nn.Module) -> None:
@@ -139,9 +140,9 @@ def fuse_projections(model: nn.Module) -> None:
     Loading does so by itself. Layers that are in their groups already are left as they are, and so are those that no
     layout of a GPU suits.
     """
-    for group in _packed_groups(model, _packed_layers(model)):
-        if all(layer.is_arranged for layer in group):
-            arrange_group(group)
+    for group in layer_groups(model):
+        if all(layer.is_arranged for layer in group.values()):
+            arrange_group(list(group.values()))
 
 
 def check_headers(
@@ -170,11 +171,6 @@ def check_headers(
 
 def _packed_layers(model: nn.Module) -> dict[str, MackoLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, MackoLinear)}
-
-
-def _packed_groups(model: nn.Module, layers: dict[str, MackoLinear]) -> list[list[MackoLinear]]:
-    groups = (names for names in models.projection_groups(model) if layers.keys() >= set(names))
-    return [[layers[name] for name in names] for names in groups]
 
 
 def _check_layer_headers(

@@ -8,11 +8,11 @@ import torch
 
 from macko_llm import calibration, checkpoint, generation, models, packing, perplexity
 from macko_llm.defaults import EVALUATION_SEQLEN
+from macko_llm.loading import load
 from macko_llm.progress import Progress, no_progress
 from macko_llm.pruning.pipeline import prune_checkpoint
 from macko_llm.recipe import PruneRecipe
 from macko_llm.text import encode_prompt
-from macko_llm.transformers_integration import load
 
 SPEED_RUNS = 3
 SPEED_TOKENS = 100

@@ -36,7 +36,7 @@ def eval_perplexity(
         macko eval-perplexity ./packed --dataset held-out.txt --seqlen 512
     """
     from macko_llm import calibration, checkpoint, models, perplexity
-    from macko_llm.transformers_integration import load
+    from macko_llm.loading import load
 
     folder = checkpoint.locate(model)
     with progress_bars() as progress:

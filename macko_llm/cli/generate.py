@@ -48,9 +48,9 @@ def generate(
         cat question.txt | macko generate ./packed --prompt -
     """
     from macko_llm import checkpoint, generation, models
+    from macko_llm.loading import load
     from macko_llm.sampling import Sampling
     from macko_llm.text import encode_prompt
-    from macko_llm.transformers_integration import load
 
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     texts = _read_prompts(prompt)

@@ -6,10 +6,10 @@ from pathlib import Path
 from macko_llm import generation, models
 from macko_llm.benchmarks.quality import QualityReport, measure_chain
 from macko_llm.demo.stories import CALIBRATION_SEED, HELD_OUT_SEED, story_text
+from macko_llm.loading import load
 from macko_llm.progress import Progress, no_progress
 from macko_llm.recipe import PruneRecipe
 from macko_llm.text import encode_prompt
-from macko_llm.transformers_integration import load
 
 MODEL_FOLDER = Path(__file__).parent / "model"
 CALIBRATION_CHARACTERS = 400_000
