@@ -123,6 +123,11 @@ def megabytes(count: int) -> str:
     return f"{count} B"
 
 
+def gigabytes_per_second(speed: float) -> str:
+    """A bandwidth with three digits or so."""
+    return f"{speed:.{0 if speed >= 100 else 1}f}"
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _finite(part) for key, part in value.items()}
