@@ -78,6 +78,19 @@ def read_bandwidth(device: torch.device) -> float:
     return buffer.nbytes / fastest / 1e3
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has done all that it was given; a CPU has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error, or the one that it explains, means that a device has no room."""
+    if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+        return True
+    return error.__cause__ is not None and is_out_of_memory(error.__cause__)
+
+
 def _driver_version() -> str | None:
     """What nvidia-smi says, for torch does not know."""
     tool = shutil.which("nvidia-smi")

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from macko_llm import models
 from macko_llm.benchmarks import weights
-from macko_llm.benchmarks.machine import Machine, describe_machine
+from macko_llm.benchmarks.machine import Machine, describe_machine, is_out_of_memory
 from macko_llm.benchmarks.timing import Timing, measure
 from macko_llm.errors import UsageError
 from macko_llm.linear import MackoLinear
@@ -144,7 +144,7 @@ def measure_spmv(
                     cases.append(case)
                     progress("measuring products", len(cases), total)
             except RuntimeError as error:
-                if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+                if not is_out_of_memory(error):
                     raise
                 raise UsageError(
                     f"Several weights of {rows} x {cols} do not fit on {where}; use a smaller --shape or --tokens."

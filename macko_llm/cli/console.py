@@ -104,7 +104,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     from rich.table import Table
 
     # Numbers are never cut: a terminal that is too narrow wraps lines, which can be read.
-    needed = sum(max(len(row[i]) for row in [columns, *rows]) + 2 for i in range(len(columns))) + 2
+    needed = sum(max(len(row[i]) for row in [columns, *rows]) + 3 for i in range(len(columns))) + 1
     width = max(Console().width if sys.stdout.isatty() else PIPE_WIDTH, needed)
     console = Console(width=width)
     table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD)
