@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -80,7 +81,8 @@ class Measured:
         milliseconds_per_token: from one token of a text to its next.
         parts: of that time; None where nothing tells them apart.
         peak_memory_bytes: most that torch had allocated on the GPU while it generated, weights included; None on a CPU.
-        first_token_seconds: from the prompt to its first new token, everything loaded; includes making the engine.
+        first_token_seconds: from the prompt to its first new token on the host, with the model loaded and the making of the
+            engine included; of "generate" to its logits on the device.
         engine: the class that ran the model, or "generate".
         dtype: of the model.
     """
@@ -168,7 +170,7 @@ def measure_decode(
     packed = []
     for sparsity in subject.sparsities:
         step("packed layers")
-        packed.append(_packed_row(subject, sparsity, task, device))
+        packed.append(_row("macko, packed", sparsity, partial(subject.packed, sparsity), task, device))
     step("dense layers")
     dense = _row("macko, dense", 0.0, subject.dense, task, device)
     step("transformers")
@@ -188,14 +190,11 @@ def measure_decode(
     )
 
 
-def _packed_row(subject: Subject, sparsity: float | None, task: Task, device: torch.device) -> Row:
-    return _row("macko, packed", sparsity, lambda: subject.packed(sparsity), task, device)
-
-
 def _row(
     name: str, sparsity: float | None, build: Callable[[], PreTrainedModel], task: Task, device: torch.device
 ) -> Row:
     """What this package's engine makes of a model; a row without figures if the model does not fit on the device."""
+    _free(device)
     try:
         model = build()
         return Row(name, packed_sparsity(model), _measure_engine(model, task))
@@ -203,8 +202,6 @@ def _row(
         if not is_out_of_memory(error):
             raise
         return Row(name, sparsity, None, note=_reason(error))
-    finally:
-        _free(device)
 
 
 def _measure_engine(model: PreTrainedModel, task: Task) -> Measured:
@@ -270,13 +267,12 @@ def _engine_parts(engine: Engine, token: Tensor, milliseconds: float, task: Task
 def _transformers_row(subject: Subject, task: Task, device: torch.device) -> Row:
     """What `generate` makes of the dense model with a static cache, which it compiles on GPUs."""
     name = "transformers, dense"
+    _free(device)
     try:
         model = subject.dense()
         measured = _measure_transformers(model, task)
     except Exception as error:  # a compiler that is missing or fails is no reason to lose the other rows
         return Row(name, 0.0, None, note=_reason(error))
-    finally:
-        _free(device)
     if getattr(model, "_compiled_call", None) is not None:
         return Row(f"{name}, compiled", 0.0, measured)
     fault = "compiles on GPUs only" if device.type == "cpu" else "did not compile this model"

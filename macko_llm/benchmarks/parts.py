@@ -68,19 +68,19 @@ class PartsProfile:
             tokens: that were decoded between start and stop.
 
         Returns:
-            None if the profiler saw nothing, as where it may not read a GPU's counters.
+            None if the profiler saw neither, as where it may not read a GPU's counters.
         """
         on_gpu = self._device.type == "cuda"
-        found = {"linears": 0.0, "attention": 0.0, "rest": 0.0}
+        found = dict.fromkeys(("linears", "attention", "rest"), 0.0)
         for event in self._profile.key_averages():
             microseconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
             found[part_of(event.key)] += microseconds / 1e3 / tokens
-        everything = sum(found.values())
-        if not everything:
+        linears, attention = found["linears"], found["attention"]
+        if not linears + attention:
             return None
         # A profiler slows a CPU down, Python and ops alike. Kernels on a GPU take as long as ever, but may overlap.
-        scale = min(1.0, total / everything) if on_gpu else total * tokens / self._milliseconds
-        return split(total, found["linears"] * scale, found["attention"] * scale)
+        scale = min(1.0, total / (linears + attention)) if on_gpu else total * tokens / self._milliseconds
+        return split(total, linears * scale, attention * scale)
 
 
 def part_of(kernel: str) -> str:

@@ -81,13 +81,19 @@ def decode(
     )
     with progress_bars() as progress:
         report = measure_decode(subject, Task(context, new_tokens, batch), device=where, progress=progress)
+    what = f"--config {config}" if model is None else f"{model}{' --random-weights' * random_weights}"
+    shares = f" --sparsity {','.join(map(str, sparsities))}" if sparsities else ""
+    command = (
+        f"macko bench decode {what}{shares} --context {context} --new-tokens {new_tokens} --batch {batch}"
+        f" --dtype {dtype} --device {device}"
+    )
     if as_json:
-        print_json(asdict(report))
+        print_json({"command": command, **asdict(report)})
     else:
-        print_decode(report)
+        print_decode(report, command)
 
 
-def print_decode(report: "DecodeReport") -> None:
+def print_decode(report: "DecodeReport", command: str) -> None:
     """A line a row, and below what a reader must know."""
     print_table(_title(report), COLUMNS, [_cells(row) for row in report.rows])
     for row in report.rows:
@@ -99,7 +105,7 @@ def print_decode(report: "DecodeReport") -> None:
             f"Dense limit: {report.dense_limit_tokens_per_second:.1f} tokens/s, the weights of a token "
             f"({megabytes(report.dense_bytes)}) at {read} GB/s read."
         )
-    print(f"Medians of {report.runs} runs. Measured {report.machine.date}.")
+    print(f"Medians of {report.runs} runs. Measured {report.machine.date} with\n{command}")
 
 
 def _title(report: "DecodeReport") -> str:
