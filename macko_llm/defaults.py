@@ -20,3 +20,6 @@ EVALUATION_SEQLEN = 2048
 
 MAX_SHARD_SIZE = "5GB"
 """Largest weight file."""
+
+BENCHMARK_CONTEXT = 32
+"""Tokens of the prompt behind which decoding is timed."""

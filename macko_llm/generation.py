@@ -274,7 +274,7 @@ def _token_rows(
     """The tokens of each step, one a text, and the seconds until then; on a GPU some steps run ahead of the host."""
     began = time.perf_counter()
     longest = max(map(len, prompts))
-    engine = make_engine(model, max_tokens=longest + new_tokens, batch=len(prompts), sampling=sampling)
+    engine = make_engine(model, max_tokens=longest + new_tokens, sampling=sampling)
     newest = engine.prefill(prompts)
     tokens = newest.tolist()
     seconds = time.perf_counter() - began

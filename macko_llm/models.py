@@ -3,7 +3,7 @@
 import copy
 import inspect
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -301,6 +301,14 @@ def projection_groups(model: nn.Module) -> list[list[str]]:
             if len(widths) == 1 and None not in widths:
                 groups.append([f"{name}.{sibling}" if name else sibling for sibling in siblings])
     return groups
+
+
+def in_groups(names: Iterable[str], model: nn.Module) -> list[list[str]]:
+    """The names of some linear layers in their order, those of a `projection_groups` together if all of it is named."""
+    named = list(names)
+    known = set(named)
+    group_of = {name: group for group in projection_groups(model) if known >= set(group) for name in group}
+    return [list(group) for group in dict.fromkeys(tuple(group_of.get(name, [name])) for name in named)]
 
 
 def memory_bytes(model: nn.Module) -> int:

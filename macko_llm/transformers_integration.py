@@ -126,12 +126,7 @@ class MackoQuantizer(HfQuantizer):
 def layer_groups(model: nn.Module) -> list[dict[str, MackoLinear]]:
     """All packed layers by name, those together that read the same input and can share a layout; first to last."""
     layers = _packed_layers(model)
-    group_of = {}
-    for names in models.projection_groups(model):
-        if layers.keys() >= set(names):
-            group_of.update(dict.fromkeys(names, names))
-    ordered = dict.fromkeys(tuple(group_of.get(name, [name])) for name in layers)
-    return [{name: layers[name] for name in names} for names in ordered]
+    return [{name: layers[name] for name in names} for names in models.in_groups(layers, model)]
 
 
 def fuse_projections(model: nn.Module) -> None:

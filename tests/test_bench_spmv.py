@@ -16,8 +16,9 @@ from typer.testing import CliRunner, Result
 
 from macko_llm.benchmarks import timing, weights
 from macko_llm.benchmarks.spmv import LLAMA_2_7B, SPARSITIES
-from macko_llm.cli.bench_spmv import parse_list, parse_shape, parse_sparsity, parse_tokens
+from macko_llm.cli.bench_spmv import parse_shape, parse_tokens
 from macko_llm.cli.main import app
+from macko_llm.cli.options import parse_list, parse_sparsity
 from macko_llm.linear import MackoLinear
 
 CPU = torch.device("cpu")

@@ -10,7 +10,10 @@ from families import FAMILIES, MAX_POSITIONS, WINDOW
 from generation_helpers import Scripted, build, greedy_of_transformers, prompt_of
 from transformers import DynamicCache
 
-from macko_llm.engine import EagerEngine, StaticEngine, make_engine, pad_left
+from macko_llm.engine import make_engine
+from macko_llm.engines.eager import EagerEngine, pad_left
+from macko_llm.engines.fixed import FixedEngine
+from macko_llm.engines.transformers_step import TransformersStep
 from macko_llm.errors import MackoWarning, UsageError
 from macko_llm.sampling import GREEDY, NOT_FINITE, Sampling
 
@@ -41,7 +44,8 @@ def run(engine, prompts, new):
 
 
 def static(model, prompts, sampling=GREEDY, bucket=16):
-    return StaticEngine(model, max_tokens=max(map(len, prompts)) + NEW, sampling=sampling, bucket=bucket)
+    most = max(map(len, prompts)) + NEW
+    return FixedEngine(model, max_tokens=most, sampling=sampling, kinds=[TransformersStep], bucket=bucket)
 
 
 def eager(model, prompts, sampling=GREEDY):
@@ -131,7 +135,7 @@ def test_the_fixed_step_says_that_logits_are_not_finite():
     assert run(static(model, prompts), prompts, 6) == run(eager(model, prompts), prompts, 6)
 
 
-def test_a_prefill_of_the_static_engine_begins_anew(model):
+def test_a_prefill_of_the_fixed_engine_begins_anew(model):
     engine = static(model, prompts_of([9]), Sampling(temperature=1.0, seed=3))
     first = run(engine, prompts_of([9]), NEW)
     run(engine, prompts_of([2, 5]), 5)
@@ -156,7 +160,9 @@ def test_what_cannot_be_fixed_goes_on_in_the_eager_engine_with_one_warning(famil
     expected = run(eager(model, prompts), prompts, NEW)
     model.forward = picky
     engine = static(model, prompts)
-    with pytest.warns(MackoWarning, match=r"ForCausalLM generates slowly, .* no such cache\. Ever\.$") as caught:
+    with pytest.warns(
+        MackoWarning, match=r"ForCausalLM generates more slowly than it could: no such cache\. Ever\.$"
+    ) as caught:
         assert run(engine, prompts, NEW) == expected
     assert len(caught) == 1
 
@@ -179,6 +185,6 @@ def test_what_could_differ_is_refused(change, reason):
 
 
 def test_on_the_cpu_the_engine_is_the_eager_one(model):
-    engine = make_engine(model, max_tokens=MAX_POSITIONS, batch=1, sampling=GREEDY)
+    engine = make_engine(model, max_tokens=MAX_POSITIONS, sampling=GREEDY)
     assert isinstance(engine, EagerEngine)
     assert engine.device == torch.device("cpu")

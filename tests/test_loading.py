@@ -66,7 +66,9 @@ def _assert_same(model: PreTrainedModel, expected: PreTrainedModel) -> None:
             assert (tensor.dtype, tensor.device, tensor.shape) == (other.dtype, other.device, other.shape), name
             assert tensor.requires_grad == other.requires_grad, name
             assert torch.equal(tensor, other), name
-        assert len({id(tensor) for tensor in tensors[0].values()}) == len({id(tensor) for tensor in tensors[1].values()})
+        assert len({id(tensor) for tensor in tensors[0].values()}) == len(
+            {id(tensor) for tensor in tensors[1].values()}
+        )
     assert model.config.to_dict() == expected.config.to_dict()
     assert model.config._attn_implementation == expected.config._attn_implementation
     assert model.generation_config.to_dict() == expected.generation_config.to_dict()
@@ -200,7 +202,7 @@ def test_experts_that_transformers_merges(tmp_path: Path) -> None:
 
 
 def test_a_file_beside_an_index(llama: dict[str, Path], tmp_path: Path) -> None:
-    """transformers reads the file and not the index, so that must not be guessed."""
+    """Transformers reads the file and not the index, so that must not be guessed."""
     folder = tmp_path / "model"
     FAMILIES["llama"]().half().save_pretrained(folder, max_shard_size="40KB")
     shutil.copy(llama["dense"] / "model.safetensors", folder)

@@ -1,21 +1,17 @@
 """One linear layer at a time: dense, CSR and packed, on weights that no cache holds, with their errors."""
 
 import functools
-import math
-import shutil
-import subprocess
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from datetime import datetime, timezone
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-import macko_llm
 from macko_llm import models
 from macko_llm.benchmarks import weights
+from macko_llm.benchmarks.machine import Machine, describe_machine, is_out_of_memory
 from macko_llm.benchmarks.timing import Timing, measure
 from macko_llm.errors import UsageError
 from macko_llm.linear import MackoLinear
@@ -30,39 +26,21 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 CACHE_MULTIPLE = 6
 """A rotation's weights are at least this many times the GPU's L2, so that even a random replacement keeps nothing."""
 CPU_ROTATION_BYTES = 64 * 2**20
-READ_BYTES = {"cuda": 2**30, "cpu": 128 * 2**20}
-"""Buffer that the read bandwidth is measured on."""
 
 
 @dataclass(frozen=True)
-class Conditions:
+class Conditions(Machine):
     """What the figures of a report depend on.
 
     Attributes:
-        device: the GPU's name, or "cpu".
-        driver: version of the NVIDIA driver, where it can be found out.
-        cuda: version of CUDA that torch was built for.
-        torch: version.
-        macko: version.
         dtype: of weights and inputs.
-        threads: of torch, on the CPU.
         l2_bytes: of the GPU.
         rotation_bytes: what each method's weights add up to at least.
-        read_gigabytes_per_second: the fastest way found to read a large buffer, in this run.
-        date: UTC, ISO 8601.
     """
 
-    device: str
-    driver: str | None
-    cuda: str | None
-    torch: str
-    macko: str
     dtype: str
-    threads: int
     l2_bytes: int | None
     rotation_bytes: int
-    read_gigabytes_per_second: float
-    date: str
 
 
 @dataclass(frozen=True)
@@ -166,7 +144,7 @@ def measure_spmv(
                     cases.append(case)
                     progress("measuring products", len(cases), total)
             except RuntimeError as error:
-                if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+                if not is_out_of_memory(error):
                     raise
                 raise UsageError(
                     f"Several weights of {rows} x {cols} do not fit on {where}; use a smaller --shape or --tokens."
@@ -244,48 +222,11 @@ def _notes(methods: dict[str, Method | None], conditions: Conditions) -> Iterato
             yield f"Small shapes: {weights.MAX_COPIES} weights are fewer bytes than keep them out of the caches."
 
 
-def read_bandwidth(device: torch.device) -> float:
-    """GB/s of the fastest of several ways to read a buffer far larger than the caches."""
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
-    elements = int(min(READ_BYTES[device.type], free // 4)) // 4
-    cols = 8192
-    buffer = torch.randn(elements // cols, cols, device=device, generator=torch.Generator(device).manual_seed(0))
-    vector = torch.ones(cols, device=device)
-    ways = (buffer.amax, buffer.sum, lambda: buffer.amax(dim=1), lambda: buffer.sum(dim=1), lambda: buffer @ vector)
-    fastest = min(measure([way], device).microseconds for way in ways)
-    return buffer.nbytes / fastest / 1e3
-
-
 def _conditions(device: torch.device, dtype: str) -> Conditions:
-    on_gpu = device.type == "cuda"
-    l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size if on_gpu else None
+    l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else None
     rotation_bytes = CPU_ROTATION_BYTES
     if l2_bytes is not None:
         # Three methods share the memory, and making weights needs room too.
         rotation_bytes = min(CACHE_MULTIPLE * l2_bytes, torch.cuda.mem_get_info(device)[0] // 8)
-    return Conditions(
-        device=torch.cuda.get_device_name(device) if on_gpu else str(device),
-        driver=_driver_version() if on_gpu else None,
-        cuda=torch.version.cuda,
-        torch=torch.__version__,
-        macko=macko_llm.__version__,
-        dtype=dtype,
-        threads=torch.get_num_threads(),
-        l2_bytes=l2_bytes,
-        rotation_bytes=rotation_bytes,
-        read_gigabytes_per_second=read_bandwidth(device),
-        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    )
-
-
-def _driver_version() -> str | None:
-    """What nvidia-smi says, for torch does not know."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return None
-    query = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return answer.strip().partition("\n")[0] or None
+    machine = asdict(describe_machine(device))
+    return Conditions(**machine, dtype=dtype, l2_bytes=l2_bytes, rotation_bytes=rotation_bytes)

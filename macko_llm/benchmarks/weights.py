@@ -81,11 +81,13 @@ def packed_layer(weight: Tensor) -> MackoLinear:
     return layer
 
 
-def random_pruned(shape: tuple[int, int], sparsity: float, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+def random_pruned(
+    shape: tuple[int, int], sparsity: float, dtype: torch.dtype, generator: torch.Generator, *, std: float = 1
+) -> Tensor:
     """A normal [rows, cols] matrix with exactly int(cols * sparsity) zeros, at random places, in every row."""
     rows, cols = shape
-    weight = torch.randn(rows, cols, dtype=dtype, device=generator.device, generator=generator)
-    weight.masked_fill_(weight == 0, 1)  # what rounded to zero
+    weight = torch.randn(rows, cols, dtype=dtype, device=generator.device, generator=generator).mul_(std)
+    weight.masked_fill_(weight == 0, std)  # what rounded to zero
     zeros = int(cols * sparsity)
     for part in row_parts(weight):
         scores = torch.rand(part.shape, device=generator.device, generator=generator)

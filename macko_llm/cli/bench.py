@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from macko_llm.cli.bench_decode import decode
 from macko_llm.cli.bench_spmv import spmv
 from macko_llm.cli.console import megabytes, plain_errors, print_json, print_table, progress_bars
 from macko_llm.cli.options import DeviceOption, JsonOption
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Measure.")
 app.command()(spmv)
+app.command()(decode)
 
 
 @app.command()

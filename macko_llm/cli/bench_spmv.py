@@ -1,21 +1,19 @@
 """`macko bench spmv`."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from macko_llm.cli.console import megabytes, plain_errors, print_json, print_table, progress_bars
-from macko_llm.cli.options import DeviceOption, JsonOption
+from macko_llm.cli.console import gigabytes_per_second, megabytes, plain_errors, print_json, print_table, progress_bars
+from macko_llm.cli.options import DeviceOption, JsonOption, parse_list, parse_sparsity
 from macko_llm.errors import UsageError
 
 if TYPE_CHECKING:
     from macko_llm.benchmarks.spmv import Case, Conditions, Method, SpmvReport
-
-Value = TypeVar("Value")
 
 COLUMNS = (
     "rows x cols",
@@ -81,11 +79,6 @@ def spmv(
         plots.plot_spmv(report, plot)
 
 
-def parse_list(texts: Sequence[str] | None, parse: Callable[[str], Value]) -> list[Value]:
-    """The values of an option that may be repeated and takes commas, each once, in order."""
-    return list(dict.fromkeys(parse(part.strip()) for text in texts or () for part in text.split(",")))
-
-
 def parse_shape(text: str) -> tuple[int, int]:
     """(rows, cols) of "4096x11008".
 
@@ -101,21 +94,6 @@ def parse_shape(text: str) -> tuple[int, int]:
     if rows * cols > MAX_ENTRIES:
         raise UsageError(f"A weight of {rows} x {cols} has more than {MAX_ENTRIES} elements; use a smaller --shape.")
     return rows, cols
-
-
-def parse_sparsity(text: str) -> float:
-    """A share of zeros.
-
-    Raises:
-        UsageError: it is no number from 0 to below 1.
-    """
-    try:
-        sparsity = float(text)
-    except ValueError as error:
-        raise UsageError(f"{text!r} is not a sparsity; write a share of zeros as in --sparsity 0.5.") from error
-    if not 0 <= sparsity < 1:
-        raise UsageError(f"The sparsity {text} is outside [0, 1); 0.5 makes half of the weights zero.")
-    return sparsity
 
 
 def parse_tokens(text: str) -> int:
@@ -149,13 +127,8 @@ def print_spmv(report: "SpmvReport", command: str) -> None:
 
 
 def _title(conditions: "Conditions") -> str:
-    device = conditions.device
-    if conditions.driver:
-        device += f", driver {conditions.driver}"
-    if conditions.l2_bytes is None:
-        device += f", {conditions.threads} thread{'s' * (conditions.threads > 1)}"
-    read = f"{_speed(conditions.read_gigabytes_per_second)} GB/s read"
-    return f"{device}, torch {conditions.torch}, {conditions.dtype}, {read}"
+    read = f"{gigabytes_per_second(conditions.read_gigabytes_per_second)} GB/s read"
+    return f"{conditions.title}, {conditions.dtype}, {read}"
 
 
 def _row(case: "Case") -> list[str]:
@@ -166,7 +139,7 @@ def _row(case: "Case") -> list[str]:
         _microseconds(case.dense),
         "-" if case.csr is None else _microseconds(case.csr),
         _microseconds(case.macko),
-        _speed(case.gigabytes_per_second),
+        gigabytes_per_second(case.gigabytes_per_second),
         f"{case.bandwidth_share:.0%}",
         f"{case.speedup:.2f}x",
         f"{case.dense.relative_error:.1e}",
@@ -178,7 +151,3 @@ def _row(case: "Case") -> list[str]:
 
 def _microseconds(method: "Method") -> str:
     return f"{'*' if method.timing.graph_failure else ''}{method.microseconds:.1f}"
-
-
-def _speed(gigabytes_per_second: float) -> str:
-    return f"{gigabytes_per_second:.{0 if gigabytes_per_second >= 100 else 1}f}"

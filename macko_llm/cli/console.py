@@ -104,7 +104,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     from rich.table import Table
 
     # Numbers are never cut: a terminal that is too narrow wraps lines, which can be read.
-    needed = sum(max(len(row[i]) for row in [columns, *rows]) + 2 for i in range(len(columns))) + 2
+    needed = sum(max(len(row[i]) for row in [columns, *rows]) + 3 for i in range(len(columns))) + 1
     width = max(Console().width if sys.stdout.isatty() else PIPE_WIDTH, needed)
     console = Console(width=width)
     table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD)
@@ -121,6 +121,11 @@ def megabytes(count: int) -> str:
         if count >= limit:
             return f"{count / limit:.2f} {unit}"
     return f"{count} B"
+
+
+def gigabytes_per_second(speed: float) -> str:
+    """A bandwidth with three digits or so."""
+    return f"{speed:.{0 if speed >= 100 else 1}f}"
 
 
 def _finite(value: Any) -> Any:
@@ -153,3 +158,4 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler: nothing

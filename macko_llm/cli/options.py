@@ -1,9 +1,14 @@
-"""Arguments and options that several commands share."""
+"""Arguments and options that several commands share, and how their texts are read."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
+
+from macko_llm.errors import UsageError
+
+Value = TypeVar("Value")
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A folder or a hub id, dense or packed.")]
 DenseArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A folder or a hub id of a dense model.")]
@@ -15,3 +20,23 @@ DeviceOption = Annotated[str, typer.Option(help="auto (a GPU if there is one), c
 DtypeOption = Annotated[str, typer.Option(help="auto (the checkpoint's), float16, bfloat16 or float32.")]
 TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
 ShardSizeOption = Annotated[str, typer.Option(help="Largest weight file, such as 5GB or 500MB.")]
+
+
+def parse_list(texts: Sequence[str] | None, parse: Callable[[str], Value]) -> list[Value]:
+    """The values of an option that may be repeated and takes commas, each once, in order."""
+    return list(dict.fromkeys(parse(part.strip()) for text in texts or () for part in text.split(",")))
+
+
+def parse_sparsity(text: str) -> float:
+    """A share of zeros.
+
+    Raises:
+        UsageError: it is no number from 0 to below 1.
+    """
+    try:
+        sparsity = float(text)
+    except ValueError as error:
+        raise UsageError(f"{text!r} is not a sparsity; write a share of zeros as in --sparsity 0.5.") from error
+    if not 0 <= sparsity < 1:
+        raise UsageError(f"The sparsity {text} is outside [0, 1); 0.5 makes half of the weights zero.")
+    return sparsity

@@ -128,32 +128,28 @@ class Decoder:
 
     Args:
         model: one that `why_not` has nothing against; its weights must stay where they are.
-        texts: in the batch.
-        capacity: slots of the cache, the longest text with its new tokens.
+        keys: of each block, contiguous [texts, kv_heads, capacity, head_dim] of the model's dtype: the cache, which the
+            kernels fill from `slot` on.
+        values: the same.
 
     Attributes:
         token: [texts] int64, the tokens that `launches` feed; and the ones that `greedy` chooses.
         slot: [1] int32, the last slot that holds a token.
         first: [texts] int32, the first slot of each text.
-        keys: [blocks, texts, kv_heads, capacity, head_dim], of slots up to `slot`.
-        values: the same.
         logits: [texts, vocabulary] of the token after the last.
     """
 
-    def __init__(self, model: PreTrainedModel, texts: int, capacity: int) -> None:
+    def __init__(self, model: PreTrainedModel, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         config = model.config
         embeddings = _embeddings(model)
         self.device, dtype = embeddings.device, embeddings.dtype
         blocks = list(model.model.layers)[: config.num_hidden_layers]
-        head_dim = _head_dim(model)
-        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        texts, kv_heads, capacity, head_dim = keys[0].shape
+        heads = config.num_attention_heads
         new = _Allocator(self.device, dtype)
-        self.capacity = capacity
         self.token = torch.zeros(texts, dtype=torch.int64, device=self.device)
         self.slot = torch.zeros(1, dtype=torch.int32, device=self.device)
         self.first = torch.zeros(texts, dtype=torch.int32, device=self.device)
-        self.keys = new(len(blocks), texts, kv_heads, capacity, head_dim)
-        self.values = new(len(blocks), texts, kv_heads, capacity, head_dim)
         self.logits = new(texts, model.lm_head.out_features)
         self._argmax_scratch = torch.zeros(2 * texts, dtype=torch.int64, device=self.device)
         self._splits = _count_splits(self.device, capacity, texts, heads, kv_heads)
@@ -182,7 +178,7 @@ class Decoder:
             queries = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
             self.launches.append(
                 self._attention(
-                    *(qkv, self.keys[index], self.values[index], attended, queries),
+                    *(qkv, keys[index], values[index], attended, queries),
                     *(heads, attention.scaling, _window(config, index)),
                 )
             )

@@ -1,0 +1,63 @@
+"""Models by name: their shapes without their weights."""
+
+from typing import Any
+
+from transformers import LlamaConfig, PretrainedConfig
+
+from macko_llm.errors import UsageError
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama2-7b": {
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        # Llama 2 has 4096. Weights and speed do not depend on it, and a context of 4096 needs room for new tokens.
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5,
+    },
+    "llama3-8b": {
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+    },
+    "tinyllama-1.1b": {
+        "vocab_size": 32000,
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-5,
+    },
+    "tiny": {
+        "vocab_size": 320,
+        "hidden_size": 64,
+        "intermediate_size": 172,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+    },
+}
+"""Arguments of LlamaConfig."""
+
+
+def shape_config(name: str) -> PretrainedConfig:
+    """The configuration of a named shape.
+
+    Raises:
+        UsageError: there is none of that name.
+    """
+    if name not in SHAPES:
+        raise UsageError(f"There is no shape {name!r}; use --config {', '.join(sorted(SHAPES))}, or a model's folder.")
+    return LlamaConfig(**SHAPES[name], tie_word_embeddings=False)
