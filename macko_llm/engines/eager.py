@@ -87,7 +87,7 @@ class EagerEngine:
 
 def text_config(model: PreTrainedModel) -> Any:
     """The part of a model's config that is about text."""
-    return model.config.gettext_config(decoder=True)
+    return model.config.get_text_config(decoder=True)
 
 
 def pad_left(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

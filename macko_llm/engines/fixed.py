@@ -82,15 +82,17 @@ class FixedEngine:
 
     @torch.inference_mode()
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """As `EagerEngine.prefill`."""
+        """As `EagerEngine.prefill`; makes the step, while a GPU may still be reading a long prompt."""
         self._step = None
-        return self.eager.prefill(prompts)
+        token = self.eager.prefill(prompts)
+        if self.eager.length + 1 < self.eager.max_tokens:
+            self._make_step(token)
+        return token
 
     @torch.inference_mode()
     def decode(self, token: Tensor) -> Tensor:
-        """As `Engine.decode`; waits for the device where it makes the step: at first, and when the cache grows."""
-        full = self._step is not None and self.eager.length == self._step.capacity
-        if self._kinds and (full or self._step is None):
+        """As `Engine.decode`; waits for the device when the cache grows."""
+        if self._step is not None and self.eager.length == self._step.capacity:
             self._make_step(token)
         if self._step is None:
             return self.eager.decode(token)
