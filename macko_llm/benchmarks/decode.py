@@ -1,4 +1,4 @@
-"""Whole models, token by token: transformers' compiled decoding, and this package's, dense and packed.
+"""Whole models, token by token: transformers' forward, compiled, and this package's engine, dense and packed.
 
 The rows are measured one after the other, and what one leaves in memory is freed before the next. transformers comes last,
 because compiled code and a profiler stay in the process and could slow down what follows.
@@ -7,15 +7,15 @@ because compiled code and a profiler stay in the process and could slow down wha
 import gc
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, cast
+from typing import Any, Protocol
 
 import torch
 import transformers
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import PreTrainedModel, StaticCache
 
 from macko_llm import models
 from macko_llm.benchmarks.machine import Machine, describe_machine, is_out_of_memory, synchronize
@@ -30,8 +30,6 @@ RUNS = 3
 """Whole generations that are timed; each figure is the median of theirs."""
 WARMUP_TOKENS = 8
 """Decoded in every run before the clock starts: a graph that is captured late is captured here."""
-WARMUP_GENERATIONS = 2
-"""Of transformers, before its runs: the first compiles, the second records the graphs."""
 PROFILED_TOKENS = 16
 _REASON_LENGTH = 160
 
@@ -82,8 +80,8 @@ class Measured:
         parts: of that time; None where nothing tells them apart.
         peak_memory_bytes: most that torch had allocated on the GPU while it generated, weights included; None on a CPU.
         first_token_seconds: from the prompt to its first new token on the host, with the model loaded and the making of the
-            engine included; of "generate" to its logits on the device.
-        engine: the class that ran the model, or "generate".
+            engine included.
+        engine: the class that ran the model, or the cache that transformers had.
         dtype: of the model.
     """
 
@@ -231,12 +229,24 @@ def _time_engine(model: PreTrainedModel, prompts: Tensor, task: Task) -> tuple[f
     engine, token = _start_engine(model, prompts, task)
     token.tolist()
     first_token = time.perf_counter() - start
+    return first_token, _time_tokens(engine, token, task)
+
+
+class _Decodes(Protocol):
+    """An engine, or what decodes like one."""
+
+    def decode(self, token: Tensor) -> Tensor:
+        """See `Engine.decode`."""
+
+
+def _time_tokens(engine: _Decodes, token: Tensor, task: Task) -> float:
+    """Seconds of all timed tokens, each fed back without a look at it."""
     token = _decode(engine, token, WARMUP_TOKENS)
-    synchronize(model.device)
+    synchronize(token.device)
     start = time.perf_counter()
-    _decode(engine, token, task.new_tokens)
-    synchronize(model.device)
-    return first_token, time.perf_counter() - start
+    token = _decode(engine, token, task.new_tokens)
+    synchronize(token.device)
+    return time.perf_counter() - start
 
 
 def _start_engine(model: PreTrainedModel, prompts: Tensor, task: Task) -> tuple[Engine, Tensor]:
@@ -244,7 +254,7 @@ def _start_engine(model: PreTrainedModel, prompts: Tensor, task: Task) -> tuple[
     return engine, engine.prefill(prompts.tolist())
 
 
-def _decode(engine: Engine, token: Tensor, count: int) -> Tensor:
+def _decode(engine: _Decodes, token: Tensor, count: int) -> Tensor:
     for _ in range(count):
         token = engine.decode(token)
     return token
@@ -256,7 +266,11 @@ def _engine_parts(engine: Engine, token: Tensor, milliseconds: float, task: Task
     found = engine.parts()
     if found is not None:
         return split(milliseconds, found["linears"], found["attention"])
-    profile = PartsProfile(engine.device)
+    return _profiled_parts(engine, token, milliseconds, task)
+
+
+def _profiled_parts(engine: _Decodes, token: Tensor, milliseconds: float, task: Task) -> Parts | None:
+    profile = PartsProfile(token.device)
     profile.start()
     _decode(engine, token, task.profiled_tokens)
     profile.stop()
@@ -264,90 +278,78 @@ def _engine_parts(engine: Engine, token: Tensor, milliseconds: float, task: Task
 
 
 def _transformers_row(subject: Subject, task: Task, device: torch.device) -> Row:
-    """What `generate` makes of the dense model with a static cache, which it compiles on GPUs."""
+    """The dense model's own forward with a static cache, compiled on GPUs."""
     name = "transformers, dense"
     _free(device)
     try:
-        model = subject.dense()
-        measured = _measure_transformers(model, task)
+        measured = _measure_transformers(subject.dense(), task)
     except Exception as error:  # a compiler that is missing or fails is no reason to lose the other rows
         return Row(name, 0.0, None, note=_reason(error))
-    if getattr(model, "_compiled_call", None) is not None:
+    if device.type == "cuda":
         return Row(f"{name}, compiled", 0.0, measured)
-    fault = "compiles on GPUs only" if device.type == "cpu" else "did not compile this model"
-    return Row(name, 0.0, measured, note=f"transformers {fault}, so its row is a static cache alone")
+    return Row(name, 0.0, measured, note="it is compiled on GPUs only, so its row is a static cache alone")
 
 
+class _TransformersLoop:
+    """Greedy decoding with transformers at its best: its forward and the choice compiled as one CUDA graph, which a bare loop
+    replays. The loop of `generate` needs more of the host for a token than the GPU does.
+    """
+
+    def __init__(self, model: PreTrainedModel, task: Task) -> None:
+        self.model = model
+        self.cache = StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=task.positions)
+        self.context = task.context
+        self._cache = {models.cache_argument(model): self.cache, "use_cache": True}
+        self._step: Callable[[Tensor, Tensor], Tensor] = self._next_token
+        if model.device.type == "cuda":
+            self._step = torch.compile(self._next_token, mode="reduce-overhead", fullgraph=True)
+
+    def prefill(self, prompts: Tensor) -> Tensor:
+        """Begin anew; the first new tokens, [batch]."""
+        self.cache.reset()
+        self.position = torch.full((len(prompts),), self.context, device=prompts.device)
+        logits = self.model(input_ids=prompts, logits_to_keep=1, **self._cache).logits
+        return logits[:, -1].argmax(dim=-1)
+
+    def decode(self, token: Tensor) -> Tensor:
+        """Feed [batch] tokens; the next ones."""
+        torch.compiler.cudagraph_mark_step_begin()
+        token = self._step(token, self.position).clone()  # the next replay overwrites it
+        self.position.add_(1)
+        return token
+
+    def _next_token(self, token: Tensor, position: Tensor) -> Tensor:
+        logits = self.model(input_ids=token[:, None], position_ids=position[:, None], **self._cache).logits
+        return logits[:, -1].argmax(dim=-1)
+
+
+@torch.no_grad()
 def _measure_transformers(model: PreTrainedModel, task: Task) -> Measured:
     device = model.device
     prompts = _prompts(model, task).to(device)
-    # Without a stop token, and without what a checkpoint would add to the logits.
-    model.generation_config = GenerationConfig(
-        do_sample=False, cache_implementation="static", max_new_tokens=task.all_new_tokens
-    )
+    loop = _TransformersLoop(model, task)
+    _decode(loop, loop.prefill(prompts), WARMUP_TOKENS)  # compiles, and records the graphs
     _free(device)
-    for _ in range(WARMUP_GENERATIONS):
-        _generate(model, prompts, _Marks(device))
     runs = []
     for _ in range(RUNS):
         synchronize(device)
-        start, marks = _mark(device), _Marks(device)
-        _generate(model, prompts, marks)
-        synchronize(device)
-        first, last = marks.times[WARMUP_TOKENS], marks.times[WARMUP_TOKENS + task.new_tokens]
-        runs.append((_seconds(start, marks.times[0]), _seconds(first, last)))
+        start = time.perf_counter()
+        token = loop.prefill(prompts)
+        token.tolist()
+        first_token = time.perf_counter() - start
+        runs.append((first_token, _time_tokens(loop, token, task)))
     peak = _peak_memory(device)
     milliseconds = statistics.median(decode for _, decode in runs) / task.new_tokens * 1e3
-    profile = PartsProfile(device)
-    window = {WARMUP_TOKENS: profile.start, WARMUP_TOKENS + task.profiled_tokens: profile.stop}
-    _generate(model, prompts, _Marks(device, window))
+    token = _decode(loop, loop.prefill(prompts), WARMUP_TOKENS)
     return _measured(
         model,
         task,
         milliseconds,
-        parts=profile.parts(milliseconds, task.profiled_tokens),
+        parts=_profiled_parts(loop, token, milliseconds, task),
         peak_memory_bytes=peak,
         first_token_seconds=statistics.median(first_token for first_token, _ in runs),
-        engine="generate",
+        engine="StaticCache",
     )
-
-
-class _Marks(LogitsProcessor):
-    """Notes when the logits of each token are known, on the device's own clock, which nothing has to wait for.
-
-    The prefill lies before the first mark and a decoded token between two, so the prefill's time is in none of them.
-    """
-
-    def __init__(self, device: torch.device, actions: Mapping[int, Callable[[], None]] | None = None) -> None:
-        self.times: list[Any] = []
-        self._device, self._actions = device, actions or {}
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """The scores as they are."""
-        del input_ids
-        action = self._actions.get(len(self.times))
-        if action is not None:
-            action()
-        self.times.append(_mark(self._device))
-        return scores
-
-
-def _generate(model: PreTrainedModel, prompts: Tensor, marks: _Marks) -> None:
-    processors = LogitsProcessorList([marks])
-    cast(Any, model).generate(prompts, attention_mask=torch.ones_like(prompts), logits_processor=processors)
-
-
-def _mark(device: torch.device) -> Any:
-    if device.type != "cuda":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record(torch.cuda.current_stream(device))
-    return event
-
-
-def _seconds(start: Any, end: Any) -> float:
-    """Between two marks of one device."""
-    return end - start if isinstance(start, float) else start.elapsed_time(end) / 1e3
 
 
 def _prompts(model: PreTrainedModel, task: Task) -> Tensor:
