@@ -29,6 +29,11 @@ class Input(ctypes.Structure):
         """No transform."""
         return cls(None, 0.0, _PLAIN)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether there is no transform."""
+        return bool(self.transform == _PLAIN)
+
     @classmethod
     def rms_norm(cls, weight: Tensor, epsilon: float) -> "Input":
         """RMSNorm with a weight [cols], which must outlive this."""

@@ -1,6 +1,7 @@
 """Every error that a user can run into: one sentence on stderr, the right exit code, and nothing left behind."""
 
 import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ from safetensors.torch import save_file
 from transformers import GPT2Config, MixtralConfig, T5Config, T5ForConditionalGeneration
 from typer.testing import CliRunner
 
+from macko_llm.cli.console import plain_errors
 from macko_llm.cli.main import app
+from macko_llm.errors import MackoWarning
 from macko_llm.packing import pack_checkpoint
 from macko_llm.pruning import prune_checkpoint
 from macko_llm.recipe import PruneRecipe
@@ -190,3 +193,14 @@ def test_an_error(call: str, exit_code: int, words: str, folder: Path, monkeypat
     assert re.search(words, sentence), sentence
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()} == before
     assert not (folder / "out").exists()
+
+
+def test_our_warnings_are_sentences_and_those_of_libraries_are_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    @plain_errors
+    def command() -> None:
+        warnings.warn("It could be faster.", MackoWarning, stacklevel=1)
+        warnings.warn("an old name", FutureWarning, stacklevel=1)
+        warnings.warn("It could be faster.", MackoWarning, stacklevel=1)
+
+    command()
+    assert capsys.readouterr().err == "macko: It could be faster.\n" * 2

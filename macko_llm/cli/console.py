@@ -6,13 +6,14 @@ import math
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
 
 import typer
 
-from macko_llm.errors import MackoError
+from macko_llm.errors import MackoError, MackoWarning
 from macko_llm.progress import Progress
 
 Arguments = ParamSpec("Arguments")
@@ -31,7 +32,8 @@ def plain_errors(command: Callable[Arguments, Result]) -> Callable[Arguments, Re
     def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         try:
             _quiet_libraries()
-            result = command(*args, **kwargs)
+            with _plain_warnings():
+                result = command(*args, **kwargs)
             sys.stdout.flush()
             return result
         except (typer.Exit, typer.Abort):
@@ -149,6 +151,23 @@ def _sentence(error: Exception) -> str:
 def print_error(sentence: str) -> None:
     """One sentence on stderr."""
     print(f"macko: {sentence}", file=sys.stderr)
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Our own warnings as a sentence on stderr, those of libraries not at all; python -W and PYTHONWARNINGS show them."""
+    if sys.warnoptions:
+        yield
+        return
+
+    def show(message: Warning | str, *_: object, **__: object) -> None:
+        print_error(str(message))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("always", MackoWarning)
+        warnings.showwarning = show
+        yield
 
 
 def _quiet_libraries() -> None:

@@ -15,10 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from macko_llm import native, native_decode
-from macko_llm.linear import MackoLinear, group_of
-from macko_llm.native_decode import Attention, Dense, Input
-from macko_llm.ops import SLICED_SPMV_MAX_TOKENS
-from macko_llm.sliced import SlicedMatrix
+from macko_llm.engines.products import make_product
+from macko_llm.native_decode import Attention, Input
 
 FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 """Classes of transformers whose forward the kernels compute."""
@@ -72,57 +70,6 @@ def why_not(model: PreTrainedModel) -> str | None:
     return None
 
 
-class Projection:
-    """A product of the decoder: one or several linear layers with one input, whose outputs lie one behind the other.
-
-    One kernel does it where it can: a packed group or a lone packed matrix for a few tokens, dense matrices for one.
-    """
-
-    def __init__(self, layers: Sequence[nn.Module], transform: Input, texts: int, dtype: torch.dtype) -> None:
-        self.layers = list(layers)
-        self.transform = transform
-        self._packed: SlicedMatrix | None = None
-        self._dense: Dense | None = None
-        biases: list[Tensor | None] = [layer.bias for layer in layers]  # type: ignore[misc]
-        device = next(iter((*self.layers[0].parameters(), *self.layers[0].buffers()))).device
-        same_bias = all(bias is None or bias.dtype == dtype for bias in biases)
-        cols: int = layers[0].in_features  # type: ignore[assignment]
-        packed = [layer for layer in self.layers if isinstance(layer, MackoLinear)]
-        if len(packed) == len(self.layers) and same_bias and texts <= SLICED_SPMV_MAX_TOKENS:
-            matrix = group_of(packed)
-            if matrix is not None and matrix.plan.dtype == dtype:
-                self._packed = matrix
-                self._bias = _joined_bias(biases, packed, device, dtype)
-        dense = [layer for layer in self.layers if type(layer) is nn.Linear]
-        if len(dense) == len(self.layers) and same_bias and texts == 1:
-            weights = [layer.weight for layer in dense]
-            if all(weight.dtype == dtype and weight.is_contiguous() for weight in weights) and cols % 8 == 0:
-                self._dense = Dense.of(weights, biases)
-        self._plain = Input.plain()
-        self._transformed: Tensor | None = None
-        inside = self._dense is not None or (self._packed is not None and texts == 1)
-        if transform.transform != self._plain.transform and not inside:
-            self._transformed = torch.empty(texts, cols, dtype=dtype, device=device)
-
-    def __call__(self, x: Tensor, y: Tensor, residual: Tensor | None = None) -> None:
-        """[texts, cols], or what the transform reads, -> y [texts, rows]; y may be the residual."""
-        if self._dense is not None:
-            native_decode.dense_gemv(self._dense, x, self.transform, residual, y)
-            return
-        transform = self.transform
-        if self._transformed is not None:
-            native_decode.apply_transform(transform, x, self._transformed)
-            x, transform = self._transformed, self._plain
-        if self._packed is not None:
-            native_decode.sliced_spmv(self._packed, x, transform, self._bias, residual, y)
-            return
-        product = torch.cat([layer(x) for layer in self.layers], dim=-1)
-        if residual is None:
-            y.copy_(product)
-        else:
-            torch.add(product, residual, out=y)
-
-
 class Decoder:
     """The kernels of one token of a batch of texts, over a cache of keys and values of a fixed capacity.
 
@@ -168,8 +115,8 @@ class Decoder:
         def add(
             layers: Sequence[nn.Module], transform: Input, source: Tensor, to: Tensor, residual: Tensor | None
         ) -> None:
-            projection = Projection(layers, transform, texts, dtype)
-            self.launches.append(Launch("linears", lambda: projection(source, to, residual)))
+            multiply = make_product(layers, transform, texts, dtype)
+            self.launches.append(Launch("linears", lambda: multiply(source, to, residual)))
 
         for index, block in enumerate(blocks):
             attention, mlp = block.self_attn, block.mlp
@@ -249,19 +196,6 @@ def _window(config: object, index: int) -> int:
     if window is None or (kinds is not None and kinds[index] != "sliding_attention"):
         return 0
     return int(window)
-
-
-def _joined_bias(
-    biases: Sequence[Tensor | None], layers: Sequence[MackoLinear], device: torch.device, dtype: torch.dtype
-) -> Tensor | None:
-    """[all rows], zero for the layers without a bias; None if none has one."""
-    if all(bias is None for bias in biases):
-        return None
-    parts = (
-        torch.zeros(layer.out_features, dtype=dtype, device=device) if bias is None else bias
-        for layer, bias in zip(layers, biases, strict=True)
-    )
-    return torch.cat(list(parts))
 
 
 @torch.inference_mode()
