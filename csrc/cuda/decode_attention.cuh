@@ -98,8 +98,8 @@ __global__ void __launch_bounds__(Config::Threads) decode_attention(const macko_
   const int first_head = kv_head * heads_of_kv + tile * kGroup, group = min(kGroup, heads_of_kv - tile * kGroup);
   const int lane = lane_index() % kLanes, place = warp_index() * Config::SlotsOfWarp + lane_index() / kLanes;
 
-  // The cache's earlier slots, and where they end, are as old as the token before.
-  const int slot = *a.slot, begin_of_text = a.first[text];
+  // The cache's earlier slots are as old as the token before, and its first kernel was complete before any other began.
+  const int slot = __ldcg(a.slot), begin_of_text = __ldcg(a.first + text);
   const int begin = a.window > 0 ? max(begin_of_text, slot - a.window + 1) : begin_of_text;
   const int share = (slot - begin + gridDim.x - 1) / gridDim.x;
   const int from = begin + split * share, to = min(from + share, slot);  // of the earlier slots, the new one apart

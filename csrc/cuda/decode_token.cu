@@ -13,13 +13,15 @@ constexpr int kThreads = 256;
 constexpr int kTransformThreads = 512;
 constexpr int kArgmaxBlocks = 64;  // of a text
 
-// Neither waits early nor lets others start early: an ordinary kernel, between two tokens.
+// Neither starts early nor lets others start early: an ordinary kernel, between two tokens. Later kernels may read the
+// slot before they wait, hence the fence.
 __global__ void begin_token(const int64_t* tokens, const uint16_t* embeddings, uint16_t* x, int32_t* slot,
                             int64_t hidden, int64_t vocabulary) {
   const int64_t text = blockIdx.x, token = tokens[text];
   const uint16_t* const row = embeddings + (token >= 0 && token < vocabulary ? token : 0) * hidden;
   for (int64_t i = threadIdx.x; i < hidden; i += kThreads) x[text * hidden + i] = row[i];
   if (text == 0 && threadIdx.x == 0) *slot += 1;
+  __threadfence();
 }
 
 template <typename T>

@@ -126,7 +126,7 @@ class Decoder:
             self.launches.append(
                 self._attention(
                     *(qkv, keys[index], values[index], attended, queries),
-                    *(heads, attention.scaling, _window(config, index)),
+                    *(heads, attention.scaling, _window(model, attention)),
                 )
             )
             add([attention.o_proj], Input.plain(), attended, x, x)
@@ -189,13 +189,11 @@ def _norm_input(norm: nn.Module) -> Input:
     return Input.rms_norm(*_norm(norm))
 
 
-def _window(config: object, index: int) -> int:
+def _window(model: PreTrainedModel, attention: nn.Module) -> int:
     """Most tokens that a token of this block sees, itself included; 0 for all."""
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    if window is None or (kinds is not None and kinds[index] != "sliding_attention"):
-        return 0
-    return int(window)
+    # Mistral asks its config, Qwen each block; a Llama config may name a window that Llama does not have.
+    owner = model.config if type(model).__name__ == "MistralForCausalLM" else attention
+    return int(getattr(owner, "sliding_window", None) or 0)
 
 
 @torch.inference_mode()
