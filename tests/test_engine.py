@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 from macko_llm.engine import make_engine
 from macko_llm.engines.eager import EagerEngine, pad_left
-from macko_llm.engines.fixed import FixedEngine
+from macko_llm.engines.fixed import FixedEngine, NotSuitedError
 from macko_llm.engines.transformers_step import TransformersStep
 from macko_llm.errors import MackoWarning, UsageError
 from macko_llm.sampling import GREEDY, NOT_FINITE, Sampling
@@ -182,6 +182,23 @@ def test_what_could_differ_is_refused(change, reason):
     expected = run(eager(model, prompts), prompts, 9)
     with pytest.warns(MackoWarning, match=reason):
         assert run(static(model, prompts), prompts, 9) == expected
+
+
+@pytest.mark.parametrize(("error", "warned"), [(NotSuitedError("another family"), 0), (RuntimeError("a fault"), 1)])
+def test_the_next_kind_of_step_takes_over(model, error, warned):
+    """Silently where the first does not claim to suit the model; a fault of one that does is told."""
+
+    def refuses(*_):
+        raise error
+
+    prompts = prompts_of([9, 4])
+    expected = run(eager(model, prompts), prompts, NEW)
+    most = max(map(len, prompts)) + NEW
+    engine = FixedEngine(model, max_tokens=most, sampling=GREEDY, kinds=[refuses, TransformersStep], bucket=16)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert run(engine, prompts, NEW) == expected
+    assert [str(warning.message).endswith("could: a fault.") for warning in caught] == [True] * warned
 
 
 def test_on_the_cpu_the_engine_is_the_eager_one(model):

@@ -301,3 +301,13 @@ def test_custom_code_runs_only_when_trusted(llama: Path, tmp_path: Path, monkeyp
     plain = AutoModelForCausalLM.from_pretrained(llama)
     assert torch.equal(model(tokens).logits, plain(tokens).logits)
     assert len(models.prunable_linears(models.skeleton(folder, trust_remote_code=True))) == 14
+
+
+def test_names_in_groups_keep_their_order_and_only_whole_groups_are_together() -> None:
+    model = FAMILIES["llama"]()
+    linears = list(models.prunable_linears(model))
+    grouped = models.in_groups(linears, model)
+    assert sorted(itertools.chain(*grouped)) == sorted(linears)
+    assert [len(group) for group in grouped] == [3, 1, 2, 1] * 2
+    lacking = [name for name in linears if not name.endswith("0.self_attn.k_proj")]
+    assert [len(group) for group in models.in_groups(lacking, model)] == [1, 1, 1, 2, 1, 3, 1, 2, 1]
