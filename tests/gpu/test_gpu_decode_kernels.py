@@ -1,0 +1,333 @@
+"""The kernels of a decoded token, each against plain torch in float64 or with the roundings that it promises."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from macko_llm import native, native_decode, ops
+from macko_llm.errors import NativeError
+from macko_llm.linear import MackoLinear, arrange_group, group_of
+from macko_llm.native_decode import Attention, Dense, Input
+from macko_llm.sliced import SlicedMatrix
+
+pytestmark = pytest.mark.usefixtures("kernels")
+HALVES = [torch.float16, torch.bfloat16]
+EPSILON = 1e-5
+TRANSFORMS = ["plain", "rms_norm", "silu_gate"]
+
+
+@pytest.fixture
+def generator(cuda: torch.device) -> torch.Generator:
+    return torch.Generator(cuda).manual_seed(0)
+
+
+def normal(generator: torch.Generator, *shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    return (torch.randn(*shape, device=generator.device, generator=generator) * scale).to(dtype)
+
+
+def make_input(transform: str, weight: Tensor) -> Input:
+    return {
+        "plain": Input.plain,
+        "rms_norm": lambda: Input.rms_norm(weight, EPSILON),
+        "silu_gate": Input.silu_gate,
+    }[transform]()
+
+
+def transformed(transform: str, x: Tensor, weight: Tensor) -> Tensor:
+    """[tokens, cols], rounded as transformers' Llama rounds: RMSNorm before its weight, silu before the product."""
+    if transform == "plain":
+        return x
+    if transform == "rms_norm":
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPSILON)
+        return weight * wide.to(x.dtype)
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def x_for(transform: str, generator: torch.Generator, tokens: int, cols: int, dtype: torch.dtype) -> Tensor:
+    return normal(generator, tokens, cols * (2 if transform == "silu_gate" else 1), dtype=dtype)
+
+
+def assert_product(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
+    """Against float64, within the roundings of the output: of the product, and of its sum with the residual."""
+    product = x.double() @ weight.double().t()
+    if bias is not None:
+        product += bias.double()
+    expected = product.to(y.dtype).double()
+    if residual is not None:
+        expected = (expected + residual.double()).to(y.dtype).double()
+    # The float32 sum itself may be off by its rounding; two units of the last place of the larger of product and sum.
+    unit = torch.finfo(y.dtype).eps * torch.maximum(product.abs(), expected.abs()).clamp(min=1e-2)
+    slack = 1e-6 * (x.double().abs() @ weight.double().abs().t())
+    assert ((y.double() - expected).abs() <= 2 * unit + slack).all()
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize(
+    ("cols", "rows"),
+    [
+        (8, (1,)),
+        (24, (7, 1)),
+        (176, (33, 5, 9)),
+        (512, (4097,)),
+        (4096, (300, 60, 60)),
+        (11008, (257,)),
+        (16392, (40,)),
+    ],
+)
+def test_dense_products(
+    generator: torch.Generator, dtype: torch.dtype, transform: str, cols: int, rows: tuple[int, ...]
+) -> None:
+    weights = [normal(generator, count, cols, dtype=dtype, scale=0.1) for count in rows]
+    biases = [normal(generator, count, dtype=dtype) if index != 1 else None for index, count in enumerate(rows)]
+    norm = normal(generator, cols, dtype=dtype)
+    x = x_for(transform, generator, 1, cols, dtype)
+    residual = normal(generator, 1, sum(rows), dtype=dtype)
+    whole = torch.cat(weights)
+    bias = torch.cat([torch.zeros(len(w), **kind(x)) if b is None else b for w, b in zip(weights, biases, strict=True)])
+    clean = transformed(transform, x, norm)
+    dense, how = Dense.of(weights, biases), make_input(transform, norm)
+    for added in (None, residual):
+        y = torch.full_like(residual, torch.nan)
+        native_decode.dense_gemv(dense, x, how, added, y)
+        # A transform may differ in the last place where float32 sums differ, so it is that of the kernel that multiplies.
+        if transform != "plain":
+            used = torch.empty_like(clean)
+            native_decode.apply_transform(how, x, used)
+            assert_close_units(used, clean, 2)
+            clean = used
+        assert_product(y, clean, whole, bias, added)
+    y = residual.clone()
+    native_decode.dense_gemv(dense, x, how, y, y)
+    again = torch.empty_like(y)
+    native_decode.dense_gemv(dense, x, how, residual, again)
+    assert torch.equal(y, again)
+
+
+def kind(tensor: Tensor) -> dict[str, Any]:
+    return {"dtype": tensor.dtype, "device": tensor.device}
+
+
+def assert_close_units(found: Tensor, expected: Tensor, units: int) -> None:
+    unit = torch.finfo(found.dtype).eps * expected.double().abs().clamp(min=torch.finfo(found.dtype).tiny)
+    assert ((found.double() - expected.double()).abs() <= units * unit + 1e-7).all()
+
+
+def test_dense_products_refuse_what_they_cannot_read(cuda: torch.device) -> None:
+    x, y = torch.zeros(1, 20, **half(cuda)), torch.zeros(1, 4, **half(cuda))
+    with pytest.raises(NativeError):
+        native_decode.dense_gemv(Dense.of([torch.zeros(4, 20, **half(cuda))], [None]), x, Input.plain(), None, y)
+    x = torch.zeros(1, 17, **half(cuda))[:, 1:]
+    with pytest.raises(NativeError):
+        native_decode.dense_gemv(Dense.of([torch.zeros(4, 16, **half(cuda))], [None]), x, Input.plain(), None, y)
+
+
+def half(device: torch.device) -> dict[str, Any]:
+    return {"dtype": torch.float16, "device": device}
+
+
+def packed_group(
+    generator: torch.Generator, rows: tuple[int, ...], cols: int, dtype: torch.dtype, sparsity: float
+) -> tuple[SlicedMatrix, Tensor]:
+    """A sliced group and its dense weight."""
+    weights = []
+    for count in rows:
+        weight = normal(generator, count, cols, dtype=dtype, scale=0.1)
+        scores = torch.rand(weight.shape, device=weight.device, generator=generator)
+        weights.append(weight.scatter(1, scores.topk(int(cols * sparsity)).indices, 0))
+    layers = [MackoLinear.from_matrix(ops.pack(weight)) for weight in weights]
+    arrange_group(layers)
+    group = group_of(layers)
+    assert group is not None
+    return group, torch.cat(weights)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("sparsity", [0.5, 0.9])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize(
+    ("cols", "rows"), [(1024, (96,)), (4096, (512, 128, 128)), (4096, (4096,)), (11008, (300,)), (4096, (5500, 5500))]
+)
+def test_packed_products_with_transforms_and_residuals(
+    generator: torch.Generator, dtype: torch.dtype, sparsity: float, transform: str, cols: int, rows: tuple[int, ...]
+) -> None:
+    matrix, weight = packed_group(generator, rows, cols, dtype, sparsity)
+    bias = normal(generator, sum(rows), dtype=dtype)
+    norm = normal(generator, cols, dtype=dtype)
+    x = x_for(transform, generator, 1, cols, dtype)
+    how = make_input(transform, norm)
+    clean = x
+    if transform != "plain":
+        clean = torch.empty(1, cols, dtype=dtype, device=x.device)
+        native_decode.apply_transform(how, x, clean)
+        assert_close_units(clean, transformed(transform, x, norm), 2)
+    residual = normal(generator, 1, sum(rows), dtype=dtype)
+    for added in (None, residual):
+        y = torch.full_like(residual, torch.nan)
+        native_decode.sliced_spmv(matrix, x, how, bias, added, y)
+        assert_product(y, clean, weight, bias, added)
+    y = residual.clone()
+    native_decode.sliced_spmv(matrix, x, how, None, y, y)
+    assert_product(y, clean, weight, None, residual)
+
+
+@pytest.mark.parametrize("tokens", [2, 3, 4, 7])
+def test_packed_products_of_several_tokens_add_a_residual_but_transform_nothing(
+    generator: torch.Generator, tokens: int
+) -> None:
+    matrix, weight = packed_group(generator, (512, 100), 1024, torch.float16, 0.5)
+    x, residual = (normal(generator, tokens, width, dtype=torch.float16) for width in (1024, 612))
+    y = residual.clone()
+    native_decode.sliced_spmv(matrix, x, Input.plain(), None, y, y)
+    assert_product(y, x, weight, None, residual)
+    with pytest.raises(NativeError):
+        native_decode.sliced_spmv(matrix, x, Input.rms_norm(x[0], EPSILON), None, None, y)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("transform", TRANSFORMS[1:])
+@pytest.mark.parametrize(("tokens", "cols"), [(1, 8), (3, 520), (5, 4096), (2, 16384)])
+def test_transforms_alone(
+    generator: torch.Generator, dtype: torch.dtype, transform: str, tokens: int, cols: int
+) -> None:
+    norm = normal(generator, cols, dtype=dtype)
+    x = x_for(transform, generator, tokens, cols, dtype) * 3
+    y = torch.empty(tokens, cols, dtype=dtype, device=x.device)
+    native_decode.apply_transform(make_input(transform, norm), x, y)
+    expected = transformed(transform, x, norm)
+    assert_close_units(y, expected, 2)
+    assert (y == expected).float().mean() > 0.98
+
+
+def test_a_token_begins(generator: torch.Generator) -> None:
+    embeddings = normal(generator, 11, 37, dtype=torch.bfloat16)
+    device = embeddings.device
+    tokens = torch.tensor([3, -1, 10, 11], device=device)
+    x, slot = (
+        torch.empty(4, 37, dtype=torch.bfloat16, device=device),
+        torch.tensor([41], dtype=torch.int32, device=device),
+    )
+    native_decode.begin_token(tokens, embeddings, x, slot)
+    assert torch.equal(x, embeddings[[3, 0, 10, 0]])
+    assert slot.item() == 42
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("vocabulary", [1, 7, 32000, 128256])
+def test_the_most_probable_token(generator: torch.Generator, dtype: torch.dtype, vocabulary: int) -> None:
+    logits = normal(generator, 6, vocabulary, dtype=dtype) - 20
+    last = vocabulary - 1
+    logits[1, last // 2] = logits[1, last] = 1.0  # tied: the first
+    logits[2, last] = torch.nan
+    logits[3, last // 2] = math.inf
+    logits[4] = -math.inf
+    logits[5, :] = -0.0
+    logits[5, last] = 0.0
+    scratch = torch.zeros(12, dtype=torch.int64, device=logits.device)
+    tokens = torch.empty(6, dtype=torch.int64, device=logits.device)
+    for _ in range(2):
+        native_decode.argmax(logits, tokens, scratch)
+        first = (logits[0] == logits[0].max()).nonzero()[0].item()
+        assert tokens.tolist() == [first, last // 2, -1, -1, -1, 0]
+        assert not scratch.any()
+
+
+# Attention
+
+
+def rotated(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """[..., head_dim] 16-bit, each product and the sum rounded."""
+    low, high = x.chunk(2, dim=-1)
+    return x * cosines + torch.cat((-high, low), dim=-1) * sines
+
+
+def normalised(x: Tensor, weight: Tensor | None) -> Tensor:
+    return x if weight is None else transformed("rms_norm", x, weight)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(
+    ("head_dim", "heads", "kv_heads"),
+    [(16, 8, 4), (32, 6, 2), (64, 1, 1), (64, 12, 2), (128, 8, 8), (128, 8, 2), (128, 16, 1), (256, 4, 4), (256, 6, 1)],
+)
+@pytest.mark.parametrize(("earlier", "splits"), [(0, 1), (0, 3), (1, 2), (5, 1), (255, 1), (300, 7), (1000, 2)])
+@pytest.mark.parametrize(("window", "norms"), [(0, False), (9, True)])
+def test_attention(
+    generator: torch.Generator,
+    dtype: torch.dtype,
+    head_dim: int,
+    heads: int,
+    kv_heads: int,
+    earlier: int,
+    splits: int,
+    window: int,
+    norms: bool,
+) -> None:
+    texts, capacity = 3, earlier + 5
+    device = generator.device
+    qkv = normal(generator, texts, heads + 2 * kv_heads, head_dim, dtype=dtype)
+    keys, values = (normal(generator, texts, kv_heads, capacity, head_dim, dtype=dtype) for _ in range(2))
+    angles = torch.rand(capacity, head_dim // 2, device=device, generator=generator) * 6
+    cosines, sines = (torch.cat((f(angles), f(angles)), dim=-1).to(dtype) for f in (torch.cos, torch.sin))
+    query_norm, key_norm = (normal(generator, head_dim, dtype=dtype) if norms else None for _ in range(2))
+    first = torch.tensor([0, earlier // 2, earlier], dtype=torch.int32, device=device)
+    slot = torch.tensor([earlier], dtype=torch.int32, device=device)
+    scale = head_dim**-0.5
+
+    position = earlier - first.long()
+    turn = [table[position][:, None] for table in (cosines, sines)]
+    queries = rotated(normalised(qkv[:, :heads], query_norm), *turn)
+    new_keys = rotated(normalised(qkv[:, heads : heads + kv_heads], key_norm), *turn)
+    expected_keys, expected_values = keys.clone(), values.clone()
+    expected_keys[:, :, earlier] = new_keys
+    expected_values[:, :, earlier] = qkv[:, heads + kv_heads :]
+    shared = heads // kv_heads
+    wide_keys, wide_values = (
+        states[:, :, : earlier + 1].double().repeat_interleave(shared, dim=1)
+        for states in (expected_keys, expected_values)
+    )
+    scores = torch.einsum("thd,thsd->ths", queries.double(), wide_keys) * scale
+    slots = torch.arange(earlier + 1, device=device)
+    hidden = slots < first[:, None]
+    if window:
+        hidden |= slots <= earlier - window
+    probabilities = scores.masked_fill(hidden[:, None], -math.inf).softmax(dim=-1)
+    expected = torch.einsum("ths,thsd->thd", probabilities, wide_values)
+
+    y = torch.full((texts, heads, head_dim), torch.nan, dtype=dtype, device=device)
+    partial = torch.empty(texts * heads * splits * (head_dim + 2), device=device)
+    tickets = torch.zeros(texts * heads, dtype=torch.int32, device=device)
+    arrays = (qkv, keys, values, cosines, sines, query_norm, key_norm, slot, first, y, partial, tickets)
+    attention = Attention(
+        *(None if array is None else array.data_ptr() for array in arrays),
+        *(scale, EPSILON, texts, heads, kv_heads, head_dim, capacity, window, splits, native.DTYPE_CODES[dtype]),
+    )
+    native_decode.decode_attention(attention, y)
+    once = y.clone()
+    native_decode.decode_attention(attention, y)
+    assert torch.equal(y, once)
+    assert not tickets.any()
+    # The new key's norm may round another way where float32 sums differ.
+    assert_close_units(keys[:, :, earlier], expected_keys[:, :, earlier], 4 if norms else 0)
+    keys[:, :, earlier] = expected_keys[:, :, earlier]
+    assert torch.equal(keys, expected_keys)
+    assert torch.equal(values, expected_values)
+    tolerance = (8 if norms else 2) * torch.finfo(dtype).eps
+    assert ((y.double() - expected).abs() <= tolerance * wide_values.abs().amax(dim=2)).all()
+
+
+def test_attention_refuses_what_it_is_not_compiled_for(cuda: torch.device) -> None:
+    y = torch.zeros(1, 1, 24, **half(cuda))
+    address = y.data_ptr()
+    attention = Attention(
+        *(address, address, address, address, address, None, None, address, address, address, None, None),
+        *(1.0, EPSILON, 1, 1, 1, 24, 4, 0, 1, 0),
+    )
+    with pytest.raises(NativeError):
+        native_decode.decode_attention(attention, y)

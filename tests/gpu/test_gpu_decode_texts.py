@@ -1,0 +1,318 @@
+"""Texts that the engines of a GPU write: greedy ones against the model's own forward, whole engines against each other."""
+
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, build, make_tokenizer
+from greedy import share_of_best
+from torch import nn
+from transformers import AutoTokenizer, LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+
+from macko_llm import generation, models, ops
+from macko_llm.demo.run import MODEL_FOLDER
+from macko_llm.demo.stories import HELD_OUT_SEED, story_text
+from macko_llm.engine import make_engine
+from macko_llm.engines.decoder import why_not
+from macko_llm.engines.eager import EagerEngine
+from macko_llm.engines.fixed import FixedEngine
+from macko_llm.engines.fused_step import FusedStep
+from macko_llm.engines.transformers_step import TransformersStep
+from macko_llm.errors import MackoWarning
+from macko_llm.linear import MackoLinear, arrange_group, group_of
+from macko_llm.loading import load
+from macko_llm.pruning.scores import lowest, magnitude_scores
+from macko_llm.sampling import GREEDY, NOT_FINITE, Sampling
+
+pytestmark = pytest.mark.usefixtures("kernels")
+
+VOCABULARY, WINDOW = 320, 9
+_SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 512,
+    "intermediate_size": 1032,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "llama": lambda: LlamaConfig(**_SIZES),
+    "llama, every head its own keys, biases": lambda: LlamaConfig(
+        **{**_SIZES, "num_key_value_heads": 8}, attention_bias=True, mlp_bias=True
+    ),
+    "llama, six heads to one key": lambda: LlamaConfig(
+        **{**_SIZES, "num_attention_heads": 6, "num_key_value_heads": 1}, head_dim=128
+    ),
+    "llama, tied": lambda: LlamaConfig(**_SIZES, head_dim=32, tie_word_embeddings=True),
+    "mistral": lambda: MistralConfig(**_SIZES, head_dim=16, sliding_window=WINDOW),
+    "qwen2": lambda: Qwen2Config(**_SIZES),
+    "qwen3": lambda: Qwen3Config(**_SIZES, head_dim=128),
+}
+PROMPTS = [[7, 8, 9, 10, 11], list(range(40, 80)), [5]]
+
+
+def make_model(name: str, dtype: torch.dtype, device: torch.device, *, packed: bool) -> PreTrainedModel:
+    model = build(CONFIGS[name]())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(0.4)  # of weights made for 64 columns
+    model = model.to(dtype).to(device)
+    if packed:
+        pack(model)
+    assert why_not(model) is None
+    return model
+
+
+@torch.no_grad()
+def pack(model: PreTrainedModel) -> None:
+    """Replace the linears of the blocks, pruned by magnitude to a half, with packed layers in their groups."""
+    linears = models.prunable_linears(model)
+    for names in models.in_groups(linears, model):
+        layers = []
+        for name in names:
+            weight = linears[name].weight.detach()
+            weight = weight.masked_fill(lowest(magnitude_scores(weight), weight.shape[1] // 2), 0)
+            bias = linears[name].bias
+            layers.append(MackoLinear.from_matrix(ops.pack(weight), None if bias is None else bias.detach()))
+            model.set_submodule(name, layers[-1])
+        arrange_group(layers)
+        assert group_of(layers) is not None, "the decoder would multiply one by one"
+
+
+def run(engine: Any, prompts: list[list[int]], new: int) -> list[list[int]]:
+    """[batch][new] tokens; what was returned must stay as it was until the end."""
+    tokens = [engine.prefill(prompts)]
+    while len(tokens) < new:
+        tokens.append(engine.decode(tokens[-1]))
+    return torch.stack(tokens, dim=1).tolist()
+
+
+def fused(model: PreTrainedModel, most: int = 400, sampling: Sampling = GREEDY, **options: Any) -> FixedEngine:
+    return FixedEngine(model, max_tokens=most, sampling=sampling, kinds=[FusedStep], **options)
+
+
+@pytest.fixture(autouse=True)
+def _no_warnings() -> Any:
+    """A step that could not be made would warn, and the eager engine would pass every test."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", MackoWarning)
+        yield
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_fused_texts_are_greedy(cuda: torch.device, name: str, dtype: torch.dtype, packed: bool) -> None:
+    """Past a window, past the first cache, one text at a time and three of different lengths at once."""
+    model = make_model(name, dtype, cuda, packed=packed)
+    alone = [run(fused(model, bucket=32), [prompt], 90)[0] for prompt in PROMPTS]
+    together = run(fused(model, bucket=32), PROMPTS, 90)
+    shares = [
+        share_of_best(model, prompt, text)
+        for texts in (alone, together)
+        for prompt, text in zip(PROMPTS, texts, strict=True)
+    ]
+    assert min(len(set(text)) for text in alone) > 3, "too dull a text to prove anything"
+    assert sum(shares) / len(shares) > (0.97 if dtype == torch.float16 else 0.9)
+
+
+def test_a_cache_that_grows_changes_nothing(cuda: torch.device) -> None:
+    model = make_model("llama", torch.float16, cuda, packed=True)
+    assert run(fused(model, bucket=16), PROMPTS[:1], 120) == run(fused(model, bucket=1024), PROMPTS[:1], 120)
+
+
+def test_a_prefill_begins_anew_and_texts_are_reproducible(cuda: torch.device) -> None:
+    model = make_model("qwen3", torch.bfloat16, cuda, packed=True)
+    engine = fused(model)
+    first = run(engine, PROMPTS, 30)
+    assert run(engine, PROMPTS[:1], 7) == [row[:7] for row in run(fused(model), PROMPTS[:1], 30)]
+    assert run(engine, PROMPTS, 30) == first
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling(temperature=0.7, seed=1), Sampling(temperature=1.2, top_k=20, top_p=0.9, seed=2)]
+)
+def test_draws_are_those_of_the_eager_engine(cuda: torch.device, sampling: Sampling) -> None:
+    """A draw near the border of two tokens may fall on the other side; from then on the texts differ."""
+    model = make_model("llama", torch.float16, cuda, packed=True)
+    prompts = [[seed, 9, 8, 7] for seed in range(5, 69)]
+    expected = run(EagerEngine(model, max_tokens=400, sampling=sampling), prompts, 12)
+    found = run(fused(model, sampling=sampling), prompts, 12)
+    assert found == run(fused(model, sampling=sampling), prompts, 12)
+    same = [one == other for one, other in zip(found, expected, strict=True)]
+    assert sum(same) > 0.8 * len(same)
+    assert found != run(fused(model, sampling=Sampling(temperature=0.7, seed=3)), prompts, 12)
+
+
+def test_logits_that_are_not_finite(cuda: torch.device) -> None:
+    model = make_model("llama", torch.float16, cuda, packed=False)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[10] = torch.nan
+    tokens = run(fused(model), [[5, 10, 6], [5, 6, 7]], 5)
+    assert tokens[0] == [NOT_FINITE] * 5
+    assert NOT_FINITE not in tokens[1]
+
+
+def test_decoding_never_waits_for_the_gpu(cuda: torch.device) -> None:
+    model = make_model("llama", torch.float16, cuda, packed=True)
+    engine = fused(model)
+    token = engine.prefill(PROMPTS[:1])
+    torch.cuda.synchronize(cuda)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(5):
+            token = engine.decode(token)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_graph_replayed_says_what_its_kernels_say_one_by_one(cuda: torch.device) -> None:
+    """Kernels that start early must not read what is not there yet: every logit of every step, bit for bit."""
+    model = make_model("llama", torch.float16, cuda, packed=True)
+    engines = [fused(model), fused(model)]
+    tokens = [engine.prefill(PROMPTS[:1]) for engine in engines]
+    steps = [engine._step for engine in engines]
+    for _ in range(60):
+        tokens[0] = engines[0].decode(tokens[0])
+        for launch in steps[1]._launches:  # type: ignore[union-attr]
+            launch.run()
+            torch.cuda.synchronize(cuda)
+        one, other = (step._decoder.logits for step in steps)  # type: ignore[union-attr]
+        assert torch.equal(one, other)
+
+
+def test_the_parts_of_a_token_are_measured(cuda: torch.device) -> None:
+    engine = fused(make_model("llama", torch.float16, cuda, packed=True))
+    assert engine.parts() is None
+    engine.decode(engine.prefill(PROMPTS[:1]))
+    parts = engine.parts()
+    assert parts is not None
+    assert parts.keys() == {"linears", "attention"}
+    assert min(parts.values()) > 0
+
+
+# Which step decodes
+
+
+def test_the_first_kind_that_suits_decodes(cuda: torch.device) -> None:
+    for model, kind in (
+        (make_model("llama", torch.float16, cuda, packed=True), FusedStep),
+        (FAMILIES["qwen3"]().half().to(cuda), TransformersStep),  # heads of 24 dimensions
+        (FAMILIES["gemma3"]().to(cuda), TransformersStep),
+    ):
+        engine = make_engine(model, max_tokens=64, sampling=GREEDY)
+        engine.decode(engine.prefill([[5, 6, 7]]))
+        assert isinstance(engine._step, kind)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda model: model.model.layers[1].mlp.register_forward_hook(lambda *_: None), "hooks"),
+        (lambda model: setattr(model.model.norm, "forward", model.model.norm.forward), "replaced"),
+        (lambda model: setattr(model.config, "hidden_act", "gelu"), "gelu"),
+        (lambda model: model.float(), "float32"),
+        (lambda model: model.cpu(), "no GPU"),
+        (lambda model: model.model.layers[0].mlp.cpu(), "several devices"),
+    ],
+)
+def test_what_the_kernels_do_not_compute_is_refused(
+    cuda: torch.device, change: Callable[[Any], object], reason: str
+) -> None:
+    model = make_model("llama", torch.float16, cuda, packed=False)
+    change(model)
+    assert reason in (why_not(model) or "")
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_a_captured_forward_says_what_the_eager_engine_says(cuda: torch.device, name: str) -> None:
+    model = FAMILIES[name]().to(cuda)
+    prompts = [[7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17], [5, 6, 7]]
+    engine = FixedEngine(model, max_tokens=60, sampling=GREEDY, kinds=[TransformersStep], bucket=16)
+    assert run(engine, prompts, 40) == run(EagerEngine(model, max_tokens=60, sampling=GREEDY), prompts, 40)
+    assert engine._step._graph is not None  # type: ignore[union-attr]
+
+
+# Trained models
+
+
+def test_the_bundled_model_over_200_prompts(cuda: torch.device) -> None:
+    """Packed, through `generate`: what a user reads is what the model's own forward says."""
+    model = load(MODEL_FOLDER, device=str(cuda))
+    pack(model)
+    assert why_not(model) is None
+    tokenizer = models.load_tokenizer(MODEL_FOLDER)
+    stories = story_text(HELD_OUT_SEED, 200_000).split("\n\n")
+    prompts = [tokenizer(story)["input_ids"][: 8 + index % 40] for index, story in enumerate(stories)][:200]
+    assert len(prompts) == 200
+    _check_texts(model, tokenizer, prompts)
+
+
+def test_a_model_of_others_over_200_prompts(cuda: torch.device) -> None:
+    """The model in the folder MACKO_TEST_LLAMA, on the text in the file MACKO_TEST_TEXT."""
+    folder, text = os.environ.get("MACKO_TEST_LLAMA"), os.environ.get("MACKO_TEST_TEXT")
+    if not (folder and text):
+        pytest.skip("needs MACKO_TEST_LLAMA, the folder of a trained Llama, and MACKO_TEST_TEXT, a text file it knows")
+    model = load(folder, dtype="float16", device=str(cuda))
+    pack(model)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer(Path(text).read_text()[:200_000])["input_ids"]
+    prompts = [ids[start : start + 8 + start % 40] for start in range(0, 200 * 100, 100)]
+    _check_texts(model, tokenizer, prompts)
+
+
+def _check_texts(model: PreTrainedModel, tokenizer: Any, prompts: list[list[int]]) -> None:
+    shares = []
+    for prompt in prompts:
+        steps = list(generation.stream(model, tokenizer, prompt, max_new_tokens=40, stop_ids=()))
+        shares.append(share_of_best(model, prompt, [step.token_id for step in steps]))
+    whole = sum(share == 1 for share in shares)
+    print(
+        f"{whole} of {len(shares)} texts are the eager model's token by token; {sum(shares) / len(shares):.5f} of tokens"
+    )
+    assert sum(shares) / len(shares) > 0.999
+    assert whole >= 0.97 * len(shares)
+
+
+# transformers' own generation
+
+
+def test_generate_with_a_static_cache_and_a_real_compiler(cuda: torch.device) -> None:
+    model = make_model("llama", torch.float16, cuda, packed=True)
+    model.generation_config.eos_token_id = None
+    ids = torch.tensor([PROMPTS[0]], device=cuda)
+    options = {"max_new_tokens": 24, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the compiler's
+        found = model.generate(ids, cache_implementation="static", **options)
+    assert getattr(model, "_compiled_call", None) is not None, "it did not compile"
+    share_of_best(model, PROMPTS[0], found[0, len(PROMPTS[0]) :].tolist())
+
+
+def test_a_batch_and_stop_strings_through_generation(cuda: torch.device) -> None:
+    model = make_model("llama", torch.float16, cuda, packed=True)
+    tokenizer = make_tokenizer()
+    whole = generation.generate(model, tokenizer, PROMPTS[0], max_new_tokens=60, stop_ids=())
+    middle = whole.text[len(whole.text) // 2 :][:3]
+    cut = generation.generate(model, tokenizer, PROMPTS[0], max_new_tokens=60, stop_ids=(), stop=[middle])
+    assert cut.text == whole.text.partition(middle)[0]
+    batch = generation.generate_batch(model, tokenizer, PROMPTS, max_new_tokens=20, stop_ids=())
+    assert [one.new_tokens for one in batch] == [20] * 3
+
+
+def test_linears_that_are_no_group_are_multiplied_one_by_one(cuda: torch.device) -> None:
+    """Canonical layers, and a dense one among packed ones: slower, never wrong."""
+    model = make_model("llama", torch.float16, cuda, packed=True)
+    attention = model.model.layers[0].self_attn
+    dense = nn.Linear(512, attention.k_proj.out_features, bias=False, device=cuda, dtype=torch.float16)
+    dense.weight.data = ops.unpack(attention.k_proj.matrix)
+    attention.k_proj = dense
+    model.model.layers[1].mlp.down_proj.restore()
+    text = run(fused(model), PROMPTS[:1], 40)[0]
+    assert share_of_best(model, PROMPTS[0], text) > 0.9
