@@ -27,14 +27,15 @@ from macko_llm.linear import MackoLinear, arrange_group, group_of
 from macko_llm.loading import load
 from macko_llm.pruning.scores import lowest, magnitude_scores
 from macko_llm.sampling import GREEDY, NOT_FINITE, Sampling
+from macko_llm.sliced import SlicedMatrix
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
 VOCABULARY, WINDOW = 320, 9
 _SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
-    "hidden_size": 512,
-    "intermediate_size": 1032,
+    "hidden_size": 1024,  # rows long enough for the sliced layout
+    "intermediate_size": 2056,
     "num_hidden_layers": 3,
     "num_attention_heads": 8,
     "num_key_value_heads": 2,
@@ -48,8 +49,12 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "llama, six heads to one key": lambda: LlamaConfig(
         **{**_SIZES, "num_attention_heads": 6, "num_key_value_heads": 1}, head_dim=128
     ),
-    "llama, tied": lambda: LlamaConfig(**_SIZES, head_dim=32, tie_word_embeddings=True),
-    "mistral": lambda: MistralConfig(**_SIZES, head_dim=16, sliding_window=WINDOW),
+    "llama, tied": lambda: LlamaConfig(
+        **{**_SIZES, "num_attention_heads": 32, "num_key_value_heads": 8}, tie_word_embeddings=True
+    ),
+    "mistral": lambda: MistralConfig(
+        **{**_SIZES, "num_attention_heads": 64, "num_key_value_heads": 16}, sliding_window=WINDOW
+    ),
     "qwen2": lambda: Qwen2Config(**_SIZES),
     "qwen3": lambda: Qwen3Config(**_SIZES, head_dim=128),
 }
@@ -61,17 +66,19 @@ def make_model(name: str, dtype: torch.dtype, device: torch.device, *, packed: b
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
-                parameter.mul_(0.4)  # of weights made for 64 columns
+                parameter.mul_(0.25)  # of weights made for 64 columns
     model = model.to(dtype).to(device)
     if packed:
-        pack(model)
+        groups = pack(model)
+        assert None not in groups, "the decoder would multiply layer by layer"
     assert why_not(model) is None
     return model
 
 
 @torch.no_grad()
-def pack(model: PreTrainedModel) -> None:
-    """Replace the linears of the blocks, pruned by magnitude to a half, with packed layers in their groups."""
+def pack(model: PreTrainedModel) -> list[SlicedMatrix | None]:
+    """Replace the linears of the blocks, pruned by magnitude to a half, with packed layers in groups; the groups."""
+    groups = []
     linears = models.prunable_linears(model)
     for names in models.in_groups(linears, model):
         layers = []
@@ -82,7 +89,8 @@ def pack(model: PreTrainedModel) -> None:
             layers.append(MackoLinear.from_matrix(ops.pack(weight), None if bias is None else bias.detach()))
             model.set_submodule(name, layers[-1])
         arrange_group(layers)
-        assert group_of(layers) is not None, "the decoder would multiply one by one"
+        groups.append(group_of(layers))
+    return groups
 
 
 def run(engine: Any, prompts: list[list[int]], new: int) -> list[list[int]]:
@@ -310,7 +318,7 @@ def test_linears_that_are_no_group_are_multiplied_one_by_one(cuda: torch.device)
     """Canonical layers, and a dense one among packed ones: slower, never wrong."""
     model = make_model("llama", torch.float16, cuda, packed=True)
     attention = model.model.layers[0].self_attn
-    dense = nn.Linear(512, attention.k_proj.out_features, bias=False, device=cuda, dtype=torch.float16)
+    dense = nn.Linear(1024, attention.k_proj.out_features, bias=False, device=cuda, dtype=torch.float16)
     dense.weight.data = ops.unpack(attention.k_proj.matrix)
     attention.k_proj = dense
     model.model.layers[1].mlp.down_proj.restore()
