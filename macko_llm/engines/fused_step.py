@@ -1,5 +1,7 @@
 """A decode step of this package's own kernels, in a CUDA graph; the sampling is part of it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,9 +36,9 @@ class FusedStep:
         self._draw_index = torch.tensor([eager.step], device=eager.device)
         self._launches = [*decoder.launches, Launch("rest", self._choose)]
         self._latest: Tensor | None = None
-        with torch.cuda.device(eager.device):
+        with torch.cuda.device(eager.device), _aside() as stream:
             self._rehearse()
-            self._graph = _captured(self._launches)
+            self._graph = _captured(self._launches, stream)
 
     def __call__(self, token: Tensor) -> Tensor:
         """See `FixedStep`."""
@@ -56,8 +58,11 @@ class FusedStep:
 
     def parts(self) -> dict[str, float]:
         """See `FixedStep`: each part's kernels in a graph of their own. What they compute is nonsense, not the next step's."""
-        with torch.cuda.device(self._eager.device):
-            return {"linears": self._milliseconds("linears"), "attention": self._milliseconds("attention")}
+        with torch.cuda.device(self._eager.device), _aside() as stream:
+            return {
+                "linears": self._milliseconds("linears", stream),
+                "attention": self._milliseconds("attention", stream),
+            }
 
     def _choose(self) -> None:
         """Replace the fed tokens by the next ones."""
@@ -70,7 +75,7 @@ class FusedStep:
         self._draw_index.add_(1)
 
     def _rehearse(self) -> None:
-        """Run once, launch by launch, and undo it: no kernel must meet a capture as its first call."""
+        """Run once, launch by launch, and undo it: what a library does at its first call must not meet a capture."""
         changed = (self._decoder.token, self._decoder.slot, self._draw_index)
         before = [tensor.clone() for tensor in changed]
         for launch in self._launches:
@@ -79,8 +84,8 @@ class FusedStep:
             tensor.copy_(value)
 
     @torch.inference_mode()
-    def _milliseconds(self, part: Part) -> float:
-        graph = _captured([launch for launch in self._launches if launch.part == part])
+    def _milliseconds(self, part: Part, stream: torch.cuda.Stream) -> float:
+        graph = _captured([launch for launch in self._launches if launch.part == part], stream)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         graph.replay()
         begin.record()
@@ -118,9 +123,23 @@ def _moved(states: Tensor, capacity: int, length: int) -> tuple[Tensor, Tensor]:
     return view, fixed
 
 
-def _captured(launches: list[Launch]) -> torch.cuda.CUDAGraph:
+@contextmanager
+def _aside() -> Iterator[torch.cuda.Stream]:
+    """A stream beside the current one, after and before its work: the default one cannot be captured.
+
+    One for the rehearsal and the capture, because cuBLAS has a workspace for each stream, and may choose other kernels
+    without one.
+    """
+    here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+    aside.wait_stream(here)
+    with torch.cuda.stream(aside):
+        yield aside
+    here.wait_stream(aside)
+
+
+def _captured(launches: list[Launch], stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         for launch in launches:
             launch.run()
     return graph

@@ -102,7 +102,7 @@ class TransformersStep:
             self._rehearse()
         here.wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
             self._run()
         return graph
 
