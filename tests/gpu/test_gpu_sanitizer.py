@@ -51,13 +51,58 @@ print("all products are right")
 """
 
 
+DECODE_SET = """
+import torch
+from macko_llm import native, native_decode, ops
+from macko_llm.linear import MackoLinear
+from macko_llm.native_decode import Attention, Dense, Input
+
+torch.manual_seed(0)
+device = torch.device("cuda")
+for dtype in (torch.float16, torch.bfloat16):
+    def normal(*shape):
+        return torch.randn(shape, device=device).to(dtype)
+
+    cols, norm = 1024, normal(1024)
+    weights = [normal(65, cols), normal(3, cols)]
+    weights[0] *= torch.rand(weights[0].shape, device=device) < 0.5
+    layer = MackoLinear.from_matrix(ops.pack(weights[0]))
+    layer.arrange()
+    for transform in (Input.plain(), Input.rms_norm(norm, 1e-5), Input.silu_gate()):
+        x, y = normal(1, 2 * cols), normal(1, 68)
+        native_decode.dense_gemv(Dense.of(weights, [normal(65), None]), x, transform, y, y)
+        if layer.is_arranged:
+            native_decode.sliced_spmv(layer._sliced, x, transform, normal(65), y[:, :65].clone(), y[:, :65].clone())
+        native_decode.apply_transform(transform, normal(3, 2 * cols), normal(3, cols))
+    slot = torch.tensor([40], dtype=torch.int32, device=device)
+    native_decode.begin_token(torch.tensor([2, -1], device=device), normal(5, 24), normal(2, 24), slot)
+    scratch = torch.zeros(4, dtype=torch.int64, device=device)
+    tokens = torch.zeros(2, dtype=torch.int64, device=device)
+    native_decode.argmax(normal(2, 1001), tokens, scratch)
+    for heads, kv_heads, head_dim, splits in ((2, 2, 128, 1), (6, 1, 32, 3)):
+        qkv, keys, values = normal(2, heads + 2 * kv_heads, head_dim), *(normal(2, kv_heads, 43, head_dim) for _ in "kv")
+        tables, y = [normal(43, head_dim) for _ in "cs"], normal(2, heads, head_dim)
+        first = torch.tensor([0, 30], dtype=torch.int32, device=device)
+        partial = torch.zeros(2 * heads * splits * (head_dim + 2), device=device)
+        tickets = torch.zeros(2 * heads, dtype=torch.int32, device=device)
+        arrays = (qkv, keys, values, *tables, norm, norm, slot, first, y, partial, tickets)
+        sizes = 2, heads, kv_heads, head_dim, 43, 0, splits, native.DTYPE_CODES[dtype]
+        attention = Attention(*(array.data_ptr() for array in arrays), 0.1, 1e-5, *sizes)
+        native_decode.decode_attention(attention, y)
+        torch.cuda.synchronize()
+        assert y.isfinite().all() and not tickets.any() and not scratch.any() and slot.item() == 41
+print("all products are right")
+"""
+
+
+@pytest.mark.parametrize("script", [SMALL_SET, DECODE_SET], ids=["matrices", "a decoded token"])
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
-def test_compute_sanitizer_finds_nothing(tool: str, tmp_path: Path) -> None:
+def test_compute_sanitizer_finds_nothing(tool: str, script: str, tmp_path: Path) -> None:
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         pytest.skip("needs compute-sanitizer on PATH")
-    script = tmp_path / "small_set.py"
-    script.write_text(SMALL_SET)
+    file = tmp_path / "small_set.py"
+    file.write_text(script)
     # Torch asks CUDA things that it may refuse, so only what kernels do counts. Without a cache every tensor ends where
     # its memory does.
     command = [
@@ -69,8 +114,6 @@ def test_compute_sanitizer_finds_nothing(tool: str, tmp_path: Path) -> None:
         *(["--report-api-errors", "no"] * (tool == "memcheck")),
     ]
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(
-        [*command, sys.executable, script], capture_output=True, text=True, timeout=90, env=environment
-    )
+    run = subprocess.run([*command, sys.executable, file], capture_output=True, text=True, timeout=90, env=environment)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     assert "all products are right" in run.stdout
