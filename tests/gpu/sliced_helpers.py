@@ -30,14 +30,14 @@ def cut(
     there, (rows, cols) = weight.to(device), weight.shape
     counts = torch.empty(rows, dtype=torch.int32, device=device)
     entries = (there.data_ptr(), rows, cols, bits, counts.data_ptr())
-    native._call_cuda("macko_cuda_sliced_entries", (there,), *entries)
+    native.call_cuda("macko_cuda_sliced_entries", (there,), *entries)
     planned = plan_rows({bits: counts}, member_rows or [rows], cols, weight.dtype, [shape], 1 << 40)
     if planned is None:
         return None
     matrix = SlicedMatrix(torch.zeros(planned.plan.nbytes, dtype=torch.uint8, device=device), planned.plan)
     for offset, array in zip(planned.plan.array_offsets[-2:], (planned.unit_offsets, planned.row_order), strict=True):
         matrix.data[offset : offset + array.nbytes] = array.view(torch.uint8)
-    native._call_cuda("macko_cuda_sliced_pack", (there, matrix.data), there.data_ptr(), matrix.address)
+    native.call_cuda("macko_cuda_sliced_pack", (there, matrix.data), there.data_ptr(), matrix.address)
     torch.cuda.synchronize(device)
     return matrix
 

@@ -174,7 +174,7 @@ def test_nothing_is_written_beyond_a_members_rows() -> None:
             assert (around[-64:] == -7).all()
             around = torch.full((len(own) * 172 + 128,), -7.0, dtype=torch.float16, device=GPU)
             unpacked = around[64:-64]
-            native._call_cuda("macko_cuda_sliced_unpack", (member.data,), member.address, unpacked.data_ptr())
+            native.call_cuda("macko_cuda_sliced_unpack", (member.data,), member.address, unpacked.data_ptr())
             assert torch.equal(unpacked.view_as(own).cpu(), own)
             assert (around[:64] == -7).all()
             assert (around[-64:] == -7).all()

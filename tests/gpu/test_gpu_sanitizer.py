@@ -32,12 +32,12 @@ for rows, cols in ((1, 1), (33, 172), (61, 1031)):
             for bits in DELTA_BITS:
                 counts = torch.empty(rows, dtype=torch.int32, device=device)
                 arguments = (there.data_ptr(), rows, cols, bits, counts.data_ptr())
-                native._call_cuda("macko_cuda_sliced_entries", (there,), *arguments)
+                native.call_cuda("macko_cuda_sliced_entries", (there,), *arguments)
                 planned = plan_rows({bits: counts}, members, cols, dtype, [shape], 1 << 40)
                 matrix = SlicedMatrix(torch.zeros(planned.plan.nbytes, dtype=torch.uint8, device=device), planned.plan)
                 for at, array in zip(planned.plan.array_offsets[-2:], (planned.unit_offsets, planned.row_order)):
                     matrix.data[at : at + array.nbytes] = array.view(torch.uint8)
-                native._call_cuda("macko_cuda_sliced_pack", (there,), there.data_ptr(), matrix.address)
+                native.call_cuda("macko_cuda_sliced_pack", (there,), there.data_ptr(), matrix.address)
                 torch.cuda.synchronize()
                 assert torch.equal(native.cuda_sliced_unpack(matrix).cpu(), weight)
                 products += [ops.linear(x[:tokens], matrix, None) for tokens in (1, 2, 4)]
