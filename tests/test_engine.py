@@ -1,8 +1,10 @@
 """Engines: texts of different lengths at once against each alone, and every engine against the eager one."""
 
 import functools
+import gc
 import math
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from generation_helpers import Scripted, build, greedy_of_transformers, prompt_o
 from transformers import DynamicCache
 
 from macko_llm.engine import make_engine
+from macko_llm.engines import decoder
 from macko_llm.engines.eager import EagerEngine, pad_left
 from macko_llm.engines.fixed import FixedEngine, NotSuitedError
 from macko_llm.engines.transformers_step import TransformersStep
@@ -205,3 +208,22 @@ def test_on_the_cpu_the_engine_is_the_eager_one(model):
     engine = make_engine(model, max_tokens=MAX_POSITIONS, sampling=GREEDY)
     assert isinstance(engine, EagerEngine)
     assert engine.device == torch.device("cpu")
+
+
+def test_a_decoder_is_freed_with_its_last_user(model, monkeypatch):
+    """Without the help of the collector, which would let the caches of many texts lie about; its kernels are not run."""
+    monkeypatch.setattr(decoder, "_count_splits", lambda *_: 1)
+    caches = [[torch.zeros(1, 2, 8, 16) for _ in range(2)] for _ in "kv"]
+    made = decoder.Decoder(model, *caches)
+    assert [launch.part for launch in made.launches] == [
+        "rest",
+        *["linears", "attention", *["linears"] * 3] * 2,
+        "linears",
+    ]
+    freed = weakref.ref(made)
+    gc.disable()
+    try:
+        del made
+        assert freed() is None
+    finally:
+        gc.enable()

@@ -110,7 +110,8 @@ class Decoder:
         qkv = new(texts, (heads + 2 * kv_heads) * head_dim)
         attended = new(texts, heads * head_dim)
         gate_up = new(texts, 2 * config.intermediate_size)
-        self.launches = [Launch("rest", lambda: native_decode.begin_token(self.token, embeddings, x, self.slot))]
+        token, slot = self.token, self.slot  # not self: a decoder in its own launches would be a cycle
+        self.launches = [Launch("rest", lambda: native_decode.begin_token(token, embeddings, x, slot))]
 
         def add(
             layers: Sequence[nn.Module], transform: Input, source: Tensor, to: Tensor, residual: Tensor | None

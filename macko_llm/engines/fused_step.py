@@ -1,14 +1,14 @@
 """A decode step of this package's own kernels, in a CUDA graph; the sampling is part of it."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from macko_llm.engines.capture import captured
 from macko_llm.engines.decoder import Decoder, Launch, Part, why_not
 from macko_llm.engines.eager import EagerEngine
 from macko_llm.engines.fixed import FixedStep, NotSuitedError
@@ -34,11 +34,10 @@ class FusedStep:
         decoder.slot.fill_(eager.length - 1)
         decoder.first.copy_(eager.padding)
         self._draw_index = torch.tensor([eager.step], device=eager.device)
-        self._launches = [*decoder.launches, Launch("rest", self._choose)]
+        self._launches = [*decoder.launches, _choice(decoder, eager, self._draw_index)]
         self._latest: Tensor | None = None
-        with torch.cuda.device(eager.device), _aside() as stream:
-            self._rehearse()
-            self._graph = _captured(self._launches, stream)
+        with torch.cuda.device(eager.device):
+            self._graph = captured(partial(_queue, self._launches), rehearse=self._rehearse)
 
     def __call__(self, token: Tensor) -> Tensor:
         """See `FixedStep`."""
@@ -58,34 +57,20 @@ class FusedStep:
 
     def parts(self) -> dict[str, float]:
         """See `FixedStep`: each part's kernels in a graph of their own. What they compute is nonsense, not the next step's."""
-        with torch.cuda.device(self._eager.device), _aside() as stream:
-            return {
-                "linears": self._milliseconds("linears", stream),
-                "attention": self._milliseconds("attention", stream),
-            }
-
-    def _choose(self) -> None:
-        """Replace the fed tokens by the next ones."""
-        decoder, draws = self._decoder, self._eager.draws
-        if draws is None:
-            decoder.greedy()
-            return
-        draw = draws.index_select(0, self._draw_index)[0]
-        decoder.token.copy_(choose(decoder.logits, self._eager.sampling, draw))
-        self._draw_index.add_(1)
+        with torch.cuda.device(self._eager.device):
+            return {"linears": self._milliseconds("linears"), "attention": self._milliseconds("attention")}
 
     def _rehearse(self) -> None:
-        """Run once, launch by launch, and undo it: what a library does at its first call must not meet a capture."""
+        """Run once and undo it."""
         changed = (self._decoder.token, self._decoder.slot, self._draw_index)
         before = [tensor.clone() for tensor in changed]
-        for launch in self._launches:
-            launch.run()
+        _queue(self._launches)
         for tensor, value in zip(changed, before, strict=True):
             tensor.copy_(value)
 
     @torch.inference_mode()
-    def _milliseconds(self, part: Part, stream: torch.cuda.Stream) -> float:
-        graph = _captured([launch for launch in self._launches if launch.part == part], stream)
+    def _milliseconds(self, part: Part) -> float:
+        graph = captured(partial(_queue, [launch for launch in self._launches if launch.part == part]))
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         graph.replay()
         begin.record()
@@ -94,6 +79,26 @@ class FusedStep:
         end.record()
         end.synchronize()
         return begin.elapsed_time(end) / _TIMED_REPLAYS
+
+
+def _queue(launches: list[Launch]) -> None:
+    for launch in launches:
+        launch.run()
+
+
+# A function that knows no step: a step that were part of its own launches would stay in memory until Python looks for cycles.
+def _choice(decoder: Decoder, eager: EagerEngine, draw_index: Tensor) -> Launch:
+    """Replaces the fed tokens by the next ones."""
+    draws, sampling = eager.draws, eager.sampling
+    if draws is None:
+        return Launch("rest", decoder.greedy)
+
+    def draw() -> None:
+        uniform = draws.index_select(0, draw_index)[0]
+        decoder.token.copy_(choose(decoder.logits, sampling, uniform))
+        draw_index.add_(1)
+
+    return Launch("rest", draw)
 
 
 @dataclass
@@ -121,25 +126,3 @@ def _moved(states: Tensor, capacity: int, length: int) -> tuple[Tensor, Tensor]:
     view = fixed[:, :, length - known.shape[2] : length]
     view.copy_(known)
     return view, fixed
-
-
-@contextmanager
-def _aside() -> Iterator[torch.cuda.Stream]:
-    """A stream beside the current one, after and before its work: the default one cannot be captured.
-
-    One for the rehearsal and the capture, because cuBLAS has a workspace for each stream, and may choose other kernels
-    without one.
-    """
-    here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
-    aside.wait_stream(here)
-    with torch.cuda.stream(aside):
-        yield aside
-    here.wait_stream(aside)
-
-
-def _captured(launches: list[Launch], stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-        for launch in launches:
-            launch.run()
-    return graph

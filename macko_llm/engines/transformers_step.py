@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
+from macko_llm.engines.capture import captured
 from macko_llm.engines.eager import EagerEngine, text_config
 from macko_llm.engines.fixed import FixedStep, NotSuitedError
 from macko_llm.sampling import choose
@@ -32,7 +33,7 @@ class TransformersStep:
         self._graph: torch.cuda.CUDAGraph | None = None
         if eager.device.type == "cuda":
             with torch.cuda.device(eager.device):
-                self._graph = self._captured()
+                self._graph = captured(self._run, rehearse=self._rehearse)
         else:
             self._rehearse()
 
@@ -94,17 +95,6 @@ class TransformersStep:
         self._run()
         for tensor, value in before:
             tensor.copy_(value)
-
-    def _captured(self) -> torch.cuda.CUDAGraph:
-        here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
-        aside.wait_stream(here)
-        with torch.cuda.stream(aside):
-            self._rehearse()
-        here.wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
-            self._run()
-        return graph
 
 
 class _FixedLayer(CacheLayerMixin):

@@ -152,7 +152,7 @@ def packed_group(
 @pytest.mark.parametrize("sparsity", [0.5, 0.9])
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize(
-    ("cols", "rows"), [(1024, (96,)), (4096, (512, 128, 128)), (4096, (4096,)), (11008, (300,)), (4096, (5500, 5500))]
+    ("cols", "rows"), [(4096, (96,)), (4096, (512, 128, 128)), (4096, (4096,)), (11008, (300,)), (4096, (5500, 5500))]
 )
 def test_packed_products_with_transforms_and_residuals(
     generator: torch.Generator, dtype: torch.dtype, sparsity: float, transform: str, cols: int, rows: tuple[int, ...]

@@ -1,5 +1,6 @@
 """Texts that the engines of a GPU write: greedy ones against the model's own forward, whole engines against each other."""
 
+import gc
 import os
 import warnings
 from collections.abc import Callable
@@ -203,6 +204,38 @@ def test_the_parts_of_a_token_are_measured(cuda: torch.device) -> None:
     assert parts is not None
     assert parts.keys() == {"linears", "attention"}
     assert min(parts.values()) > 0
+
+
+def test_an_engine_leaves_nothing_behind(cuda: torch.device) -> None:
+    """Its cache is freed with it, not when Python happens to look for cycles."""
+    model = make_model("llama", torch.float16, cuda, packed=True)
+    run(fused(model), PROMPTS[:1], 3)  # what libraries keep
+    gc.collect()
+    gc.disable()
+    try:
+        before = torch.cuda.memory_allocated(cuda)
+        for sampling in (GREEDY, Sampling(temperature=1.0, seed=1)):
+            engine = fused(model, sampling=sampling)
+            run(engine, PROMPTS[:1], 3)
+            del engine
+            assert torch.cuda.memory_allocated(cuda) == before
+    finally:
+        gc.enable()
+
+
+def test_rubbish_in_cycles_breaks_no_capture(cuda: torch.device) -> None:
+    """Other graphs that lie about when a step is captured, and a collector that looks at every turn."""
+    model = make_model("llama", torch.float16, cuda, packed=True)
+    rubbish: Any = fused(model)
+    run(rubbish, PROMPTS[:1], 3)
+    rubbish.itself = rubbish
+    del rubbish
+    thresholds = gc.get_threshold()
+    gc.set_threshold(1)
+    try:
+        run(fused(model), PROMPTS[:1], 3)
+    finally:
+        gc.set_threshold(*thresholds)
 
 
 # Which step decodes

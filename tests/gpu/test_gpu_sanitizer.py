@@ -63,16 +63,16 @@ for dtype in (torch.float16, torch.bfloat16):
     def normal(*shape):
         return torch.randn(shape, device=device).to(dtype)
 
-    cols, norm = 1024, normal(1024)
+    cols, norm, bias = 1024, normal(1024), normal(65)
     weights = [normal(65, cols), normal(3, cols)]
     weights[0] *= torch.rand(weights[0].shape, device=device) < 0.5
     layer = MackoLinear.from_matrix(ops.pack(weights[0]))
     layer.arrange()
     for transform in (Input.plain(), Input.rms_norm(norm, 1e-5), Input.silu_gate()):
         x, y = normal(1, 2 * cols), normal(1, 68)
-        native_decode.dense_gemv(Dense.of(weights, [normal(65), None]), x, transform, y, y)
+        native_decode.dense_gemv(Dense.of(weights, [bias, None]), x, transform, y, y)
         if layer.is_arranged:
-            native_decode.sliced_spmv(layer._sliced, x, transform, normal(65), y[:, :65].clone(), y[:, :65].clone())
+            native_decode.sliced_spmv(layer._sliced, x, transform, bias, y[:, :65].clone(), y[:, :65].clone())
         native_decode.apply_transform(transform, normal(3, 2 * cols), normal(3, cols))
     slot = torch.tensor([40], dtype=torch.int32, device=device)
     native_decode.begin_token(torch.tensor([2, -1], device=device), normal(5, 24), normal(2, 24), slot)

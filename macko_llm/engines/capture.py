@@ -1,0 +1,40 @@
+"""CUDA graphs of work that Python queues."""
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+def captured(run: Callable[[], object], *, rehearse: Callable[[], object] | None = None) -> torch.cuda.CUDAGraph:
+    """What `run` queues on the current device, as a graph.
+
+    Args:
+        run: queues the work, without waiting for the device.
+        rehearse: runs the same work once and undoes it: what libraries do at their first call must not meet a capture.
+            None if it has run before.
+    """
+    here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+    graph = torch.cuda.CUDAGraph()
+    aside.wait_stream(here)
+    # On one stream, because cuBLAS has a workspace for each and may choose other kernels without one.
+    with torch.cuda.stream(aside), _nothing_collected():
+        if rehearse is not None:
+            rehearse()
+        with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
+            run()
+    here.wait_stream(aside)
+    return graph
+
+
+@contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """Keep Python from freeing what lies about in cycles: another graph among it would break the capture."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
