@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -127,3 +127,25 @@ class FixedEngine:
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         name = type(self.eager.model).__name__
         warnings.warn(f"{name} generates more slowly than it could: {reason}.", MackoWarning, stacklevel=2)
+
+
+def take_states(layer: Any, capacity: int, length: int) -> tuple[Tensor, Tensor]:
+    """Move what the layer of a cache holds of its first `length` slots to keys and values with `capacity` slots.
+
+    The layer goes on with views of them, so that memory never holds both. It has the states of all those slots, perhaps
+    with free ones behind, or of the last of them, as a sliding window keeps them.
+
+    Returns:
+        Keys and values, [batch, heads, capacity, head size] each; zero where nothing is known.
+    """
+    layer.keys, keys = _moved(layer.keys, capacity, length)
+    layer.values, values = _moved(layer.values, capacity, length)
+    return keys, values
+
+
+def _moved(states: Tensor, capacity: int, length: int) -> tuple[Tensor, Tensor]:
+    known = states[:, :, :length]
+    fixed = states.new_zeros(*states.shape[:2], capacity, states.shape[3])
+    view = fixed[:, :, length - known.shape[2] : length]
+    view.copy_(known)
+    return view, fixed

@@ -11,7 +11,7 @@ from transformers import DynamicCache
 from macko_llm.engines.capture import captured
 from macko_llm.engines.decoder import Decoder, Launch, Part, why_not
 from macko_llm.engines.eager import EagerEngine
-from macko_llm.engines.fixed import FixedStep, NotSuitedError
+from macko_llm.engines.fixed import FixedStep, NotSuitedError, take_states
 from macko_llm.sampling import choose
 
 _TIMED_REPLAYS = 20
@@ -27,7 +27,7 @@ class FusedStep:
         self._eager = eager
         self.capacity = capacity
         source: list[Any] = old._layers if isinstance(old, FusedStep) else eager.cache.layers
-        self._layers: list[_FixedLayer] = [_FixedLayer.take(layer, capacity, eager.length) for layer in source]
+        self._layers: list[_FixedLayer] = [_FixedLayer(*take_states(layer, capacity, eager.length)) for layer in source]
         keys, values = [layer.keys for layer in self._layers], [layer.values for layer in self._layers]
         self._decoder = decoder = Decoder(eager.model, keys, values)
         decoder.token.copy_(token)
@@ -107,22 +107,3 @@ class _FixedLayer:
 
     keys: Tensor
     values: Tensor
-
-    @classmethod
-    def take(cls, source: Any, capacity: int, length: int) -> "_FixedLayer":
-        """Move what another cache's layer holds of the first `length` slots; that layer goes on with views of it."""
-        source.keys, keys = _moved(source.keys, capacity, length)
-        source.values, values = _moved(source.values, capacity, length)
-        return cls(keys, values)
-
-
-def _moved(states: Tensor, capacity: int, length: int) -> tuple[Tensor, Tensor]:
-    """A view of moved states, and the tensor with `capacity` slots that it shows.
-
-    The states are those of the last slots before `length`, as a sliding window keeps them, or of all, with free ones behind.
-    """
-    known = states[:, :, :length]
-    fixed = states.new_zeros(*states.shape[:2], capacity, states.shape[3])
-    view = fixed[:, :, length - known.shape[2] : length]
-    view.copy_(known)
-    return view, fixed

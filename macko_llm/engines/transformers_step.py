@@ -9,7 +9,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidi
 
 from macko_llm.engines.capture import captured
 from macko_llm.engines.eager import EagerEngine, text_config
-from macko_llm.engines.fixed import FixedStep, NotSuitedError
+from macko_llm.engines.fixed import FixedStep, NotSuitedError, take_states
 from macko_llm.sampling import choose
 
 
@@ -111,8 +111,7 @@ class _FixedLayer(CacheLayerMixin):
     def __init__(self, source: Any, capacity: int, length: int, slot: Tensor) -> None:
         super().__init__()
         self.slot = slot
-        self.keys = _fixed(source.keys, capacity, length)
-        self.values = _fixed(source.values, capacity, length)
+        self.keys, self.values = take_states(source, capacity, length)
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -135,14 +134,6 @@ class _FixedLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         """Slots."""
         return self.keys.shape[2]
-
-
-def _fixed(states: Tensor, capacity: int, length: int) -> Tensor:
-    """States with `capacity` slots; they come with the `length` first slots, some after them, or only the last before."""
-    fixed = states.new_zeros(*states.shape[:2], capacity, states.shape[3])
-    known = states[:, :, :length]
-    fixed[:, :, length - known.shape[2] : length] = known
-    return fixed
 
 
 def _require_static(eager: EagerEngine) -> None:
