@@ -30,7 +30,10 @@ def captured(run: Callable[[], object], *, rehearse: Callable[[], object] | None
 
 @contextmanager
 def _nothing_collected() -> Iterator[None]:
-    """Keep Python from freeing what lies about in cycles: another graph among it would break the capture."""
+    """Keep Python from freeing what lies about in cycles: a graph that is destroyed meanwhile breaks the capture.
+
+    torch collects before a capture up to 2.8 only, see its pull request 161037.
+    """
     was_enabled = gc.isenabled()
     gc.disable()
     try:
