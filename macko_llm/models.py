@@ -130,7 +130,8 @@ def load_model(
 def load_empty(folder: Path, *, dtype: str = "auto", trust_remote_code: bool = False) -> PreTrainedModel:
     """What `load_model` gives, checked as it checks, but with every stored tensor on the meta device.
 
-    Buffers that no file holds, such as the frequencies of rotary embeddings, are real, on the CPU.
+    Buffers that no file holds, such as the frequencies of rotary embeddings, are real, on the CPU, except where a model's own
+    code makes that impossible.
 
     Raises:
         CheckpointError: the model is missing, incomplete, corrupt, or not a causal language model.
@@ -146,8 +147,8 @@ def load_empty(folder: Path, *, dtype: str = "auto", trust_remote_code: bool = F
             twin = AutoModelForCausalLM.from_config(
                 copy.deepcopy(model.config), dtype=model.config.dtype, trust_remote_code=trust_remote_code
             )
-    except (ValueError, KeyError, ImportError) as error:
-        raise _cannot_build(folder, error) from error
+    except (ValueError, KeyError, ImportError):  # a model that only from_pretrained can make
+        return model
     buffers = dict(twin.named_buffers())
     for name in computed & set(buffers):
         owner, _, own_name = name.rpartition(".")

@@ -2,6 +2,7 @@
 
 import random
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -91,12 +92,12 @@ def _files(folder: Path) -> dict[str, bytes]:
 # The same model
 
 
-@pytest.mark.parametrize("dtype", ["auto", "float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("kind", ["dense", "packed"])
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [("dense", dtype) for dtype in ("auto", *models.DTYPES)] + [("packed", dtype) for dtype in ("auto", "float32")],
+)
 def test_it_is_the_model_of_from_pretrained(kind: str, dtype: str, family: str, folders: dict[str, Path]) -> None:
     folder = folders[kind]
-    if (kind, dtype) == ("packed", "bfloat16"):
-        pytest.skip("refused: the values are float16")
     model = loading.load(folder, dtype=dtype, device="cpu")
     assert family == RENAMED or not _mapped(folder)
     expected: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=models.resolve_dtype(dtype))
@@ -207,6 +208,22 @@ def test_a_file_beside_an_index(llama: dict[str, Path], tmp_path: Path) -> None:
     FAMILIES["llama"]().half().save_pretrained(folder, max_shard_size="40KB")
     shutil.copy(llama["dense"] / "model.safetensors", folder)
     _assert_same(loading.load(folder, device="cpu"), AutoModelForCausalLM.from_pretrained(folder))
+
+
+def test_a_model_with_code_of_its_own(llama: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    own = {"AutoConfig": "own_llama.OwnConfig", "AutoModelForCausalLM": "own_llama.OwnModel"}
+    for kind, source in llama.items():
+        folder = copy_model(source, tmp_path / kind, model_type="own", auto_map=own, architectures=["OwnModel"])
+        (folder / "own_llama.py").write_text(
+            "from transformers import LlamaConfig, LlamaForCausalLM\n"
+            "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+            "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+        )
+        model = loading.load(folder, device="cpu", trust_remote_code=True)
+        assert not _mapped(folder)
+        _assert_same(model, AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True))
 
 
 # Files
