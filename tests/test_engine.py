@@ -10,7 +10,7 @@ import pytest
 import torch
 from families import FAMILIES, MAX_POSITIONS, WINDOW
 from generation_helpers import Scripted, build, greedy_of_transformers, prompt_of
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from macko_llm.engine import make_engine
 from macko_llm.engines import decoder
@@ -227,3 +227,14 @@ def test_a_decoder_is_freed_with_its_last_user(model, monkeypatch):
         assert freed() is None
     finally:
         gc.enable()
+
+
+def test_the_kernels_refuse_a_window_that_llama_does_not_have():
+    """The cache forgets what lies outside, so they would read zeros there; the model's own forward reads what is left."""
+    config = FAMILIES["llama"]().config
+    config.sliding_window = WINDOW
+    windowed = AutoModelForCausalLM.from_config(config).eval()
+    assert "sliding window" in decoder.why_not(windowed)
+    assert "sliding window" not in decoder.why_not(FAMILIES["llama"]())
+    prompts = prompts_of([WINDOW + 9, 20])
+    assert run(static(windowed, prompts), prompts, NEW) == run(eager(windowed, prompts), prompts, NEW)

@@ -42,6 +42,8 @@ def why_not(model: PreTrainedModel) -> str | None:
     config = model.config
     if type(model).__name__ not in FAMILIES or not type(model).__module__.startswith("transformers."):
         return f"{type(model).__name__} is none of {', '.join(FAMILIES)}"
+    if type(model).__name__ == "LlamaForCausalLM" and getattr(config, "sliding_window", None) is not None:
+        return "its config names a sliding window, to which transformers' cache keeps but not its Llama"
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
     if len(devices) != 1:
         return "the model lies on several devices"
