@@ -1,4 +1,4 @@
-"""compute-sanitizer's memcheck on whole decoded tokens: kernels that start early, one behind the other, over one set of buffers."""
+"""Memcheck on whole decoded tokens: kernels that start early, one behind the other, over one set of buffers."""
 
 import os
 import shutil
