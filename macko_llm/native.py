@@ -1,4 +1,4 @@
-"""Finds, loads and calls the native library; the only module that knows its C interface (csrc/macko.h)."""
+"""Finds, loads and calls the native library; with `native_decode.py` all that knows its C interface (csrc/macko.h)."""
 
 import ctypes
 import importlib.util

@@ -231,7 +231,7 @@ def test_a_compiler_that_fails_leaves_the_other_rows(monkeypatch: pytest.MonkeyP
     def fail(*_: Any) -> None:
         raise ValueError("no\n C compiler")
 
-    monkeypatch.setattr(decode._TransformersLoop, "decode", fail)
+    monkeypatch.setattr(decode.TransformersLoop, "decode", fail)
     found = decode.measure_decode(subject_of(config="tiny", sparsities=[0.5]), TASK, device=CPU)
     assert [row.note for row in found.rows] == ["ValueError: no C compiler", None, None]
     assert [row.measured is None for row in found.rows] == [True, False, False]
@@ -267,13 +267,8 @@ def test_parts_by_name(kernel: str, part: str) -> None:
 
 def test_an_engine_may_know_its_parts() -> None:
     class Knowing:
-        device = CPU
-
         def __init__(self, found: dict[str, float] | None) -> None:
             self.found = found
-
-        def prefill(self, prompts: Any) -> torch.Tensor:
-            raise NotImplementedError
 
         def decode(self, token: torch.Tensor) -> torch.Tensor:
             return token
@@ -282,10 +277,10 @@ def test_an_engine_may_know_its_parts() -> None:
             return self.found
 
     token = torch.zeros(1, dtype=torch.int64)
-    known = decode._engine_parts(Knowing({"linears": 2.0, "attention": 0.5}), token, 3.0, TASK)
+    known = decode._parts(Knowing({"linears": 2.0, "attention": 0.5}), token, 3.0, TASK)
     assert known is not None
     assert (known.linears, known.attention, known.rest) == (2.0, 0.5, 0.5)
-    assert decode._engine_parts(Knowing(None), token, 3.0, TASK) is None
+    assert decode._parts(Knowing(None), token, 3.0, TASK) is None
 
 
 # How it refuses

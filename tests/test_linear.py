@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from test_sliced import make as sliced_group
+from sliced_reference import make as sliced_group
 from torch import Tensor, nn
 from torch.nn import functional as F
 

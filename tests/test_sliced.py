@@ -1,11 +1,7 @@
-"""The sliced layout's plans and arithmetic, and the layout itself as a naive encoder writes it and a naive decoder reads it."""
+"""The sliced layout's plans and arithmetic, against a naive planner and encoder."""
 
-import copy
 import ctypes
-import pickle
 import re
-from collections.abc import Callable, Sequence
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +9,23 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from sliced_reference import (
+    HALVES,
+    LOW,
+    SHAPES,
+    array_sizes,
+    buffer_size,
+    decode,
+    divided_up,
+    encode,
+    make,
+    naive_choice,
+    naive_units,
+    patterns,
+    random_matrix,
+    row_entries,
+    row_lengths,
+)
 
 from macko_llm import format as spec
 from macko_llm.sliced import (
@@ -23,226 +35,14 @@ from macko_llm.sliced import (
     MAX_PADDING,
     RESIDENT_BLOCKS,
     Shape,
-    SlicedMatrix,
     SlicedPlan,
     SlicedStruct,
     choose_shapes,
     plan_rows,
 )
 
-HALVES = [torch.float16, torch.bfloat16]
-SHAPES = [Shape(32, 32), Shape(8, 32), Shape(32, 20), Shape(20, 24), Shape(28, 16), Shape(12, 12), Shape(5, 8)]
-"""Each number of warps that SpMV is compiled for, with some height."""
-LOW = Shape(8, 32)
 HEADER = Path(__file__).resolve().parents[1] / "csrc" / "macko.h"
 H200 = 132
-
-
-# A naive second opinion, which tests/gpu/test_gpu_sliced.py holds against the kernels.
-
-
-def divided_up(dividend: int, divisor: int) -> int:
-    return (dividend + divisor - 1) // divisor
-
-
-def array_sizes(member_rows: Sequence[int], shape: Shape, bits: int, units: int) -> list[int]:
-    """Bytes of values, deltas, starts, unit offsets and row order: csrc/macko.h in numbers."""
-    slices = sum(divided_up(rows, shape.height) for rows in member_rows)
-    places = slices * shape.height
-    values = units * (32 // bits // 8) * shape.height * 8 * 2
-    return [values, units * shape.height * 4, places * shape.warps * 2, (slices + 1) * 4, places * 4]
-
-
-def buffer_size(sizes: list[int]) -> int:
-    return sum(divided_up(size, 256) * 256 for size in sizes[:-1]) + sizes[-1]
-
-
-def naive_slices(lengths: list[int], height: int, member_rows: Sequence[int] | None = None) -> list[list[int]]:
-    """The rows of each slice, -1 where it has none: each member's rows by length, and cut by themselves."""
-    slices, first = [], 0
-    for rows in member_rows or [len(lengths)]:
-        order = sorted(range(first, first + rows), key=lambda row: (-lengths[row], row))
-        slices += [order[at : at + height] for at in range(0, rows, height)]
-        first += rows
-    assert first == len(lengths)
-    return [rows + [-1] * (height - len(rows)) for rows in slices]
-
-
-def naive_units(lengths: list[int], height: int, bits: int, member_rows: Sequence[int] | None = None) -> list[int]:
-    """Units of each slice: as many as its longest row needs."""
-    slices = naive_slices(lengths, height, member_rows)
-    return [divided_up(max(lengths[row] for row in rows if row >= 0), 32 // bits) for rows in slices]
-
-
-def naive_padding(lengths: list[int], height: int, bits: int, member_rows: Sequence[int] | None = None) -> int:
-    """Most zeros at the end of a row."""
-    slices, units = naive_slices(lengths, height, member_rows), naive_units(lengths, height, bits, member_rows)
-    return max(
-        count * (32 // bits) - lengths[row]
-        for rows, count in zip(slices, units, strict=True)
-        for row in rows
-        if row >= 0
-    )
-
-
-def naive_choice(
-    lengths: dict[int, list[int]],
-    shapes: list[Shape],
-    canonical_nbytes: int,
-    member_rows: Sequence[int] | None = None,
-) -> tuple | None:
-    """Shape, bytes, width, units and rows of the slices: of the first shape that is good enough, the fewer bytes."""
-    for shape in shapes:
-        choices = []
-        for bits, of_rows in sorted(lengths.items()):
-            units = naive_units(of_rows, shape.height, bits, member_rows)
-            nbytes = buffer_size(array_sizes(member_rows or [len(of_rows)], shape, bits, sum(units)))
-            padding = naive_padding(of_rows, shape.height, bits, member_rows)
-            if padding <= 256 and nbytes <= 1.05 * canonical_nbytes:
-                choices.append((nbytes, bits, units, naive_slices(of_rows, shape.height, member_rows)))
-        if choices:
-            return shape, *min(choices)
-    return None
-
-
-def row_entries(row: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
-    """Values [entries] uint16 and deltas [entries] of a row of 16-bit patterns, as docs/format.md with deltas of any width."""
-    most = 2**bits - 1
-    columns = np.flatnonzero(row & 0x7FFF)
-    gaps = np.diff(columns, prepend=-1) - 1
-    places = np.cumsum(gaps // (most + 1) + 1) - 1  # each entry comes behind the zeros that bridge its gap
-    entries = int(places[-1]) + 1 if len(places) else 0
-    values, deltas = np.zeros(entries, np.uint16), np.full(entries, most)
-    values[places], deltas[places] = row[columns], gaps % (most + 1)
-    return values, deltas
-
-
-def row_lengths(weight: Tensor, bits: int) -> list[int]:
-    return [len(row_entries(row, bits)[0]) for row in patterns(weight)]
-
-
-def patterns(weight: Tensor) -> np.ndarray:
-    """The bits of 16-bit floats."""
-    return weight.cpu().contiguous().view(torch.int16).numpy().view(np.uint16)
-
-
-@lru_cache
-def share_begins(units: int, warps: int) -> np.ndarray:
-    """First unit of each warp's share of a slice: shares are as equal as they can be, the longer ones first."""
-    return np.cumsum([0, *(len(part) for part in np.array_split(np.arange(units), warps))])[:-1]
-
-
-def encode(weight: Tensor, shape: Shape, bits: int, member_rows: Sequence[int] | None = None) -> np.ndarray:
-    """The buffer [nbytes] uint8 of a matrix with at least one row, or of a group of matrices one below the other."""
-    (rows, cols), (height, warps), entries = weight.shape, (shape.height, shape.warps), 32 // bits
-    encoded = [row_entries(row, bits) for row in patterns(weight)]
-    lengths = [len(values) for values, _ in encoded]
-    slices, units = naive_slices(lengths, height, member_rows), naive_units(lengths, height, bits, member_rows)
-    offsets = np.cumsum([0, *units])
-    values = np.zeros((offsets[-1], entries // 8, height, 8), np.uint16)
-    words = np.zeros((offsets[-1], height), np.uint32)
-    starts = np.zeros((len(units), warps, height), np.uint16)
-    for slice_, place in np.argwhere(np.array(slices) >= 0):
-        row = slices[slice_][place]
-        count = units[slice_] * entries
-        row_values, row_deltas = (np.zeros(count, kind) for kind in (np.uint16, np.int64))
-        row_values[: len(encoded[row][0])], row_deltas[: len(encoded[row][1])] = encoded[row]
-        span = slice(offsets[slice_], offsets[slice_ + 1])
-        values[span, :, place] = row_values.reshape(-1, entries // 8, 8)
-        words[span, place] = (row_deltas.reshape(-1, entries) << (bits * np.arange(entries))).sum(axis=1)
-        reached = np.cumsum([0, *(row_deltas + 1)])
-        starts[slice_, :, place] = np.minimum(reached[share_begins(units[slice_], warps) * entries], cols)
-    arrays = [values, words, starts, offsets.astype(np.int32), np.array(slices, np.int32)]
-    sizes = array_sizes(member_rows or [rows], shape, bits, int(offsets[-1]))
-    assert [array.nbytes for array in arrays] == sizes
-    buffer = np.zeros(buffer_size(sizes), np.uint8)
-    at = 0
-    for array in arrays:
-        buffer[at : at + array.nbytes] = np.frombuffer(array.tobytes(), np.uint8)
-        at += divided_up(array.nbytes, 256) * 256
-    return buffer
-
-
-def decode(
-    buffer: np.ndarray, member_rows: Sequence[int], cols: int, shape: Shape, bits: int, units: int
-) -> np.ndarray:
-    """The [rows, cols] bit patterns of a group's buffer; a lone matrix has one member."""
-    arrays, at = [], 0
-    sizes = array_sizes(member_rows, shape, bits, units)
-    for size, kind in zip(sizes, ("u2", "u4", "u2", "i4", "i4"), strict=True):
-        arrays.append(buffer[at : at + size].view(kind))
-        at += divided_up(size, 256) * 256
-    assert buffer_size(sizes) == len(buffer)
-    assert arrays[3][0] == 0
-    assert arrays[3][-1] == units
-    return decode_arrays(arrays, sum(member_rows), cols, shape, bits)
-
-
-def decode_arrays(
-    arrays: Sequence[np.ndarray], rows: int, cols: int, shape: Shape, bits: int, first_row: int = 0
-) -> np.ndarray:
-    """The [rows, cols] bit patterns of arrays, read as SpMV reads them: each warp its share, from the column in `starts`.
-
-    `arrays` are values and deltas of the whole group; starts, unit offsets and row order of the matrix that is read.
-    """
-    height, entries, offsets = shape.height, 32 // bits, arrays[3]
-    values = arrays[0].reshape(-1, entries // 8, height, 8).transpose(0, 2, 1, 3).reshape(-1, height, entries)
-    words, starts = arrays[1].reshape(-1, height), arrays[2].reshape(-1, shape.warps, height)
-    order = arrays[4].reshape(-1, height)
-    assert sorted(order[order >= 0] - first_row) == list(range(rows))
-    weight = np.zeros((rows, cols), np.uint16)
-    seen = np.zeros((rows, cols), bool)
-    for slice_ in range(len(offsets) - 1):
-        here = slice(offsets[slice_], offsets[slice_ + 1])
-        begins = share_begins(int(offsets[slice_ + 1] - offsets[slice_]), shape.warps) * entries
-        deltas = words[here, :, None] >> (bits * np.arange(entries, dtype=np.uint32)) & (2**bits - 1)
-        steps = deltas.transpose(1, 0, 2).reshape(height, -1).astype(np.int64) + 1
-        reached = np.concatenate([np.zeros((height, 1), np.int64), np.cumsum(steps, axis=1)], axis=1)
-        warp = np.searchsorted(begins, np.arange(steps.shape[1]), side="right") - 1  # that reads each entry
-        columns = (starts[slice_].T - reached[:, begins])[:, warp] + reached[:, 1:] - 1
-        own = values[here].transpose(1, 0, 2).reshape(height, -1)
-        assert columns.max(initial=0) < cols + MAX_PADDING  # x goes on with that many zeros
-        inside = columns < cols
-        assert not own[~inside].any()
-        place, entry = inside.nonzero()
-        real = order[slice_, place] >= 0
-        assert not own[place[~real], entry[~real]].any()  # places without a row hold nothing
-        row, column = order[slice_, place[real]] - first_row, columns[place[real], entry[real]]
-        assert not seen[row, column].any()
-        seen[row, column] = True
-        weight[row, column] = own[place[real], entry[real]]
-    return weight
-
-
-def decode_struct(matrix: SlicedMatrix) -> np.ndarray:
-    """The bit patterns of a matrix in the CPU's memory, of which only the struct is known."""
-    struct = SlicedStruct.from_address(matrix.address)
-
-    def array(pointer: int, kind: type, count: int) -> np.ndarray:
-        return np.array((kind * count).from_address(pointer))
-
-    places, entries = struct.slices * struct.height, 32 // struct.delta_bits
-    offsets = array(struct.unit_offsets, ctypes.c_int32, struct.slices + 1)
-    words = int(offsets[-1]) * struct.height
-    arrays = [
-        array(struct.values, ctypes.c_uint16, words * entries),
-        array(struct.deltas, ctypes.c_uint32, words),
-        array(struct.starts, ctypes.c_uint16, places * struct.warps),
-        offsets,
-        array(struct.row_order, ctypes.c_int32, places),
-    ]
-    shape = Shape(struct.height, struct.warps)
-    return decode_arrays(arrays, struct.rows, struct.cols, shape, struct.delta_bits, struct.first_row)
-
-
-def random_matrix(rows: int, cols: int, sparsity: float, dtype: torch.dtype, seed: int = 0) -> Tensor:
-    """Rows of about the same length, as a pruned layer has."""
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(rows, cols, generator=generator)
-    return weight.mul_(torch.rand(rows, cols, generator=generator) >= sparsity).to(dtype)
-
-
-# The tests.
 
 
 def test_a_matrix_by_hand() -> None:
@@ -438,93 +238,6 @@ def test_arrays_lie_one_behind_the_other_and_aligned(
     assert plan.nbytes == end
 
 
-def make(
-    dtype: torch.dtype = torch.bfloat16,
-    member_rows: tuple[int, ...] = (37,),
-    shape: Shape = Shape(28, 16),  # noqa: B008
-    bits: int = 2,
-    *,
-    weight: Tensor | None = None,
-) -> SlicedMatrix:
-    """A group in memory of the CPU, which nothing multiplies."""
-    if weight is None:
-        weight = random_matrix(sum(member_rows), 172, 0.5, dtype)
-    units = sum(naive_units(row_lengths(weight, bits), shape.height, bits, member_rows))
-    plan = SlicedPlan(member_rows, weight.shape[1], dtype, bits, shape, units)
-    return SlicedMatrix(torch.from_numpy(encode(weight, shape, bits, member_rows)), plan)
-
-
-def fields(matrix: SlicedMatrix) -> dict[str, int]:
-    struct = SlicedStruct.from_address(matrix.address)
-    return {name: getattr(struct, name) for name, _ in SlicedStruct._fields_}
-
-
-@pytest.mark.parametrize(("dtype", "code"), [(torch.float16, 0), (torch.bfloat16, 1)])
-def test_the_struct_says_what_the_matrix_is(dtype: torch.dtype, code: int) -> None:
-    matrix = make(dtype)
-    assert len(matrix.data) == matrix.plan.nbytes
-    pointers = dict(zip(list(fields(matrix))[:5], matrix.plan.array_offsets, strict=True))
-    numbers = {"rows": 37, "cols": 172, "slices": 2, "first_row": 0}
-    numbers |= {"value_dtype": code, "delta_bits": 2, "height": 28, "warps": 16}
-    assert fields(matrix) == {**{name: matrix.data.data_ptr() + at for name, at in pointers.items()}, **numbers}
-    assert matrix.address == matrix.address == ctypes.addressof(matrix.struct)
-    assert fields(matrix.members[0]) == fields(matrix)  # a lone matrix is a group of one
-
-
-def test_members_have_the_slices_behind_those_of_the_ones_before() -> None:
-    group = make(member_rows=(57, 1, 28))
-    whole, last = fields(group), fields(group.members[2])
-    assert (whole["rows"], whole["slices"], whole["first_row"]) == (86, 5, 0)
-    assert (last["rows"], last["slices"], last["first_row"]) == (28, 1, 58)
-    apart = {"starts": 4 * 28 * 16 * 2, "unit_offsets": 4 * 4, "row_order": 4 * 28 * 4}
-    assert {name: last[name] - whole[name] for name in apart} == apart
-    same = ("values", "deltas", "cols", "value_dtype", "delta_bits", "height", "warps")
-    assert all(last[name] == whole[name] for name in same)
-    assert [member.rows for member in group.members] == [57, 1, 28]
-    assert group.rows == 86
-
-
-GROUPS = [(37,), (1,), (1, 1, 1), (32, 32, 32), (33, 7, 65), (64, 16, 16), (3, 0, 5), (0, 9), (100, 100)]
-
-
-@given(
-    member_rows=st.sampled_from(GROUPS) | st.lists(st.integers(0, 70), min_size=1, max_size=4).filter(any).map(tuple),
-    cols=st.sampled_from([1, 16, 17, 172]) | st.integers(1, 300),
-    sparsity=st.sampled_from([0.0, 0.5, 0.9, 0.99, 1.0]),
-    dtype=st.sampled_from(HALVES),
-    shape=st.sampled_from(SHAPES),
-    bits=st.sampled_from(DELTA_BITS),
-    empty=st.booleans(),
-    seed=st.integers(0, 2**32),
-)
-@example((4096, 1024, 1024), 24, 0.5, torch.float16, Shape(20, 12), 2, True, 0)  # grouped query attention
-@settings(max_examples=100, deadline=None)
-def test_a_group_and_its_members_are_the_dense_matrices(
-    member_rows: tuple[int, ...],
-    cols: int,
-    sparsity: float,
-    dtype: torch.dtype,
-    shape: Shape,
-    bits: int,
-    empty: bool,
-    seed: int,
-) -> None:
-    weight = random_matrix(sum(member_rows), cols, sparsity, dtype, seed) + 0.0  # no negative zeros
-    if empty:
-        weight[:: max(member_rows) // 2 + 1] = 0
-    group = make(dtype, member_rows, shape, bits, weight=weight)
-    expected = patterns(weight)
-    assert np.array_equal(
-        decode(group.data.numpy(), member_rows, cols, shape, bits, group.plan.units),
-        expected,
-    )
-    assert np.array_equal(decode_struct(group), expected)
-    ends = np.cumsum(member_rows)
-    for member, own in zip(group.members, np.split(expected, ends[:-1]), strict=True):
-        assert member.data is group.data
-        assert np.array_equal(decode_struct(member), own)
-
-
 def test_the_planners_order_is_the_encoders() -> None:
     """From the lengths of the rows alone, the two small arrays of a group are those that the naive encoder writes."""
     member_rows, shape = (33, 7, 65), Shape(20, 24)
@@ -554,34 +267,3 @@ def test_shapes_count_the_slices_of_each_member(multiprocessors: int) -> None:
         )
         busiest = divided_up(slices, places) * RESIDENT_BLOCKS[best.warps] * best.height
         assert busiest <= 1.3 * least
-
-
-@pytest.mark.parametrize("member", [None, 0, 2])
-def test_the_numbers_of_an_op_are_the_matrix(member: int | None) -> None:
-    group = make(member_rows=(5, 1, 9))
-    matrix = group if member is None else group.members[member]
-    assert all(type(number) is int for number in matrix.numbers)
-    twin = SlicedMatrix.from_numbers(group.data, torch.bfloat16, matrix.numbers)
-    assert (twin.plan, twin.member) == (matrix.plan, matrix.member)
-    assert fields(twin) == fields(matrix)
-
-
-@pytest.mark.parametrize("remake", [copy.deepcopy, lambda matrix: pickle.loads(pickle.dumps(matrix))])
-def test_copies_have_a_struct_of_their_own(remake: Callable[[SlicedMatrix], SlicedMatrix]) -> None:
-    for matrix in (make(), make(member_rows=(5, 9, 1)).members[1]):
-        before = fields(matrix)  # fills the cached struct
-        assert "struct" not in matrix.__getstate__()
-        twin = remake(matrix)
-        assert not {"struct", "address"} & set(vars(twin))
-        assert (twin.plan, twin.member) == (matrix.plan, matrix.member)
-        assert torch.equal(twin.data, matrix.data)
-        assert twin.data.data_ptr() != matrix.data.data_ptr()
-        assert fields(twin)["values"] == twin.data.data_ptr()
-        assert np.array_equal(decode_struct(twin), decode_struct(matrix))
-        assert fields(matrix) == before
-
-
-def test_a_copy_of_a_layers_parts_shares_memory_as_the_parts_do() -> None:
-    group = make(member_rows=(5, 9))
-    *twins, data = copy.deepcopy((*group.members, group.data))
-    assert all(twin.data is data for twin in twins)

@@ -15,12 +15,13 @@ from typing import Any, Protocol
 import torch
 import transformers
 from torch import Tensor
-from transformers import PreTrainedModel, StaticCache
+from transformers import PreTrainedModel
 
 from macko_llm import models
 from macko_llm.benchmarks.machine import Machine, describe_machine, is_out_of_memory, synchronize
 from macko_llm.benchmarks.parts import Parts, PartsProfile, split
 from macko_llm.benchmarks.subjects import Subject, packed_sparsity
+from macko_llm.benchmarks.transformers_loop import TransformersLoop
 from macko_llm.engine import Engine, make_engine
 from macko_llm.errors import UsageError
 from macko_llm.progress import Progress, no_progress
@@ -32,6 +33,16 @@ WARMUP_TOKENS = 8
 """Decoded in every run before the clock starts: a graph that is captured late is captured here."""
 PROFILED_TOKENS = 16
 _REASON_LENGTH = 160
+
+
+class Decodes(Protocol):
+    """An engine, or what decodes like one."""
+
+    def decode(self, token: Tensor) -> Tensor:
+        """See `Engine.decode`."""
+
+    def parts(self) -> dict[str, float] | None:
+        """See `Engine.parts`."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +92,7 @@ class Measured:
         peak_memory_bytes: most that torch had allocated on the GPU while it generated, weights included; None on a CPU.
         first_token_seconds: from the prompt to its first new token on the host, with the model loaded and the making of the
             engine included.
-        engine: the class that ran the model, or the cache that transformers had.
+        engine: the class that ran the model.
         dtype: of the model.
     """
 
@@ -202,74 +213,75 @@ def _row(
         return Row(name, sparsity, None, note=_reason(error))
 
 
-def _measure_engine(model: PreTrainedModel, task: Task) -> Measured:
-    device = model.device
-    prompts = _prompts(model, task)
-    _free(device)
-    runs = [_time_engine(model, prompts, task) for _ in range(RUNS)]
-    peak = _peak_memory(device)
+def _measure(model: PreTrainedModel, task: Task, start: Callable[[], tuple[Decodes, Tensor]]) -> Measured:
+    """What a way to decode makes of a model.
+
+    Args:
+        model: with nothing else on the device.
+        task: what to decode.
+        start: begins new texts, and gives what decodes them and their first tokens; nothing is compiled by it any more.
+    """
+    _free(model.device)
+    runs = [_time(model, task, start) for _ in range(RUNS)]
+    peak = _peak_memory(model.device)
     milliseconds = statistics.median(decode for _, decode in runs) / task.new_tokens * 1e3
-    engine, token = _start_engine(model, prompts, task)
+    engine, token = start()
     return _measured(
         model,
         task,
         milliseconds,
-        parts=_engine_parts(engine, token, milliseconds, task),
+        parts=_parts(engine, token, milliseconds, task),
         peak_memory_bytes=peak,
         first_token_seconds=statistics.median(first_token for first_token, _ in runs),
         engine=type(engine).__name__,
     )
 
 
-def _time_engine(model: PreTrainedModel, prompts: Tensor, task: Task) -> tuple[float, float]:
-    """Seconds to the first token of a new engine, and of all timed tokens, each fed back without a look at it."""
+def _time(model: PreTrainedModel, task: Task, start: Callable[[], tuple[Decodes, Tensor]]) -> tuple[float, float]:
+    """Seconds to the first token, and of all timed tokens, each fed back without a look at it."""
     gc.collect()  # the engine before
     synchronize(model.device)
-    start = time.perf_counter()
-    engine, token = _start_engine(model, prompts, task)
+    began = time.perf_counter()
+    engine, token = start()
     token.tolist()
-    first_token = time.perf_counter() - start
-    return first_token, _time_tokens(engine, token, task)
-
-
-class _Decodes(Protocol):
-    """An engine, or what decodes like one."""
-
-    def decode(self, token: Tensor) -> Tensor:
-        """See `Engine.decode`."""
-
-
-def _time_tokens(engine: _Decodes, token: Tensor, task: Task) -> float:
-    """Seconds of all timed tokens, each fed back without a look at it."""
+    first_token = time.perf_counter() - began
     token = _decode(engine, token, WARMUP_TOKENS)
-    synchronize(token.device)
-    start = time.perf_counter()
-    token = _decode(engine, token, task.new_tokens)
-    synchronize(token.device)
-    return time.perf_counter() - start
+    synchronize(model.device)
+    began = time.perf_counter()
+    _decode(engine, token, task.new_tokens)
+    synchronize(model.device)
+    return first_token, time.perf_counter() - began
 
 
-def _start_engine(model: PreTrainedModel, prompts: Tensor, task: Task) -> tuple[Engine, Tensor]:
-    engine = make_engine(model, max_tokens=task.positions, sampling=GREEDY)
-    return engine, engine.prefill(prompts.tolist())
+def _measure_engine(model: PreTrainedModel, task: Task) -> Measured:
+    prompts = _prompts(model, task).tolist()
+
+    def start() -> tuple[Engine, Tensor]:
+        engine = make_engine(model, max_tokens=task.positions, sampling=GREEDY)
+        return engine, engine.prefill(prompts)
+
+    return _measure(model, task, start)
 
 
-def _decode(engine: _Decodes, token: Tensor, count: int) -> Tensor:
+def _measure_transformers(model: PreTrainedModel, task: Task) -> Measured:
+    prompts = _prompts(model, task).to(model.device)
+    loop = TransformersLoop(model, task.positions)
+    _decode(loop, loop.prefill(prompts), WARMUP_TOKENS)  # compiles, and records the graphs
+    return _measure(model, task, lambda: (loop, loop.prefill(prompts)))
+
+
+def _decode(engine: Decodes, token: Tensor, count: int) -> Tensor:
     for _ in range(count):
         token = engine.decode(token)
     return token
 
 
-def _engine_parts(engine: Engine, token: Tensor, milliseconds: float, task: Task) -> Parts | None:
+def _parts(engine: Decodes, token: Tensor, milliseconds: float, task: Task) -> Parts | None:
     """What the engine itself measures, if it does; else from a profile of a few tokens."""
     token = _decode(engine, token, WARMUP_TOKENS)
     found = engine.parts()
     if found is not None:
         return split(milliseconds, found["linears"], found["attention"])
-    return _profiled_parts(engine, token, milliseconds, task)
-
-
-def _profiled_parts(engine: _Decodes, token: Tensor, milliseconds: float, task: Task) -> Parts | None:
     profile = PartsProfile(token.device)
     profile.start()
     _decode(engine, token, task.profiled_tokens)
@@ -288,68 +300,6 @@ def _transformers_row(subject: Subject, task: Task, device: torch.device) -> Row
     if device.type == "cuda":
         return Row(f"{name}, compiled", 0.0, measured)
     return Row(name, 0.0, measured, note="it is compiled on GPUs only, so its row is a static cache alone")
-
-
-class _TransformersLoop:
-    """Greedy decoding with transformers at its best: its forward and the choice compiled as one CUDA graph, which a bare loop
-    replays. The loop of `generate` needs more of the host for a token than the GPU does.
-    """
-
-    def __init__(self, model: PreTrainedModel, task: Task) -> None:
-        self.model = model
-        self.cache = StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=task.positions)
-        self.context = task.context
-        self._cache = {models.cache_argument(model): self.cache, "use_cache": True}
-        self._step: Callable[[Tensor, Tensor], Tensor] = self._next_token
-        if model.device.type == "cuda":
-            self._step = torch.compile(self._next_token, mode="reduce-overhead", fullgraph=True)
-
-    def prefill(self, prompts: Tensor) -> Tensor:
-        """Begin anew; the first new tokens, [batch]."""
-        self.cache.reset()
-        self.position = torch.full((len(prompts),), self.context, device=prompts.device)
-        logits = self.model(input_ids=prompts, logits_to_keep=1, **self._cache).logits
-        return logits[:, -1].argmax(dim=-1)
-
-    def decode(self, token: Tensor) -> Tensor:
-        """Feed [batch] tokens; the next ones."""
-        torch.compiler.cudagraph_mark_step_begin()
-        token = self._step(token, self.position).clone()  # the next replay overwrites it
-        self.position.add_(1)
-        return token
-
-    def _next_token(self, token: Tensor, position: Tensor) -> Tensor:
-        logits = self.model(input_ids=token[:, None], position_ids=position[:, None], **self._cache).logits
-        return logits[:, -1].argmax(dim=-1)
-
-
-@torch.no_grad()
-def _measure_transformers(model: PreTrainedModel, task: Task) -> Measured:
-    device = model.device
-    prompts = _prompts(model, task).to(device)
-    loop = _TransformersLoop(model, task)
-    _decode(loop, loop.prefill(prompts), WARMUP_TOKENS)  # compiles, and records the graphs
-    _free(device)
-    runs = []
-    for _ in range(RUNS):
-        synchronize(device)
-        start = time.perf_counter()
-        token = loop.prefill(prompts)
-        token.tolist()
-        first_token = time.perf_counter() - start
-        runs.append((first_token, _time_tokens(loop, token, task)))
-    peak = _peak_memory(device)
-    milliseconds = statistics.median(decode for _, decode in runs) / task.new_tokens * 1e3
-    token = _decode(loop, loop.prefill(prompts), WARMUP_TOKENS)
-    return _measured(
-        model,
-        task,
-        milliseconds,
-        parts=_profiled_parts(loop, token, milliseconds, task),
-        peak_memory_bytes=peak,
-        first_token_seconds=statistics.median(first_token for first_token, _ in runs),
-        engine="StaticCache",
-    )
 
 
 def _prompts(model: PreTrainedModel, task: Task) -> Tensor:

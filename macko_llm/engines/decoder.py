@@ -25,6 +25,8 @@ _CHANGING_ROPES = ("dynamic", "longrope")
 _SLOTS_OF_SPLIT = 256
 """Blocks share the slots of a head where each gets about this many."""
 _BLOCKS_OF_SM = 2
+_HEADS_OF_BLOCK = 4
+"""Query heads that read a key together, at most (csrc/cuda/decode_attention.cuh)."""
 
 Part = Literal["linears", "attention", "rest"]
 
@@ -209,6 +211,6 @@ def _rotations(model: PreTrainedModel, positions: int, dtype: torch.dtype) -> tu
 
 def _count_splits(device: torch.device, capacity: int, texts: int, heads: int, kv_heads: int) -> int:
     """Blocks that share a head's slots: as many as fill the GPU, if there is enough for each to do."""
-    blocks = texts * max(kv_heads, heads // 4)
+    blocks = texts * kv_heads * -(-heads // kv_heads // _HEADS_OF_BLOCK)
     room = _BLOCKS_OF_SM * torch.cuda.get_device_properties(device).multi_processor_count // blocks
     return max(1, min(room, capacity // _SLOTS_OF_SPLIT, native_decode.MAX_SPLITS))

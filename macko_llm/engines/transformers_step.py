@@ -16,7 +16,7 @@ from macko_llm.sampling import choose
 class TransformersStep:
     """One decode step on tensors that stay where they are, captured where there is a GPU."""
 
-    def __init__(self, eager: EagerEngine, capacity: int, token: Tensor, old: "FixedStep | None") -> None:
+    def __init__(self, eager: EagerEngine, capacity: int, token: Tensor, old: FixedStep | None) -> None:
         _require_static(eager)
         self.eager = eager
         self.capacity = capacity

@@ -1,13 +1,16 @@
 """Every test in this folder needs a CUDA GPU and is skipped, saying so, where there is none."""
 
+import warnings
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 from macko_llm import native
+from macko_llm.errors import MackoWarning
 
-pytest.register_assert_rewrite("sliced_helpers")  # so that its assertions show their values, as those of tests do
+# So that their assertions show their values, as those of tests do.
+pytest.register_assert_rewrite("sliced_helpers", "decode_helpers", "engine_helpers")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -33,3 +36,11 @@ def full_precision_sums() -> Iterator[None]:
     matmul.allow_fp16_reduced_precision_reduction = matmul.allow_bf16_reduced_precision_reduction = False
     yield
     matmul.allow_fp16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction = before
+
+
+@pytest.fixture
+def no_fallback() -> Iterator[None]:
+    """A step that could not be made would warn, and the eager engine would pass every test."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", MackoWarning)
+        yield

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
+from sliced_reference import SHAPES, decode, encode, patterns, random_matrix
 from test_gpu_canonical import GPU, whole_numbers
-from test_sliced import SHAPES, decode, encode, patterns, random_matrix
 from torch import Tensor
 
 from macko_llm import native, ops

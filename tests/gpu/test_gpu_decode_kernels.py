@@ -1,12 +1,25 @@
 """The kernels of a decoded token, each against plain torch in float64 or with the roundings that it promises."""
 
 import math
-from typing import Any
 
 import pytest
 import torch
+from decode_helpers import (
+    EPSILON,
+    HALVES,
+    TRANSFORMS,
+    assert_close_units,
+    assert_product,
+    like,
+    make_input,
+    normal,
+    normalised,
+    rotated,
+    transformed,
+    x_for,
+    zeros,
+)
 from torch import Tensor
-from torch.nn import functional as F
 
 from macko_llm import native, native_decode, ops
 from macko_llm.errors import NativeError
@@ -15,56 +28,11 @@ from macko_llm.native_decode import Attention, Dense, Input
 from macko_llm.sliced import SlicedMatrix
 
 pytestmark = pytest.mark.usefixtures("kernels")
-HALVES = [torch.float16, torch.bfloat16]
-EPSILON = 1e-5
-TRANSFORMS = ["plain", "rms_norm", "silu_gate"]
 
 
 @pytest.fixture
 def generator(cuda: torch.device) -> torch.Generator:
     return torch.Generator(cuda).manual_seed(0)
-
-
-def normal(generator: torch.Generator, *shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
-    return (torch.randn(*shape, device=generator.device, generator=generator) * scale).to(dtype)
-
-
-def make_input(transform: str, weight: Tensor) -> Input:
-    return {
-        "plain": Input.plain,
-        "rms_norm": lambda: Input.rms_norm(weight, EPSILON),
-        "silu_gate": Input.silu_gate,
-    }[transform]()
-
-
-def transformed(transform: str, x: Tensor, weight: Tensor) -> Tensor:
-    """[tokens, cols], rounded as transformers' Llama rounds: RMSNorm before its weight, silu before the product."""
-    if transform == "plain":
-        return x
-    if transform == "rms_norm":
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPSILON)
-        return weight * wide.to(x.dtype)
-    gate, up = x.chunk(2, dim=-1)
-    return F.silu(gate) * up
-
-
-def x_for(transform: str, generator: torch.Generator, tokens: int, cols: int, dtype: torch.dtype) -> Tensor:
-    return normal(generator, tokens, cols * (2 if transform == "silu_gate" else 1), dtype=dtype)
-
-
-def assert_product(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
-    """Against float64, within the roundings of the output: of the product, and of its sum with the residual."""
-    product = x.double() @ weight.double().t()
-    if bias is not None:
-        product += bias.double()
-    expected = product.to(y.dtype).double()
-    if residual is not None:
-        expected = (expected + residual.double()).to(y.dtype).double()
-    # The float32 sum itself may be off by its rounding; two units of the last place of the larger of product and sum.
-    unit = torch.finfo(y.dtype).eps * torch.maximum(product.abs(), expected.abs()).clamp(min=1e-2)
-    slack = 1e-6 * (x.double().abs() @ weight.double().abs().t())
-    assert ((y.double() - expected).abs() <= 2 * unit + slack).all()
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -90,7 +58,7 @@ def test_dense_products(
     x = x_for(transform, generator, 1, cols, dtype)
     residual = normal(generator, 1, sum(rows), dtype=dtype)
     whole = torch.cat(weights)
-    bias = torch.cat([torch.zeros(len(w), **kind(x)) if b is None else b for w, b in zip(weights, biases, strict=True)])
+    bias = torch.cat([torch.zeros(len(w), **like(x)) if b is None else b for w, b in zip(weights, biases, strict=True)])
     clean = transformed(transform, x, norm)
     dense, how = Dense.of(weights, biases), make_input(transform, norm)
     for added in (None, residual):
@@ -110,26 +78,13 @@ def test_dense_products(
     assert torch.equal(y, again)
 
 
-def kind(tensor: Tensor) -> dict[str, Any]:
-    return {"dtype": tensor.dtype, "device": tensor.device}
-
-
-def assert_close_units(found: Tensor, expected: Tensor, units: int) -> None:
-    unit = torch.finfo(found.dtype).eps * expected.double().abs().clamp(min=torch.finfo(found.dtype).tiny)
-    assert ((found.double() - expected.double()).abs() <= units * unit + 1e-7).all()
-
-
 def test_dense_products_refuse_what_they_cannot_read(cuda: torch.device) -> None:
-    x, y = torch.zeros(1, 20, **half(cuda)), torch.zeros(1, 4, **half(cuda))
+    x, y = zeros(cuda, 1, 20), zeros(cuda, 1, 4)
     with pytest.raises(NativeError):
-        native_decode.dense_gemv(Dense.of([torch.zeros(4, 20, **half(cuda))], [None]), x, Input.plain(), None, y)
-    x = torch.zeros(1, 17, **half(cuda))[:, 1:]
+        native_decode.dense_gemv(Dense.of([zeros(cuda, 4, 20)], [None]), x, Input.plain(), None, y)
+    x = zeros(cuda, 1, 17)[:, 1:]
     with pytest.raises(NativeError):
-        native_decode.dense_gemv(Dense.of([torch.zeros(4, 16, **half(cuda))], [None]), x, Input.plain(), None, y)
-
-
-def half(device: torch.device) -> dict[str, Any]:
-    return {"dtype": torch.float16, "device": device}
+        native_decode.dense_gemv(Dense.of([zeros(cuda, 4, 16)], [None]), x, Input.plain(), None, y)
 
 
 def packed_group(
@@ -241,16 +196,6 @@ def test_the_most_probable_token(generator: torch.Generator, dtype: torch.dtype,
 # Attention
 
 
-def rotated(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """[..., head_dim] 16-bit, each product and the sum rounded."""
-    low, high = x.chunk(2, dim=-1)
-    return x * cosines + torch.cat((-high, low), dim=-1) * sines
-
-
-def normalised(x: Tensor, weight: Tensor | None) -> Tensor:
-    return x if weight is None else transformed("rms_norm", x, weight)
-
-
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize(
     ("head_dim", "heads", "kv_heads"),
@@ -323,7 +268,7 @@ def test_attention(
 
 
 def test_attention_refuses_what_it_is_not_compiled_for(cuda: torch.device) -> None:
-    y = torch.zeros(1, 1, 24, **half(cuda))
+    y = zeros(cuda, 1, 1, 24)
     address = y.data_ptr()
     attention = Attention(
         *(address, address, address, address, address, None, None, address, address, address, None, None),

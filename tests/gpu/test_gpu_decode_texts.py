@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from engine_helpers import CONFIGS, PROMPTS, fused, pack, run, share_of_best
 from families import FAMILIES, build, make_tokenizer
-from greedy import share_of_best
 from torch import nn
-from transformers import AutoTokenizer, LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+from transformers import AutoTokenizer, PreTrainedModel
 
-from macko_llm import generation, models, ops
+from macko_llm import generation, ops
 from macko_llm.demo.run import MODEL_FOLDER
 from macko_llm.demo.stories import HELD_OUT_SEED, story_text
 from macko_llm.engine import make_engine
@@ -23,41 +23,12 @@ from macko_llm.engines.eager import EagerEngine
 from macko_llm.engines.fixed import FixedEngine
 from macko_llm.engines.fused_step import FusedStep
 from macko_llm.engines.transformers_step import TransformersStep
-from macko_llm.errors import MackoWarning
-from macko_llm.linear import MackoLinear, arrange_group, group_of
 from macko_llm.loading import load
-from macko_llm.pruning.scores import lowest, magnitude_scores
 from macko_llm.sampling import GREEDY, NOT_FINITE, Sampling
-from macko_llm.sliced import SlicedMatrix
 
-pytestmark = pytest.mark.usefixtures("kernels")
+pytestmark = pytest.mark.usefixtures("kernels", "no_fallback")
 
 VOCABULARY, WINDOW = 320, 9
-_SIZES: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 1024,  # rows long enough for the sliced layout
-    "intermediate_size": 2056,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-}
-CONFIGS: dict[str, Callable[[], Any]] = {
-    "llama": lambda: LlamaConfig(**_SIZES),
-    "llama, every head its own keys, biases": lambda: LlamaConfig(
-        **{**_SIZES, "num_key_value_heads": 8}, attention_bias=True, mlp_bias=True
-    ),
-    "llama, eight heads to one key": lambda: LlamaConfig(**{**_SIZES, "num_key_value_heads": 1}),
-    "llama, tied": lambda: LlamaConfig(
-        **{**_SIZES, "num_attention_heads": 32, "num_key_value_heads": 8}, tie_word_embeddings=True
-    ),
-    "mistral": lambda: MistralConfig(
-        **{**_SIZES, "num_attention_heads": 64, "num_key_value_heads": 16}, sliding_window=WINDOW
-    ),
-    "qwen2": lambda: Qwen2Config(**_SIZES),
-    "qwen3": lambda: Qwen3Config(**_SIZES, head_dim=128),
-}
-PROMPTS = [[7, 8, 9, 10, 11], list(range(40, 80)), [5]]
 
 
 def make_model(name: str, dtype: torch.dtype, device: torch.device, *, packed: bool) -> PreTrainedModel:
@@ -72,45 +43,6 @@ def make_model(name: str, dtype: torch.dtype, device: torch.device, *, packed: b
         assert None not in groups, "the decoder would multiply layer by layer"
     assert why_not(model) is None
     return model
-
-
-@torch.no_grad()
-def pack(model: PreTrainedModel) -> list[SlicedMatrix | None]:
-    """Replace the linears of the blocks, pruned by magnitude to a half, with packed layers in groups; the groups."""
-    groups = []
-    linears = models.prunable_linears(model)
-    for names in models.in_groups(linears, model):
-        layers = []
-        for name in names:
-            weight = linears[name].weight.detach()
-            weight = weight.masked_fill(lowest(magnitude_scores(weight), weight.shape[1] // 2), 0)
-            weight = weight.half() if weight.dtype == torch.float32 else weight
-            bias = linears[name].bias
-            layers.append(MackoLinear.from_matrix(ops.pack(weight), None if bias is None else bias.detach()))
-            model.set_submodule(name, layers[-1])
-        arrange_group(layers)
-        groups.append(group_of(layers))
-    return groups
-
-
-def run(engine: Any, prompts: list[list[int]], new: int) -> list[list[int]]:
-    """[batch][new] tokens; what was returned must stay as it was until the end."""
-    tokens = [engine.prefill(prompts)]
-    while len(tokens) < new:
-        tokens.append(engine.decode(tokens[-1]))
-    return torch.stack(tokens, dim=1).tolist()
-
-
-def fused(model: PreTrainedModel, most: int = 400, sampling: Sampling = GREEDY, **options: Any) -> FixedEngine:
-    return FixedEngine(model, max_tokens=most, sampling=sampling, kinds=[FusedStep], **options)
-
-
-@pytest.fixture(autouse=True)
-def _no_warnings() -> Any:
-    """A step that could not be made would warn, and the eager engine would pass every test."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", MackoWarning)
-        yield
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
@@ -166,19 +98,6 @@ def test_logits_that_are_not_finite(cuda: torch.device) -> None:
     tokens = run(fused(model), [[5, 10, 6], [5, 6, 7]], 5)
     assert tokens[0] == [NOT_FINITE] * 5
     assert NOT_FINITE not in tokens[1]
-
-
-def test_decoding_never_waits_for_the_gpu(cuda: torch.device) -> None:
-    model = make_model("llama", torch.float16, cuda, packed=True)
-    engine = fused(model)
-    token = engine.prefill(PROMPTS[:1])
-    torch.cuda.synchronize(cuda)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for _ in range(5):
-            token = engine.decode(token)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_graph_replayed_says_what_its_kernels_say_one_by_one(cuda: torch.device) -> None:

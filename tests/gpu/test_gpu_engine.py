@@ -2,208 +2,34 @@
 model changes, breaks or cannot be captured.
 """
 
-import copy
 import json
 import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from greedy import share_of_best
-from test_gpu_decode_texts import CONFIGS, PROMPTS, fused, pack, run
+from engine_helpers import CONFIGS, PROMPTS, SIZES, fused, llama, make, random_texts, run, share_of_best
 from torch import Tensor
 from transformers import (
-    AutoModelForCausalLM,
     LlamaConfig,
-    MistralConfig,
-    PretrainedConfig,
     PreTrainedModel,
-    Qwen2Config,
-    Qwen3Config,
 )
 
-from macko_llm import ops
 from macko_llm.engine import make_engine
-from macko_llm.engines.decoder import why_not
-from macko_llm.engines.eager import EagerEngine
 from macko_llm.engines.fixed import FixedEngine
 from macko_llm.engines.fused_step import FusedStep
 from macko_llm.engines.transformers_step import TransformersStep
 from macko_llm.errors import MackoWarning
-from macko_llm.linear import MackoLinear
 from macko_llm.sampling import GREEDY, NOT_FINITE, Sampling
 
-pytestmark = pytest.mark.usefixtures("kernels")
+pytestmark = pytest.mark.usefixtures("kernels", "no_fallback")
 
-HALVES = [torch.float16, torch.bfloat16]
 DRAWN = Sampling(temperature=0.8, top_k=50, top_p=0.95, seed=5)
-_SIZES: dict[str, Any] = {
-    "vocab_size": 320,
-    "hidden_size": 1024,  # rows long enough for the sliced layout
-    "intermediate_size": 2056,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-}
-_WINDOWS = {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}
-_ROPE = {"rope_theta": 1e4, "original_max_position_embeddings": 64}
-MORE_CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
-    "llama, heads narrower than their share": lambda: LlamaConfig(**_SIZES, head_dim=64),
-    "qwen3, three heads of 256 to one key": lambda: Qwen3Config(**{**_SIZES, "num_attention_heads": 6}, head_dim=256),
-    "llama, linear rotations": lambda: LlamaConfig(
-        **_SIZES, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
-    ),
-    "llama, rotations of llama3": lambda: LlamaConfig(
-        **_SIZES,
-        rope_parameters={
-            "rope_type": "llama3",
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            **_ROPE,
-        },
-    ),
-    "llama, rotations of yarn": lambda: LlamaConfig(
-        **_SIZES, rope_parameters={"rope_type": "yarn", "factor": 4.0, **_ROPE}
-    ),
-    "mistral, no window": lambda: MistralConfig(**_SIZES, sliding_window=None),
-    "qwen2, a window from the second block on": lambda: Qwen2Config(**_SIZES, **_WINDOWS),
-    "qwen3, narrow heads, windows, biases": lambda: Qwen3Config(**_SIZES, **_WINDOWS, head_dim=32, attention_bias=True),
-}
-
-
-@pytest.fixture(autouse=True)
-def _no_warnings() -> Iterator[None]:
-    """A step that could not be made would warn, and the eager engine would pass every test."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", MackoWarning)
-        yield
-
-
-@torch.no_grad()
-def make(
-    config: PretrainedConfig, dtype: torch.dtype, device: torch.device, *, packed: bool
-) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """A random model, and the same weights dense in float32."""
-    with torch.random.fork_rng(devices=[device]), torch.device(device):
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config)
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 1 and "norm" in name:
-                parameter.mul_(1 + torch.rand_like(parameter)).add_(0.3 * torch.randn_like(parameter))
-            else:
-                parameter.normal_(std=0.1 if parameter.ndim == 1 else 0.04)
-    model = model.eval().to(dtype)
-    twin = copy.deepcopy(model).float()
-    twin.set_attn_implementation("eager")
-    if packed:
-        assert any(group is not None for group in pack(model)), "the decoder would multiply layer by layer"
-        for name, layer in model.named_modules():
-            if isinstance(layer, MackoLinear):
-                twin.get_submodule(name).weight.copy_(ops.unpack(layer.matrix))
-    return model, twin
-
-
-def llama(device: torch.device, *, packed: bool = True) -> PreTrainedModel:
-    return make(LlamaConfig(**_SIZES), torch.float16, device, packed=packed)[0]
-
-
-def random_texts(*lengths: int) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randint(5, 320, (length,), generator=generator).tolist() for length in lengths]
-
-
-# Logits
-
-
-def fed_logits(engine: FixedEngine, texts: list[list[int]], steps: int) -> tuple[Tensor, list[int]]:
-    """[batch, steps, vocabulary] of a step that is fed the ends of texts; the capacities of its caches on the way."""
-    engine.prefill([text[:-steps] for text in texts])
-    rows, capacities = [], []
-    for step in range(steps):
-        engine.decode(torch.tensor([text[step - steps] for text in texts], device=engine.device))
-        assert isinstance(engine._step, FusedStep)
-        rows.append(engine._step._decoder.logits.clone())
-        capacities.append(engine._step.capacity)
-    return torch.stack(rows, dim=1), capacities
-
-
-@torch.inference_mode()
-def read_logits(model: PreTrainedModel, texts: list[list[int]], steps: int) -> Tensor:
-    """The same by one forward of the model over each text."""
-    rows = [model(input_ids=torch.tensor([text], device=model.device), use_cache=False).logits[0] for text in texts]
-    return torch.stack([row[-steps:] for row in rows])
-
-
-def deviation(logits: Tensor, exact: Tensor) -> float:
-    return float((logits.double() - exact.double()).norm() / exact.double().norm())
-
-
-def assert_precise(model: PreTrainedModel, twin: PreTrainedModel, texts: list[list[int]], steps: int) -> FixedEngine:
-    """The kernels are off by no more than the model's own forward in 16 bits is, measured at the same in float32."""
-    assert why_not(model) is None
-    engine = fused(model, most=max(map(len, texts)) + 1, bucket=32)
-    found, _ = fed_logits(engine, texts, steps)
-    exact = read_logits(twin, texts, steps)
-    own = deviation(read_logits(model, texts, steps), exact)
-    assert 0 < deviation(found, exact) < 1.5 * own
-    assert own < (0.02 if model.dtype == torch.float16 else 0.16), "a model this rough proves nothing"
-    return engine
-
-
-@pytest.mark.parametrize(
-    ("dtype", "packed"), [(torch.float16, True), (torch.bfloat16, False)], ids=["fp16-packed", "bf16-dense"]
-)
-@pytest.mark.parametrize("name", [*CONFIGS, *MORE_CONFIGS])
-def test_logits_are_as_precise_as_the_models_own(
-    cuda: torch.device, name: str, dtype: torch.dtype, packed: bool
-) -> None:
-    """One text, and three of different lengths at once; over a cache that grows and windows that end."""
-    model, twin = make({**CONFIGS, **MORE_CONFIGS}[name](), dtype, cuda, packed=packed)
-    for lengths in ([45], [25, 64, 21]):
-        assert_precise(model, twin, random_texts(*lengths), 20)
-
-
-@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
-@pytest.mark.parametrize("batch", [2, 4, 5, 12, 13])
-def test_logits_of_every_size_of_batch(cuda: torch.device, batch: int, packed: bool) -> None:
-    model, twin = make(LlamaConfig(**_SIZES, attention_bias=True), torch.float16, cuda, packed=packed)
-    assert_precise(model, twin, random_texts(*range(12, 12 + batch)), 10)
-
-
-@pytest.mark.parametrize("name", ["llama", "qwen2, a window from the second block on"])
-def test_logits_far_into_a_text(cuda: torch.device, name: str) -> None:
-    """Where several blocks share the slots of a head, for two texts of which one begins late."""
-    model, twin = make({**CONFIGS, **MORE_CONFIGS}[name](), torch.float16, cuda, packed=True)
-    engine = assert_precise(model, twin, random_texts(1100, 700), 100)
-    assert engine._step._decoder._splits > 1  # type: ignore[union-attr]
-
-
-def test_a_cache_that_grows_changes_no_logit(cuda: torch.device) -> None:
-    """Bit for bit, in caches so short that one block has all slots of a head."""
-    model = llama(cuda)
-    for lengths, steps, grown in (([60], 55, {8, 16, 32, 64}), ([32, 50, 40], 30, {32, 64})):
-        texts = random_texts(*lengths)
-        small, capacities = fed_logits(fused(model, most=64, bucket=8), texts, steps)
-        assert set(capacities) == grown
-        large, capacities = fed_logits(fused(model, most=400, bucket=256), texts, steps)
-        assert set(capacities) == {256}
-        assert torch.equal(small, large)
-
-
-def test_a_window_that_llama_does_not_have(cuda: torch.device) -> None:
-    """A Llama's config may name one, and then transformers' cache forgets what is outside, though its mask shows it."""
-    model, _ = make(LlamaConfig(**_SIZES, sliding_window=9), torch.float16, cuda, packed=False)
-    prompts = random_texts(*[40] * 32)
-    expected = run(EagerEngine(model, max_tokens=60, sampling=GREEDY), prompts, 8)
-    found = run(make_engine(model, max_tokens=60, sampling=GREEDY), prompts, 8)
-    assert sum(one == other for one, other in zip(found, expected, strict=True)) >= 28  # but for ties
 
 
 # Races, streams
@@ -323,7 +149,7 @@ def test_no_decode_waits_for_the_gpu(cuda: torch.device, kind: Any, sampling: Sa
 )
 def test_texts_that_end_at_the_last_position(cuda: torch.device, kind: Any, dtype: torch.dtype, packed: bool) -> None:
     """An engine with room for just these tokens, in a cache that just fits or lacks the last token's slot."""
-    (model, _), prompt = make(LlamaConfig(**_SIZES), dtype, cuda, packed=packed), PROMPTS[0]
+    (model, _), prompt = make(LlamaConfig(**SIZES), dtype, cuda, packed=packed), PROMPTS[0]
 
     def text(new: int, room: int, bucket: int) -> list[int]:
         engine = FixedEngine(model, max_tokens=len(prompt) + room, sampling=GREEDY, kinds=[kind], bucket=bucket)

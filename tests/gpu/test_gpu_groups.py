@@ -21,9 +21,9 @@ from sliced_helpers import (
     poison,
     spmv,
 )
+from sliced_reference import GROUPS, patterns, random_matrix
 from test_gpu_canonical import GPU, HALVES, arrays, whole_numbers
 from test_ops import assert_within_rounding
-from test_sliced import GROUPS, patterns, random_matrix
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedModel
 

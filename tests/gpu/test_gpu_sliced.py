@@ -13,9 +13,9 @@ from sliced_helpers import (
     large_matrix,
     layouts,
 )
+from sliced_reference import naive_choice, naive_padding, random_matrix, row_lengths
 from test_gpu_canonical import GPU, HALVES, MATRICES, arrays, whole_numbers
 from test_ops import sparse
-from test_sliced import naive_choice, naive_padding, random_matrix, row_lengths
 from torch import Tensor
 
 from macko_llm import native, ops

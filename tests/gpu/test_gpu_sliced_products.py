@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sliced_helpers import LAYOUTS, arranged, assert_layout, certainly_cut, cut, large_matrix, layouts, poison, spmv
+from sliced_reference import SHAPES, random_matrix
 from test_gpu_canonical import GPU, HALVES, signs, whole_numbers
 from test_ops import assert_same, assert_within_rounding, every_half
-from test_sliced import SHAPES, random_matrix
 from torch import Tensor
 from torch.nn import functional as F
 

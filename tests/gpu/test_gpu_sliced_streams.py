@@ -5,8 +5,8 @@ from collections.abc import Callable
 import pytest
 import torch
 from sliced_helpers import COLS, LAYOUTS, arranged, certainly_cut, large_matrix, make_layer, spmv
+from sliced_reference import SHAPES, random_matrix
 from test_gpu_canonical import GPU, HALVES, arrays, whole_numbers
-from test_sliced import SHAPES, random_matrix
 from torch import Tensor
 
 from macko_llm import native, ops
