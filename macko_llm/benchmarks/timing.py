@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from macko_llm.engines.capture import no_waits
+
 WARMUP_REPLAYS = 3
 REPLAYS = 17
 MIN_LAUNCHES = 200
@@ -106,16 +108,13 @@ def _capture(rotation: Sequence[Call], repeats: int) -> tuple[torch.cuda.CUDAGra
 
 def _why_it_waits(rotation: Sequence[Call]) -> str | None:
     """What torch says of calls that make Python wait for the GPU, which no graph can hold; None if they do not."""
-    mode = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
     try:
-        _run(rotation, 1)
+        with no_waits():
+            _run(rotation, 1)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
         return _first_line(error)
-    finally:
-        torch.cuda.set_sync_debug_mode(mode)
     return None
 
 

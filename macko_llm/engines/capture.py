@@ -1,6 +1,7 @@
 """CUDA graphs of work that Python queues."""
 
 import gc
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -12,8 +13,11 @@ def captured(run: Callable[[], object], *, rehearse: Callable[[], object] | None
 
     Args:
         run: queues the work, without waiting for the device.
-        rehearse: runs the same work once and undoes it: what libraries do at their first call must not meet a capture.
-            None if it has run before.
+        rehearse: runs the same work and undoes it: what libraries do at their first call must not meet a capture, and
+            work that waits shows before it breaks one. None if it has run before.
+
+    Raises:
+        RuntimeError: the work waits for the device, or cannot be captured for another reason.
     """
     here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
     graph = torch.cuda.CUDAGraph()
@@ -22,10 +26,28 @@ def captured(run: Callable[[], object], *, rehearse: Callable[[], object] | None
     with torch.cuda.stream(aside), _nothing_collected():
         if rehearse is not None:
             rehearse()
+            with no_waits():
+                rehearse()
         with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
             run()
     here.wait_stream(aside)
     return graph
+
+
+@contextmanager
+def no_waits() -> Iterator[None]:
+    """Turn waits of torch for the device into errors, as far as torch knows of them.
+
+    A wait during a capture would break it, and with it random numbers and later captures of the process.
+    """
+    mode = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode")  # calls itself a prototype
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
 
 
 @contextmanager

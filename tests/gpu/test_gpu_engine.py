@@ -324,9 +324,9 @@ def test_a_model_that_cannot_be_captured_goes_on_with_one_warning(uncapturable: 
     assert uncapturable["same"]
     (said,) = uncapturable["said"]
     assert "generates more slowly than it could" in said
-    assert "captur" in said
+    assert "synchronizing" in said
 
 
 @pytest.mark.parametrize("what", ["random numbers", "giving memory back", "the next engine"])
-def test_a_capture_that_failed_leaves_torch_in_order(uncapturable: dict[str, Any], what: str) -> None:
+def test_a_model_that_cannot_be_captured_leaves_torch_in_order(uncapturable: dict[str, Any], what: str) -> None:
     assert uncapturable[what] == "fine"
