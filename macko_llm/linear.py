@@ -7,21 +7,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from macko_llm import ops
 from macko_llm.errors import FormatError
 from macko_llm.format import ENTRY_ALIGNMENT, MackoMatrix
-from macko_llm.sliced import SlicedMatrix
+from macko_llm.layouts import sliced
+from macko_llm.layouts.canonical import Canonical, validate
+from macko_llm.layouts.layout import Layout
+from macko_llm.layouts.sliced import SlicedMatrix
 
 ARRAY_NAMES = ("weight_values", "weight_deltas", "weight_row_offsets")
 """What a packed layer stores in place of `weight`, in checkpoints and in `state_dict()`; see docs/format.md."""
 
 
 class MackoLinear(nn.Module):
-    """y = x Wᵀ + b like `nn.Linear`, with W in the MACKO format.
+    """y = x Wᵀ + b like `nn.Linear`, with W in the MACKO format; `layouts.layout.Layout.linear` says how precise y is.
 
-    The layer holds the canonical arrays as parameters or, once arranged for a GPU, the sliced layout as a buffer and no
+    The layer holds the canonical arrays as parameters or, once arranged for a GPU, another layout as a buffer and no
     canonical arrays; the layers of a group (`arrange_group`) share that buffer. `state_dict()` gives canonical arrays
-    either way, and moving the layer to another device restores them.
+    either way, on the CPU where they are not the layer's own, and moving the layer to another device restores them.
+
+    Arrays that come from outside (a state dict, a file, an assignment, offloaded memory) are not yet validated. They are
+    before the first product: no kernel checks what it reads, so what has not passed reaches none. The values keep their
+    dtype whatever the layer is cast to; the bias is cast as any parameter.
 
     Args:
         in_features: columns of W.
@@ -35,7 +41,7 @@ class MackoLinear(nn.Module):
     weight_values: Tensor
     weight_deltas: Tensor
     weight_row_offsets: Tensor
-    weight_sliced: Tensor | None
+    weight_layout: Tensor | None
     bias: Tensor | None
 
     def __init__(
@@ -58,99 +64,166 @@ class MackoLinear(nn.Module):
         self.weight_deltas = _constant(torch.zeros(padded // 2, dtype=torch.uint8, device=device))
         self.weight_row_offsets = _constant(torch.zeros(out_features + 1, dtype=torch.int32, device=device))
         self.bias = _constant(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
-        self.register_buffer("weight_sliced", None, persistent=False)
-        self._sliced: SlicedMatrix | None = None
+        self.register_buffer("weight_layout", None, persistent=False)
+        self._arranged: Layout | None = None
+        self._validated: object | None = None
+        """What the canonical arrays carry that were validated together."""
 
     @classmethod
     def from_matrix(cls, matrix: MackoMatrix, bias: Tensor | None = None) -> "MackoLinear":
-        """A layer around a valid matrix, and a bias [rows] of the same dtype or float32."""
+        """A layer around a matrix and a bias [rows], floating; raises FormatError if the matrix is not valid."""
         rows, cols = matrix.shape
         layer = cls(cols, rows, len(matrix.values), bias=bias is not None, dtype=matrix.values.dtype, device="meta")
-        layer._set_canonical(matrix)
+        for name, array in zip(ARRAY_NAMES, (matrix.values, matrix.deltas, matrix.row_offsets), strict=True):
+            layer._parameters[name] = _constant(array)
         if bias is not None:
             layer.bias = _constant(bias)
+        layer.validate("the matrix")
         return layer
 
     @property
+    def layout(self) -> Layout:
+        """The weight as it is multiplied.
+
+        Raises:
+            FormatError: it is not valid.
+        """
+        if self._arranged is not None:
+            return self._arranged
+        if not self._is_validated():
+            self.validate("a packed layer")
+        return self._canonical()
+
+    @property
     def matrix(self) -> MackoMatrix:
-        """The packed weight in canonical order; shares memory with the layer unless it is arranged."""
-        if self._sliced is not None:
-            return ops.restore(self._sliced)
-        shape = (self.out_features, self.in_features)
-        return MackoMatrix(self.weight_values, self.weight_deltas, self.weight_row_offsets, shape)
+        """The packed weight in canonical order, perhaps not yet validated; shares memory with the layer unless arranged."""
+        return self._canonical() if self._arranged is None else self._arranged.canonical()
 
     @property
     def is_arranged(self) -> bool:
-        """Whether the layer holds the sliced layout."""
-        return self._sliced is not None
+        """Whether the layer holds another layout than the canonical arrays."""
+        return self._arranged is not None
+
+    def validate(self, name: str) -> None:
+        """Check the canonical arrays, unless they are on the meta device: what is computed there reaches no kernel.
+
+        Args:
+            name: what errors call the layer.
+
+        Raises:
+            FormatError: they break an invariant of the format.
+        """
+        if self._arranged is None and not self._is_abstract():
+            self._hold(validate(self._canonical(), name))
 
     def arrange(self) -> None:
-        """Change valid canonical arrays on a GPU to its fastest layout; elsewhere, and if it does not suit, do nothing."""
-        arranged = None if self.is_arranged else ops.arrange(self.matrix)
-        if arranged is not None:
-            self._set_sliced(arranged)
+        """Change canonical arrays on a GPU to its fastest layout; elsewhere, and if it does not suit, do nothing.
+
+        Raises:
+            FormatError: the arrays are not valid.
+        """
+        arrange_group([self])
 
     def restore(self) -> None:
         """Go back to the canonical arrays."""
-        if self.is_arranged:
-            matrix = self.matrix
-            self.weight_sliced = self._sliced = None
-            self._set_canonical(matrix)
+        if self._arranged is not None:
+            self._hold(Canonical.of(self._arranged.canonical()))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in_features] -> [..., out_features], of x's dtype: the values' dtype or float32."""
-        bias = self.bias
-        if bias is not None and bias.dtype != x.dtype:
-            bias = bias.to(x.dtype)
-        return ops.linear(x, self._sliced or self.matrix, bias)
+        """[..., in_features] -> [..., out_features], of x's dtype, or of autocast's; see `Layout.linear`."""
+        return self.layout.linear(x, self.bias)
 
-    def _set_canonical(self, matrix: MackoMatrix) -> None:
-        self.weight_values = _constant(matrix.values)
-        self.weight_deltas = _constant(matrix.deltas)
-        self.weight_row_offsets = _constant(matrix.row_offsets)
+    def _canonical(self) -> Canonical:
+        shape = (self.out_features, self.in_features)
+        return Canonical(self.weight_values, self.weight_deltas, self.weight_row_offsets, shape)
 
-    def _set_sliced(self, matrix: SlicedMatrix) -> None:
+    def _hold(self, layout: Layout) -> None:
+        """Make a valid layout the weight."""
+        if not isinstance(layout, Canonical):
+            for name in ARRAY_NAMES:
+                self._parameters[name] = None
+            self._arranged, self.weight_layout = layout, layout.buffer
+            return
+        self._arranged = self.weight_layout = None
+        # The arrays bear the mark, not the layer: it must not keep those alive that are offloaded after each forward.
+        self._validated = object()
+        for name, array in zip(ARRAY_NAMES, (layout.values, layout.deltas, layout.row_offsets), strict=True):
+            if self._parameters.get(name) is not array:
+                self._parameters[name] = _constant(array)
+            held = self._parameters[name]
+            held.macko_validated = self._validated, _version(held)  # type: ignore[union-attr,arg-type]
+
+    def _is_validated(self) -> bool:
+        """Whether the canonical arrays are those that were validated, and unchanged."""
+        if torch.compiler.is_compiling():
+            return self._validated is not None
         for name in ARRAY_NAMES:
-            self._parameters[name] = None
-        self.weight_sliced, self._sliced = matrix.data, matrix
+            array = self._parameters[name]
+            mark, version = getattr(array, "macko_validated", (None, 0))
+            if mark is None or mark is not self._validated or _version(array) != version:  # type: ignore[arg-type]
+                return False
+        return True
+
+    def _is_abstract(self) -> bool:
+        """Whether the arrays are on the meta device, or stand-ins (of a compiler, say): no kernel will read them."""
+        arrays = [self._parameters[name] for name in ARRAY_NAMES]
+        return any(a is None or a.is_meta or type(a) not in (Tensor, nn.Parameter) for a in arrays)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MackoLinear":
         self.restore()
-        was_real = not self.weight_values.is_meta
+        arrays = {name: self._parameters.pop(name) for name in ARRAY_NAMES}
         super()._apply(fn, recurse)
-        if was_real:
-            self._arrange_if_valid()
-        return self
-
-    def _arrange_if_valid(self) -> None:
-        # Moving and loading bring anything at all: to_empty() garbage, load_state_dict() what it was given.
-        if self.weight_values.is_cuda:
+        rest = dict(self._parameters)
+        self._parameters.clear()
+        for name, array in arrays.items():
+            self._parameters[name] = _constant(_moved(array, fn))  # type: ignore[arg-type]
+        self._parameters.update(rest)
+        if not self._is_abstract():
+            # to_empty() brings anything at all; whoever multiplies it is told.
             with contextlib.suppress(FormatError):
-                ops.validate(self.matrix, "the layer")
                 self.arrange()
+        return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.is_arranged:
             matrix = self.matrix
             for name, array in zip(ARRAY_NAMES, (matrix.values, matrix.deltas, matrix.row_offsets), strict=True):
-                destination[prefix + name] = array
+                destination[prefix + name] = array.cpu()  # a second copy of a model may not fit on its GPU
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        arranged = self.is_arranged
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
         self.restore()
-        super()._load_from_state_dict(*args, **kwargs)
-        if arranged:
-            self._arrange_if_valid()
+        errors = len(error_msgs)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if len(error_msgs) == errors and not self._is_abstract():
+            try:
+                self.validate(prefix.removesuffix(".") or "the layer")
+                self.arrange()
+            except FormatError as error:
+                error_msgs.append(str(error))
 
     def extra_repr(self) -> str:
         """What `print(model)` says of the layer."""
-        plan = self._sliced.plan if self._sliced else None
-        holds = f"delta_bits={plan.delta_bits}" if plan else f"entries={self.weight_values.numel()}"
-        dtype = plan.dtype if plan else self.weight_values.dtype
+        weight = self._arranged or self._canonical()
+        holds = (
+            f"delta_bits={weight.plan.delta_bits}"
+            if isinstance(weight, SlicedMatrix)
+            else f"entries={self.weight_values.numel()}"
+        )
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, {holds}, "
-            f"dtype={dtype}, bias={self.bias is not None}"
+            f"dtype={weight.dtype}, bias={self.bias is not None}"
         )
 
 
@@ -160,29 +233,50 @@ def arrange_group(layers: Sequence[MackoLinear]) -> None:
     Each layer still works by itself, as a view. Where no layout suits them together, each is arranged alone.
 
     Args:
-        layers: with valid weights, at least one.
+        layers: at least one.
+
+    Raises:
+        FormatError: a weight is not valid.
     """
-    if group_of(layers) is not None:
+    if (len(layers) == 1 and layers[0].is_arranged) or group_of(layers) is not None:
         return
-    members = ops.arrange_group([layer.matrix for layer in layers])
-    if members is None:
+    if any(not layer.is_arranged and layer._is_abstract() for layer in layers):
+        return
+    for layer in layers:
+        if not layer.is_arranged and not layer._is_validated():
+            layer.validate("a packed layer")
+    members = sliced.arrange_group([layer.matrix for layer in layers])
+    if members is not None:
+        for layer, member in zip(layers, members, strict=True):
+            layer._hold(member)
+    elif len(layers) > 1:
         for layer in layers:
             layer.arrange()
-        return
-    for layer, member in zip(layers, members, strict=True):
-        layer._set_sliced(member)
 
 
 def group_of(layers: Sequence[MackoLinear]) -> SlicedMatrix | None:
     """The weights of these layers one below the other as one matrix, None unless they are all of one group, in its order."""
-    first = layers[0]._sliced
-    if first is None or len(layers) != len(first.plan.member_rows):
+    first = layers[0]._arranged
+    if not isinstance(first, SlicedMatrix) or len(layers) != len(first.plan.member_rows):
         return None
     for index, layer in enumerate(layers):
-        own = layer._sliced
-        if own is None or own.data is not first.data or own.member != index:
+        own = layer._arranged
+        if not isinstance(own, SlicedMatrix) or own.data is not first.data or own.member != index:
             return None
     return SlicedMatrix(first.data, first.plan)
+
+
+def _moved(array: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
+    """What `Module.to` and the like make of an array: they move its bytes, and never change its dtype."""
+    data = array.detach().view(torch.uint8)
+    moved = fn(data)
+    if moved.dtype != torch.uint8:
+        moved = data.to(moved.device)
+    return moved.view(array.dtype)
+
+
+def _version(array: Tensor) -> int:
+    return 0 if array.is_inference() else array._version
 
 
 def _constant(tensor: Tensor) -> nn.Parameter:

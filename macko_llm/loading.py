@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from macko_llm import checkpoint, models, ops
+from macko_llm import checkpoint, models
 from macko_llm.checkpoint import TensorInfo
 from macko_llm.linear import ARRAY_NAMES, MackoLinear, arrange_group
 from macko_llm.streaming import DTYPES, TensorReader, wait
@@ -183,12 +183,13 @@ def _finish(group: _Group, reading: list[Future[None]]) -> None:
     """Check and arrange a group that has been read, and let go of the memory of its arrays."""
     wait(reading)
     for name, layer in group.layers.items():
-        ops.validate(layer.matrix, name)
+        layer.validate(name)
     arrange_group(list(group.layers.values()))
-    for layer in group.layers.values():
+    for name, layer in group.layers.items():
         if layer.weight_values is not None and layer.weight_values.is_cuda:  # no layout suits it better
-            for name in ARRAY_NAMES:
-                setattr(layer, name, nn.Parameter(getattr(layer, name).clone(), requires_grad=False))
+            for array in ARRAY_NAMES:
+                setattr(layer, array, nn.Parameter(getattr(layer, array).clone(), requires_grad=False))
+            layer.validate(name)
 
 
 def _aligned(nbytes: int) -> int:

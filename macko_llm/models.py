@@ -277,8 +277,8 @@ def prunable_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
                 raise CheckpointError(
                     f"{name} is a Conv1D layer, as in GPT-2, which is not supported; use a model whose blocks hold nn.Linear."
                 )
-            if isinstance(module, nn.Linear):
-                linears[name] = module
+            if is_plain_linear(module):
+                linears[name] = cast(nn.Linear, module)
         for name, parameter in block.named_parameters(prefix=block_name):
             if parameter.ndim > 2:
                 raise CheckpointError(
@@ -288,6 +288,11 @@ def prunable_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
     if not linears:
         raise CheckpointError(f"The decoder blocks of {type(model).__name__} hold no nn.Linear; use another model.")
     return linears
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a packed layer may take a module's place: a linear layer that does no more than its product."""
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
 
 def projection_groups(model: nn.Module) -> list[list[str]]:

@@ -3,16 +3,15 @@
 import ctypes
 import importlib.util
 import sys
-from collections.abc import Sequence
+import warnings
 from functools import lru_cache
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
 import torch
 
-from macko_llm.errors import NativeError
+from macko_llm.errors import MackoWarning, NativeError
 from macko_llm.format import MackoMatrix, check_entries, padded_count
-from macko_llm.sliced import DELTA_BITS, SlicedMatrix, choose_shapes, plan_rows
 
 ABI_VERSION = 3
 
@@ -56,6 +55,18 @@ _STATUS = {
     2: "the matrix has too many entries for int32 row offsets; keep it dense",
     3: "memory or threads ran out; close other programs or use a smaller model",
 }
+
+
+class SlicedStruct(ctypes.Structure):
+    """`macko_sliced` of csrc/macko.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("values", "deltas", "starts", "unit_offsets", "row_order")),
+        *(
+            (name, ctypes.c_int32)
+            for name in ("rows", "cols", "slices", "first_row", "value_dtype", "delta_bits", "height", "warps")
+        ),
+    )
 
 
 def library_path() -> Path:
@@ -110,6 +121,44 @@ def has_cuda() -> bool:
     return hasattr(library(), "macko_cuda_pack")
 
 
+def runs_on(device: torch.device) -> bool:
+    """Whether the CUDA kernels run on a device; warns once of a GPU on which they should and do not."""
+    if device.type != "cuda":
+        return False
+    return _probe(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@lru_cache
+def _probe(index: int) -> bool:
+    reason = why_not_on(index)
+    if reason is not None and has_cuda():
+        warnings.warn(
+            f"The CUDA kernels do not run on GPU {index} ({reason}), so plain torch takes over, right but slow; "
+            "`macko doctor` says more.",
+            MackoWarning,
+            stacklevel=3,
+        )
+    return reason is None
+
+
+@lru_cache
+def why_not_on(index: int) -> str | None:
+    """Why the CUDA kernels do not run on a GPU, found out by running one; None if they do."""
+    if not has_cuda():
+        return "the native library was built without them"
+    if torch.version.cuda is None:
+        return "this torch is not built for CUDA"
+    weight = torch.zeros(1, 8, dtype=torch.float16, device=torch.device("cuda", index))
+    weight[0, 3] = 1
+    counts = torch.full((1,), -1, dtype=torch.int32, device=weight.device)
+    try:
+        call_cuda("macko_cuda_row_entries", (weight, counts), _address(weight), *weight.shape, _address(counts))
+    except NativeError:
+        text: str = library().macko_cuda_error().decode()
+        return text
+    return None if int(counts) == 1 else "they compute nonsense there"
+
+
 def cpu_pack(weight: torch.Tensor) -> MackoMatrix:
     """`format.pack` of a contiguous [rows, cols] float16 or bfloat16 matrix on the CPU."""
     rows, cols = weight.shape
@@ -126,6 +175,7 @@ def cpu_pack(weight: torch.Tensor) -> MackoMatrix:
 
 def cpu_unpack(matrix: MackoMatrix) -> torch.Tensor:
     """`format.unpack` of a valid matrix on the CPU."""
+    _check_values(matrix.values)
     rows, cols = matrix.shape
     weight = torch.empty(rows, cols, dtype=matrix.values.dtype)
     arrays = _address(matrix.values), _address(matrix.deltas), _address(matrix.row_offsets)
@@ -155,6 +205,7 @@ def cpu_spmv(matrix: MackoMatrix, x: torch.Tensor, bias: torch.Tensor | None) ->
     Raises:
         NativeError: the bias has another shape or dtype, or an array is not contiguous.
     """
+    _check_values(matrix.values)
     rows, cols = matrix.shape
     tokens = x.shape[0]
     _check_bias(bias, x, rows)
@@ -194,6 +245,7 @@ def cuda_pack(weight: torch.Tensor) -> MackoMatrix:
 
 def cuda_unpack(matrix: MackoMatrix) -> torch.Tensor:
     """`format.unpack` of a valid matrix on a GPU."""
+    _check_values(matrix.values)
     rows, cols = matrix.shape
     values, deltas, row_offsets = _aligned(matrix)
     weight = torch.empty(rows, cols, dtype=values.dtype, device=values.device)
@@ -226,6 +278,7 @@ def cuda_spmv_rows(matrix: MackoMatrix, x: torch.Tensor, bias: torch.Tensor | No
     Raises:
         NativeError: the bias has another shape or dtype, the tensors lie on different devices, or x has another dtype.
     """
+    _check_values(matrix.values)
     rows, cols = matrix.shape
     tokens = x.shape[0]
     _check_bias(bias, x, rows)
@@ -240,56 +293,52 @@ def cuda_spmv_rows(matrix: MackoMatrix, x: torch.Tensor, bias: torch.Tensor | No
     return y
 
 
-def cuda_sliced(matrices: Sequence[MackoMatrix]) -> SlicedMatrix | None:
-    """The sliced layout of valid matrices on a GPU, of one dtype and with as many columns, as a group.
+class OnGpu(Protocol):
+    """A matrix whose struct the library reads."""
 
-    Dense is the way there, one matrix at a time and twice each, so that it takes no more memory than the largest.
+    @property
+    def data(self) -> torch.Tensor:
+        """The memory of its arrays."""
 
-    Returns:
-        None where the layout does not suit the matrices: no rows, too many columns for the GPU's shared memory, or rows of
-        very different lengths (`sliced.plan_rows`).
-    """
-    values, cols = matrices[0].values, matrices[0].shape[1]
-    device = values.get_device()
-    member_rows = [matrix.shape[0] for matrix in matrices]
-    if sum(member_rows) == 0 or cols > library().macko_cuda_sliced_max_cols(device):
-        return None
-    counts = {bits: torch.empty(sum(member_rows), dtype=torch.int32, device=values.device) for bits in DELTA_BITS}
-    for matrix, *own in zip(matrices, *(of_rows.split(member_rows) for of_rows in counts.values()), strict=True):
-        _count_entries(matrix, dict(zip(counts, own, strict=True)))
-    shapes = choose_shapes(member_rows, torch.cuda.get_device_properties(device).multi_processor_count)
-    nbytes = sum(matrix.nbytes for matrix in matrices)
-    planned = plan_rows(counts, member_rows, cols, values.dtype, shapes, nbytes)
-    if planned is None:
-        return None
-    group = SlicedMatrix(torch.zeros(planned.plan.nbytes, dtype=torch.uint8, device=values.device), planned.plan)
-    for offset, array in zip(planned.plan.array_offsets[-2:], (planned.unit_offsets, planned.row_order), strict=True):
-        group.data[offset : offset + array.nbytes] = array.view(torch.uint8)
-    for matrix, member in zip(matrices, group.members, strict=True):
-        _fill(member, cuda_unpack(matrix))
-    return group
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, cols)."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the values."""
+
+    @property
+    def address(self) -> int:
+        """Of its SlicedStruct."""
 
 
-def _count_entries(matrix: MackoMatrix, counts: dict[int, torch.Tensor]) -> None:
-    weight = cuda_unpack(matrix)
+def sliced_max_cols(device: torch.device) -> int:
+    """The most columns that a sliced matrix may have on a GPU, whose shared memory must hold x."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return int(library().macko_cuda_sliced_max_cols(index))
+
+
+def cuda_sliced_entries(weight: torch.Tensor, counts: dict[int, torch.Tensor]) -> None:
+    """Count the entries of each row of a dense [rows, cols] matrix: [rows] int32, by the bits of a delta."""
     for bits, of_rows in counts.items():
-        addresses = _address(weight), *matrix.shape, bits, _address(of_rows)
+        addresses = _address(weight), *weight.shape, bits, _address(of_rows)
         call_cuda("macko_cuda_sliced_entries", (weight, of_rows), *addresses)
 
 
-def _fill(matrix: SlicedMatrix, weight: torch.Tensor) -> None:
+def cuda_sliced_pack(weight: torch.Tensor, matrix: OnGpu) -> None:
+    """Fill a sliced matrix, whose values and deltas are zero, from a dense [rows, cols] one."""
     call_cuda("macko_cuda_sliced_pack", (weight, matrix.data), _address(weight), matrix.address)
 
 
-def cuda_sliced_unpack(matrix: SlicedMatrix) -> torch.Tensor:
+def cuda_sliced_unpack(matrix: OnGpu) -> torch.Tensor:
     """The dense [rows, cols] matrix of a sliced one."""
-    plan = matrix.plan
-    weight = torch.empty(matrix.rows, plan.cols, dtype=plan.dtype, device=matrix.data.device)
+    weight = torch.empty(matrix.shape, dtype=matrix.dtype, device=matrix.data.device)
     call_cuda("macko_cuda_sliced_unpack", (matrix.data,), matrix.address, _address(weight))
     return weight
 
 
-def cuda_sliced_spmv(matrix: SlicedMatrix, x: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor) -> None:
+def cuda_sliced_spmv(matrix: OnGpu, x: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor) -> None:
     """Y = x Wᵀ + bias on the GPU that is all tensors', accumulated in float32.
 
     Args:
@@ -307,9 +356,9 @@ def cuda_sliced_spmv(matrix: SlicedMatrix, x: torch.Tensor, bias: torch.Tensor |
         None if bias is None else bias.data_ptr(),
         None,
         y.data_ptr(),
-        x.numel() // matrix.plan.cols,
+        x.numel() // x.shape[-1],
         device,
-        torch._C._cuda_getCurrentRawStream(device),
+        _raw_stream(device),
     )
     if status != 0:
         _raise("macko_cuda_sliced_spmv", status)
@@ -323,6 +372,14 @@ def check_spmv(x: torch.Tensor, data: torch.Tensor, bias: torch.Tensor | None, r
     """
     _check_bias(bias, x, rows)
     _one_device((x, data) if bias is None else (x, data, bias))
+
+
+def _check_values(values: torch.Tensor) -> None:
+    # The library would read other values' bytes as 16-bit ones.
+    if values.dtype not in (torch.float16, torch.bfloat16):
+        raise NativeError(
+            f"The packed values are {values.dtype}; they must stay float16 or bfloat16, as they were packed."
+        )
 
 
 def _check_bias(bias: torch.Tensor | None, x: torch.Tensor, rows: int) -> None:
@@ -366,7 +423,7 @@ def _raise(name: str, status: int) -> NoReturn:
 def call_cuda(name: str, tensors: tuple[torch.Tensor, ...], *arguments: object) -> None:
     """Call a function on the GPU that holds these tensors, all that it reads, and on the current stream."""
     device = _one_device(tensors)
-    _call(name, *arguments, device, torch._C._cuda_getCurrentRawStream(device))
+    _call(name, *arguments, device, _raw_stream(device))
 
 
 def _one_device(tensors: tuple[torch.Tensor, ...]) -> int:
@@ -376,3 +433,11 @@ def _one_device(tensors: tuple[torch.Tensor, ...]) -> int:
             places = " and ".join(sorted({str(tensor.device) for tensor in tensors}))
             raise NativeError(f"The tensors lie on {places}; move them to one device.")
     return device
+
+
+def _raw_stream(device: int) -> int:
+    """The current stream of a GPU, by torch's short way where this release has it."""
+    return int(_short_way(device)) if _short_way else int(torch.cuda.current_stream(device).cuda_stream)
+
+
+_short_way = getattr(torch._C, "_cuda_getCurrentRawStream", None)

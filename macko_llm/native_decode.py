@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from macko_llm.native import DTYPE_CODES, call_cuda, library
-from macko_llm.sliced import SlicedMatrix
+from macko_llm.native import DTYPE_CODES, OnGpu, call_cuda
+from macko_llm.native import sliced_max_cols as plain_max_cols
 
 _INT32, _INT64, _FLOAT, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 _PLAIN, _RMS_NORM, _SILU_GATE = 0, 1, 2
@@ -90,7 +90,7 @@ class Attention(ctypes.Structure):
 
 
 def sliced_spmv(
-    matrix: SlicedMatrix, x: Tensor, transform: Input, bias: Tensor | None, residual: Tensor | None, y: Tensor
+    matrix: OnGpu, x: Tensor, transform: Input, bias: Tensor | None, residual: Tensor | None, y: Tensor
 ) -> None:
     """Y = transform(x) Wᵀ + bias + residual for a few tokens, or for one where there is a transform.
 
@@ -103,7 +103,7 @@ def sliced_spmv(
         y: [tokens, rows] of that dtype; filled; may be the residual.
     """
     pointers = x.data_ptr(), _pointer(bias), _pointer(residual), y.data_ptr()
-    tokens = y.numel() // matrix.rows
+    tokens = y.numel() // matrix.shape[0]
     call_cuda(
         "macko_cuda_sliced_spmv", (matrix.data, x, y), matrix.address, ctypes.addressof(transform), *pointers, tokens
     )
@@ -152,7 +152,7 @@ def argmax(logits: Tensor, tokens: Tensor, scratch: Tensor) -> None:
 
 def sliced_max_cols(device: torch.device) -> int:
     """Columns for which a product with a transform finds room in the shared memory of a GPU."""
-    return int(library().macko_cuda_sliced_max_cols(device.index)) // 2
+    return plain_max_cols(device) // 2
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from macko_llm import checkpoint, models, ops
+from macko_llm import checkpoint, models
 from macko_llm.checkpoint import ShardWriter, TensorInfo
 from macko_llm.defaults import MAX_SHARD_SIZE
 from macko_llm.errors import CheckpointError, NonFiniteError, UsageError
 from macko_llm.format import DELTA_BITS, FORMAT_VERSION, VALUE_DTYPES, MackoMatrix, check_packable
+from macko_llm.layouts import canonical
 from macko_llm.linear import ARRAY_NAMES
 from macko_llm.progress import Progress, no_progress
 from macko_llm.transformers_integration import HEADER_DTYPES, MackoConfig, check_headers
@@ -178,7 +179,7 @@ def unpack_checkpoint(
             keys = [f"{name}.{part}" for part in ARRAY_NAMES]
             if all(part in pending for part in keys):
                 matrix = _matrix(name, linears[name], [pending.pop(part) for part in keys])
-                writer.add(f"{name}.weight", ops.unpack(matrix))
+                writer.add(f"{name}.weight", canonical.unpack(matrix))
         writer.close()
         progress("unpacking", len(infos), len(infos))
         config = checkpoint.read_config(source)
@@ -286,7 +287,7 @@ def _arrays(name: str, infos: dict[str, TensorInfo]) -> list[Tensor]:
 def _matrix(name: str, linear: nn.Linear, arrays: list[Tensor]) -> MackoMatrix:
     values, deltas, row_offsets = arrays
     matrix = MackoMatrix(values, deltas, row_offsets, (linear.out_features, linear.in_features))
-    ops.validate(matrix, name)
+    canonical.validate(matrix, name)
     return matrix
 
 
@@ -306,7 +307,7 @@ def _cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
 
 def _pack_layer(name: str, weight: Tensor) -> tuple[LayerReport, dict[str, Tensor]]:
     check_packable(weight, name)
-    matrix = ops.pack(weight)
+    matrix = canonical.pack(weight)
     if matrix.nbytes >= weight.nbytes:
         return _layer_report(weight, None), {f"{name}.weight": weight}
     arrays = (matrix.values, matrix.deltas, matrix.row_offsets)

@@ -9,9 +9,10 @@ from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from macko_llm import checkpoint, models, ops
+from macko_llm import checkpoint, models
 from macko_llm.errors import FormatError, UsageError
-from macko_llm.format import DELTA_BITS, FORMAT_VERSION, VALUE_DTYPES
+from macko_llm.format import DELTA_BITS, FORMAT_VERSION, VALUE_DTYPES, MackoMatrix
+from macko_llm.layouts import canonical
 from macko_llm.linear import ARRAY_NAMES, MackoLinear, arrange_group
 
 HEADER_DTYPES = {"float16": "F16", "bfloat16": "BF16"}
@@ -65,15 +66,6 @@ class MackoQuantizer(HfQuantizer):
 
     quantization_config: MackoConfig
 
-    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """Refuse a dtype that the packed values cannot serve: activations have their dtype, or float32."""
-        if dtype not in (self._value_dtype, torch.float32):
-            raise UsageError(
-                f"The checkpoint holds {self.quantization_config.value_dtype} values, so it cannot be loaded as {dtype}; "
-                f"load it as {self.quantization_config.value_dtype} or float32, or pack it with the other --dtype."
-            )
-        return dtype
-
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
     ) -> PreTrainedModel:
@@ -81,9 +73,9 @@ class MackoQuantizer(HfQuantizer):
             raise UsageError("Loading does not pack a dense model; make a packed checkpoint with `macko pack` first.")
         if not checkpoint_files:
             raise UsageError("A packed model loads from its safetensors files; pass from_pretrained its folder.")
-        infos = checkpoint.tensor_infos([Path(file) for file in checkpoint_files])
+        self._infos = infos = checkpoint.tensor_infos([Path(file) for file in checkpoint_files])
         self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
-        linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        linears = {name: module for name, module in model.named_modules() if models.is_plain_linear(module)}
         for name in check_headers(linears, infos, self.quantization_config.value_dtype):
             padded = infos[f"{name}.{ARRAY_NAMES[0]}"].shape[0]
             model.set_submodule(name, _placeholder(linears[name], padded, self._value_dtype))
@@ -94,12 +86,15 @@ class MackoQuantizer(HfQuantizer):
             dtype = self._dtypes.get(name, parameter.dtype)
             if parameter.dtype != dtype:  # a renamed tensor of a quantized model may be left as it was stored
                 parameter.data = parameter.data.to(dtype)
-        layers = _packed_layers(model)
-        for name, layer in layers.items():
-            for parameter in layer.parameters():
-                parameter.requires_grad_(False)  # transformers gives every floating tensor gradients
-            if not layer.weight_values.is_meta:  # offloaded to disk, or `loading` fills it
-                ops.validate(layer.matrix, name)
+        # Packed weights cannot be trained, and the gradients of all others would have to pass through them.
+        model.requires_grad_(False)
+        offloads = {"cpu", "disk"} & set(map(str, getattr(model, "hf_device_map", {}).values()))
+        for name, layer in _packed_layers(model).items():
+            if not layer.weight_values.is_meta:
+                _keep_in_own_memory(layer)
+                layer.validate(name)
+            elif offloads:  # else `loading` fills it; what offloading brings is validated again before each product
+                canonical.validate(_stored_matrix(name, layer, self._infos), name)
         for group in layer_groups(model):
             arrange_group(list(group.values()))
         return model
@@ -187,6 +182,23 @@ def _check_layer_headers(
             f"{row_offsets.dtype} {list(row_offsets.shape)}) do not fit its {linear.out_features} x {linear.in_features} "
             f"matrix of {value_dtype}; download or pack the model again."
         )
+
+
+def _keep_in_own_memory(layer: MackoLinear) -> None:
+    """Copy arrays on the CPU: transformers maps files into memory, and who writes to the file would change the weights."""
+    for name in ARRAY_NAMES:
+        array = getattr(layer, name)
+        if array.device.type == "cpu":
+            setattr(layer, name, nn.Parameter(array.clone(), requires_grad=False))
+
+
+def _stored_matrix(name: str, layer: MackoLinear, infos: dict[str, checkpoint.TensorInfo]) -> MackoMatrix:
+    arrays = []
+    for array in ARRAY_NAMES:
+        with checkpoint.open_tensors(infos[f"{name}.{array}"].file) as reader:
+            arrays.append(reader.get_tensor(f"{name}.{array}"))
+    values, deltas, row_offsets = arrays
+    return MackoMatrix(values, deltas, row_offsets, (layer.out_features, layer.in_features))
 
 
 def _placeholder(linear: nn.Linear, padded: int, dtype: torch.dtype) -> MackoLinear:

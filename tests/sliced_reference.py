@@ -8,13 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from macko_llm.sliced import (
-    MAX_PADDING,
-    Shape,
-    SlicedMatrix,
-    SlicedPlan,
-    SlicedStruct,
-)
+from macko_llm.layouts.sliced import SlicedMatrix
+from macko_llm.layouts.sliced_plan import MAX_PADDING, Shape, SlicedPlan
+from macko_llm.native import SlicedStruct
 
 HALVES = [torch.float16, torch.bfloat16]
 SHAPES = [Shape(32, 32), Shape(8, 32), Shape(32, 20), Shape(20, 24), Shape(28, 16), Shape(12, 12), Shape(5, 8)]

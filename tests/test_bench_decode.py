@@ -13,12 +13,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
-from macko_llm import checkpoint, models, ops
+from macko_llm import checkpoint, models
 from macko_llm.benchmarks import decode
 from macko_llm.benchmarks.parts import part_of
 from macko_llm.benchmarks.shapes import SHAPES, shape_config
 from macko_llm.benchmarks.subjects import Subject, make_subject, packed_layers, packed_sparsity
 from macko_llm.cli.main import app
+from macko_llm.layouts import canonical
 from macko_llm.linear import MackoLinear
 from macko_llm.loading import load
 
@@ -138,7 +139,7 @@ def test_random_weights_have_exactly_their_zeros(sparsity: float) -> None:
     layers = dict(packed_layers(model))
     assert len(layers) == 2 * 7
     for layer in layers.values():
-        weight = ops.unpack(layer.matrix)
+        weight = canonical.unpack(layer.matrix)
         assert weight.shape == (layer.out_features, layer.in_features)
         assert ((weight == 0).sum(dim=1) == int(layer.in_features * sparsity)).all()
         assert weight[weight != 0].float().std() == pytest.approx(0.02, rel=0.1)
@@ -186,7 +187,7 @@ def test_a_dense_model_is_pruned_by_magnitude(dense: Path) -> None:
     subject = subject_of(dense, sparsities=(0.3,))
     whole = models.prunable_linears(subject.dense())
     for name, layer in packed_layers(subject.packed(0.3)):
-        weight, pruned = whole[name].weight, ops.unpack(layer.matrix)
+        weight, pruned = whole[name].weight, canonical.unpack(layer.matrix)
         kept = pruned != 0
         assert ((~kept).sum(dim=1) == int(weight.shape[1] * 0.3)).all()
         assert torch.equal(pruned[kept], weight[kept])

@@ -123,7 +123,6 @@ WANDA = "--calibration text.txt --nsamples 2 --seqlen 16"
         ("generate packed --prompt Hi --top-k 5", WRONG_CALL, "add --temperature"),
         ("generate packed --prompt Hi --system-prompt Ho", WRONG_CALL, "add --chat"),
         ("generate packed --prompt Hi --chat", WRONG_CALL, "no chat template"),
-        ("generate packed --prompt Hi --dtype bfloat16", WRONG_CALL, "float16 values"),
         ("eval-perplexity packed --dataset text.txt --limit 0", WRONG_CALL, "--limit 1 or more"),
         ("eval-perplexity packed --dataset text.txt --stride 0", WRONG_CALL, "stride"),
         # Calls that the parser refuses.

@@ -18,14 +18,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from macko_llm import format as spec
-from macko_llm import native, ops
+from macko_llm import native
 from macko_llm.errors import FormatError, NonFiniteError
 from macko_llm.format import MackoMatrix, packed_nbytes, validate
+from macko_llm.layouts import canonical
 
 DOCUMENT = (Path(__file__).parents[1] / "docs" / "format.md").read_text(encoding="utf-8")
 DTYPES = {torch.float16: 0x7C00, torch.bfloat16: 0x7F80}  # and the bits of its infinity
 SPECIAL = [0x0001, 0x8001, 0x8000]  # smallest subnormal of either sign, -0.0
-PACKERS = {"format": (spec.pack, spec.unpack), "ops": (ops.pack, ops.unpack)}
+PACKERS = {"format": (spec.pack, spec.unpack), "ops": (canonical.pack, canonical.unpack)}
 SPANS = {"format": spec.row_spans, "native": native.cpu_row_spans}
 
 Bits = list[list[int]]
@@ -220,7 +221,7 @@ def test_sizes_of_the_document() -> None:
         formula = 20 * density / (1 - (1 - density) ** 16)
         assert bits == f"{formula:.2f}"
         assert share == f"{formula / 16:.0%}".removesuffix("%")
-        matrix = ops.pack((uniform < density).to(torch.float16))
+        matrix = canonical.pack((uniform < density).to(torch.float16))
         measured = matrix.nbytes * 8 / (rows * cols)
         assert measured == pytest.approx(formula + 32 / cols, rel=0.02)
         if sparsity != "20":

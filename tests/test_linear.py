@@ -2,18 +2,21 @@
 
 import copy
 import io
+import weakref
 from collections.abc import Callable
 
 import pytest
 import torch
+from accelerate.utils import set_module_tensor_to_device
 from sliced_reference import make as sliced_group
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from macko_llm import ops
+from macko_llm import native
 from macko_llm.errors import FormatError
+from macko_llm.layouts import canonical, sliced
+from macko_llm.layouts.canonical import SPMV_MAX_TOKENS
 from macko_llm.linear import ARRAY_NAMES, MackoLinear, arrange_group, group_of
-from macko_llm.ops import SPMV_MAX_TOKENS
 
 ROWS, COLS = 24, 172
 HALVES = [torch.float16, torch.bfloat16]
@@ -26,7 +29,7 @@ def make(dtype: torch.dtype = torch.float16, *, bias: bool = True, seed: int = 0
     weight[3] = 0
     weight = weight.to(dtype)
     values = torch.randn(ROWS, generator=generator).to(dtype) if bias else None
-    return MackoLinear.from_matrix(ops.pack(weight), values), weight
+    return MackoLinear.from_matrix(canonical.pack(weight), values), weight
 
 
 def reference(x: Tensor, layer: MackoLinear, weight: Tensor) -> Tensor:
@@ -98,12 +101,14 @@ def test_a_bias_of_another_dtype() -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 9])
-def test_refuses_another_width_or_dtype(tokens: int) -> None:
+def test_refuses_another_width_or_kind(tokens: int) -> None:
     layer, _ = make()
     with pytest.raises(FormatError, match="171 features and the matrix 172 columns"):
         layer(torch.ones(tokens, COLS - 1).half())
-    with pytest.raises(FormatError, match=r"input is torch\.bfloat16 and the packed values are torch\.float16"):
-        layer(torch.ones(tokens, COLS).bfloat16())
+    with pytest.raises(
+        FormatError, match=r"input is torch\.int64; convert it to float16, bfloat16, float32 or float64"
+    ):
+        layer(torch.ones(tokens, COLS, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("leading", [(1,), (2, 2), (9,)])
@@ -175,13 +180,13 @@ def test_state_dict_round_trip() -> None:
     for other in (filled, placeholder, copy.deepcopy(layer)):
         assert other.state_dict().keys() == state.keys()
         assert all(torch.equal(tensor, state[name]) for name, tensor in other.state_dict().items())
-        assert torch.equal(ops.unpack(other.matrix), weight)
+        assert torch.equal(canonical.unpack(other.matrix), weight)
         assert torch.equal(other(x), layer(x))
 
 
 def test_a_new_layer_is_all_zeros() -> None:
-    layer = MackoLinear(COLS, ROWS, 8, bias=True, dtype=torch.bfloat16)
-    ops.validate(MackoLinear(COLS, ROWS, 0).matrix, "empty")
+    layer = MackoLinear(COLS, ROWS, 0, bias=True, dtype=torch.bfloat16)
+    canonical.validate(MackoLinear(COLS, ROWS, 0).matrix, "empty")
     assert torch.equal(layer(torch.ones(2, COLS)), torch.zeros(2, ROWS))
     with pytest.raises(ValueError, match="padded is 12, not a multiple of 8"):
         MackoLinear(COLS, ROWS, 12)
@@ -194,7 +199,7 @@ def test_parameters_are_frozen_and_shared_with_the_matrix() -> None:
     assert not any(parameter.requires_grad for parameter in layer.parameters())
     assert sum(p.nbytes for p in layer.parameters()) == matrix.nbytes + ROWS * 2
     assert f"in_features={COLS}, out_features={ROWS}" in str(layer)
-    assert torch.equal(ops.unpack(matrix), weight)
+    assert torch.equal(canonical.unpack(matrix), weight)
 
 
 def test_a_cpu_has_nothing_to_arrange() -> None:
@@ -206,13 +211,13 @@ def test_a_cpu_has_nothing_to_arrange() -> None:
     for change in (layer.restore, layer.arrange, layer.arrange, layer.restore, layer.cpu):
         change()
         assert not layer.is_arranged
-        assert layer.weight_sliced is None
+        assert layer.weight_layout is None
         assert [parameter.data_ptr() for parameter in layer.parameters()] == places
         assert layer.state_dict().keys() == state.keys()
         assert all(torch.equal(tensor, state[name]) for name, tensor in layer.state_dict().items())
         assert torch.equal(layer(x), expected)
-    assert ops.arrange(layer.matrix) is None
-    assert torch.equal(ops.unpack(layer.matrix), weight)
+    assert sliced.arrange(layer.matrix) is None
+    assert torch.equal(canonical.unpack(layer.matrix), weight)
 
 
 def test_a_placeholder_has_nothing_to_arrange() -> None:
@@ -228,7 +233,7 @@ def test_a_cpu_has_no_groups() -> None:
     states = [{name: tensor.clone() for name, tensor in layer.state_dict().items()} for layer in layers]
     arrange_group(layers)
     assert group_of(layers) is None
-    assert ops.arrange_group([layer.matrix for layer in layers]) is None
+    assert sliced.arrange_group([layer.matrix for layer in layers]) is None
     for layer, state in zip(layers, states, strict=True):
         assert not layer.is_arranged
         assert all(torch.equal(tensor, state[name]) for name, tensor in layer.state_dict().items())
@@ -249,7 +254,7 @@ def test_copies_of_a_group_are_a_group(remake: Callable[[nn.ModuleList], nn.Modu
     group = sliced_group(member_rows=(ROWS, 7, ROWS))
     layers = nn.ModuleList(MackoLinear(COLS, member.rows, 8, device="meta") for member in group.members)
     for layer, member in zip(layers, group.members, strict=True):
-        layer._set_sliced(member)
+        layer._hold(member)
     assert group_of(layers).data is group.data
     assert group_of(layers).member is None
     assert [buffer.data_ptr() for buffer in layers.buffers()] == [group.data.data_ptr()]  # once, though it is in all
@@ -259,6 +264,165 @@ def test_copies_of_a_group_are_a_group(remake: Callable[[nn.ModuleList], nn.Modu
     assert twin.plan == group.plan
     assert torch.equal(twin.data, group.data)
     assert twin.data.data_ptr() != group.data.data_ptr()
-    assert all(layer.weight_sliced is twin.data for layer in twins)
+    assert all(layer.weight_layout is twin.data for layer in twins)
     for others in (layers[:2], layers[::-1], [layers[0], twins[1], layers[2]], layers[1:2]):
         assert group_of(others) is None
+
+
+# Arrays from outside
+
+
+def damaged(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Deltas that lead far out of every row."""
+    return {**state, "weight_deltas": torch.full_like(state["weight_deltas"], 0xFF)}
+
+
+def load_into(layer: MackoLinear, state: dict[str, Tensor], *, assign: bool) -> None:
+    with pytest.raises(RuntimeError, match=r"not valid MACKO data \(.*\); download or pack it again"):
+        layer.load_state_dict(state, assign=assign)
+
+
+OUTSIDE: dict[str, Callable[[MackoLinear], object]] = {
+    "load_state_dict": lambda layer: load_into(layer, damaged(layer.state_dict()), assign=False),
+    "load_state_dict(assign=True)": lambda layer: load_into(layer, damaged(layer.state_dict()), assign=True),
+    "in place": lambda layer: layer.weight_deltas.fill_(0xFF),
+    "copy_": lambda layer: layer.weight_row_offsets.copy_(layer.weight_row_offsets.flip(0)),
+    "assignment": lambda layer: setattr(
+        layer, "weight_deltas", nn.Parameter(torch.full_like(layer.weight_deltas, 0xFF), requires_grad=False)
+    ),
+    "another layer's": lambda layer: setattr(layer, "weight_deltas", make(seed=1)[0].weight_deltas),
+    "accelerate": lambda layer: set_module_tensor_to_device(
+        layer, "weight_deltas", "cpu", value=torch.full_like(layer.weight_deltas, 0xFF)
+    ),
+    "to_empty": lambda layer: [layer.to_empty(device="cpu"), layer.weight_deltas.data.fill_(0xFF)],
+    "apply": lambda layer: layer._apply(lambda tensor: torch.full_like(tensor, 0x7C)),
+}
+
+
+@pytest.mark.parametrize("change", OUTSIDE.values(), ids=OUTSIDE)
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_arrays_that_are_not_valid_never_reach_a_kernel(
+    change: Callable[[MackoLinear], object], tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, _ = make()
+    layer(torch.randn(tokens, COLS))
+    change(layer)
+    monkeypatch.setattr(native, "cpu_spmv", None)
+    monkeypatch.setattr(native, "cpu_unpack", None)
+    for _ in range(2):
+        with pytest.raises(FormatError, match="is not valid MACKO data"):
+            layer(torch.randn(tokens, COLS))
+
+
+def test_valid_arrays_are_checked_once_however_they_came(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, _ = make()
+    other = MackoLinear.from_matrix(canonical.pack(-layer.layout.dense()), torch.randn(ROWS).half())
+    calls = []
+    spans = native.cpu_row_spans
+    monkeypatch.setattr(native, "cpu_row_spans", lambda *arrays: [calls.append(1), spans(*arrays)][1])
+    layer.load_state_dict(other.state_dict(), assign=True)
+    assert len(calls) == 1
+    x = torch.randn(1, COLS)
+    for _ in range(3):
+        assert torch.equal(layer(x), other(x))
+    assert len(calls) == 1
+    for name in ARRAY_NAMES:
+        setattr(layer, name, nn.Parameter(getattr(layer, name).clone(), requires_grad=False))
+    for _ in range(3):
+        assert torch.equal(layer(x), other(x))
+    assert len(calls) == 2
+
+
+def test_a_layer_keeps_nothing_alive_that_was_offloaded() -> None:
+    layer, _ = make()
+    layer(torch.randn(1, COLS))
+    gone = weakref.ref(layer.weight_values)
+    for name in ARRAY_NAMES:
+        set_module_tensor_to_device(layer, name, "meta")
+    assert gone() is None
+
+
+# Dtypes
+
+
+CASTS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "float": nn.Module.float,
+    "double": nn.Module.double,
+    "half": nn.Module.half,
+    "bfloat16": nn.Module.bfloat16,
+    "to": lambda module: module.to(torch.bfloat16),
+    "type": lambda module: module.type(torch.float32),
+}
+
+
+@pytest.mark.parametrize("cast", CASTS.values(), ids=CASTS)
+@pytest.mark.parametrize("dtype", HALVES)
+def test_values_keep_their_dtype_when_a_model_is_cast(
+    cast: Callable[[nn.Module], nn.Module], dtype: torch.dtype
+) -> None:
+    layer, weight = make(dtype)
+    state = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    twin = cast(nn.Linear(COLS, ROWS))
+    assert cast(layer) is layer
+    for name in ARRAY_NAMES:
+        assert layer.state_dict()[name].dtype == state[name].dtype
+        assert torch.equal(layer.state_dict()[name], state[name])
+    assert list(layer.state_dict()) == list(state)
+    assert layer.bias.dtype == twin.weight.dtype
+    for tokens in (1, 9):
+        x = torch.randn(tokens, COLS).to(twin.weight.dtype)
+        y = layer(x)
+        assert y.dtype == twin(x).dtype
+        # As precise as nn.Linear with weights that were rounded to x's dtype.
+        eps = torch.finfo(y.dtype).eps
+        slack = eps * (x.double().abs() @ weight.double().abs().T + 1) * (2 if eps > 1e-4 else 8)
+        assert ((y.double() - reference(x, layer, weight)).abs() <= slack).all()
+
+
+@pytest.mark.parametrize("autocast_to", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_autocast_casts_as_it_does_around_a_dense_layer(autocast_to: torch.dtype, tokens: int) -> None:
+    for x_dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+        layer, weight = make()
+        layer.to(x_dtype)
+        twin = nn.Linear(COLS, ROWS).to(x_dtype)
+        x = torch.randn(tokens, COLS, dtype=x_dtype)
+        with torch.autocast("cpu", autocast_to):
+            y = layer(x)
+            assert y.dtype == twin(x).dtype
+        eps = torch.finfo(autocast_to).eps
+        slack = 2 * eps * (x.double().abs() @ weight.double().abs().T + 1)
+        assert ((y.double() - reference(x, layer, weight)).abs() <= slack).all()
+
+
+# Gradients
+
+
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_a_gradient_keeps_the_packed_arrays_and_not_the_dense_weight(tokens: int) -> None:
+    layer, _ = make()
+    held = {layer.weight_values.data_ptr(), layer.weight_deltas.data_ptr(), layer.weight_row_offsets.data_ptr()}
+    x = torch.randn(tokens, COLS, requires_grad=True)
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        layer(x)
+    assert held <= {tensor.data_ptr() for tensor in saved}
+    assert all(tensor.shape != (ROWS, COLS) for tensor in saved)
+
+
+def test_second_derivatives_and_a_bias_that_learns() -> None:
+    layer, weight = make()
+    bias = torch.randn(ROWS, requires_grad=True)
+    twin_bias = bias.detach().clone().requires_grad_()
+    x = torch.randn(3, 2, COLS, requires_grad=True)
+    twin = x.detach().clone().requires_grad_()
+    for inputs, own, product in (
+        (x, bias, lambda x: layer.layout.linear(x, bias)),
+        (twin, twin_bias, lambda x: F.linear(x, weight.float(), twin_bias)),
+    ):
+        (first,) = torch.autograd.grad(product(inputs).square().sum(), inputs, create_graph=True)
+        first.square().sum().backward()
+        product(inputs.detach()).square().sum().backward()
+        assert own.grad is not None
+    torch.testing.assert_close(x.grad, twin.grad)
+    torch.testing.assert_close(bias.grad, twin_bias.grad)

@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from macko_llm import native, ops
+from macko_llm import native
 from macko_llm.errors import FormatError
 from macko_llm.format import MackoMatrix
+from macko_llm.layouts import canonical
 
 HALVES = [torch.float16, torch.bfloat16]
 ACTIVATIONS = [*HALVES, torch.float32]
@@ -63,13 +64,13 @@ def products(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor 
 @settings(max_examples=300, deadline=None)
 def test_spmv_is_within_rounding_of_float64(product: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]) -> None:
     x, weight, bias = product
-    matrix = ops.pack(weight)
+    matrix = canonical.pack(weight)
     arrays = (matrix.values, matrix.deltas, matrix.row_offsets)
     y = torch.ops.macko.spmv(x, *arrays, bias)
     assert y.shape == (len(x), len(weight))
     assert_within_rounding(y, x, weight, bias)
     if x.dtype in (weight.dtype, torch.float32):
-        assert_within_rounding(ops.linear(x, matrix, bias), x, weight, bias)
+        assert_within_rounding(matrix.linear(x, bias), x, weight, bias)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -78,18 +79,18 @@ def test_rows_that_begin_and_end_anywhere(entries: tuple[int, ...], dtype: torch
     weight = torch.zeros(len(entries), 300, dtype=dtype)
     for row, count in enumerate(entries):
         weight[row, 12 : 12 * count + 1 : 12] = torch.arange(1, count + 1) * (-1) ** row
-    matrix = ops.pack(weight)
+    matrix = canonical.pack(weight)
     assert (matrix.row_offsets % 2).any()
     x = torch.arange(300.0).expand(2, 300).contiguous()
     # Small whole numbers: every sum is exact.
-    assert torch.equal(ops.linear(x, matrix, None), x @ weight.float().T)
+    assert torch.equal(matrix.linear(x, None), x @ weight.float().T)
 
 
 def test_a_matrix_without_rows() -> None:
-    matrix = ops.pack(torch.zeros(0, 5, dtype=torch.float16))
-    assert ops.linear(torch.ones(2, 3, 5), matrix, None).shape == (2, 3, 0)
-    assert ops.linear(torch.ones(1, 5), matrix, torch.zeros(0)).shape == (1, 0)
-    assert ops.unpack(matrix).shape == (0, 5)
+    matrix = canonical.pack(torch.zeros(0, 5, dtype=torch.float16))
+    assert matrix.linear(torch.ones(2, 3, 5), None).shape == (2, 3, 0)
+    assert matrix.linear(torch.ones(1, 5), torch.zeros(0)).shape == (1, 0)
+    assert canonical.unpack(matrix).shape == (0, 5)
 
 
 def every_half(dtype: torch.dtype) -> torch.Tensor:
@@ -126,7 +127,7 @@ def test_loads_every_value_exactly(dtype: torch.dtype) -> None:
 def test_loads_subnormal_halves_where_subnormal_floats_are_flushed() -> None:
     values = every_half(torch.float16)
     y = native.cpu_spmv(one_column(values), torch.ones(1, 1), None)[0]
-    x = native.cpu_spmv(ops.pack(torch.ones(1, 1, dtype=torch.float16)), values[:, None], None)[:, 0]
+    x = native.cpu_spmv(canonical.pack(torch.ones(1, 1, dtype=torch.float16)), values[:, None], None)[:, 0]
     torch.set_flush_denormal(False)
     assert_same(y, values.float())
     assert_same(x, values)
@@ -135,7 +136,7 @@ def test_loads_subnormal_halves_where_subnormal_floats_are_flushed() -> None:
 @pytest.mark.parametrize("dtype", HALVES)
 def test_activations_come_back_as_they_went_in(dtype: torch.dtype) -> None:
     x = every_half(dtype)[:, None]
-    assert_same(native.cpu_spmv(ops.pack(torch.ones(1, 1, dtype=dtype)), x, None), x)
+    assert_same(native.cpu_spmv(canonical.pack(torch.ones(1, 1, dtype=dtype)), x, None), x)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -176,8 +177,8 @@ def test_stores_round_as_torch_does(dtype: torch.dtype) -> None:
 def test_ties_go_to_even(dtype: torch.dtype, product: tuple[float, float], bias: float, stored: float) -> None:
     w, x = product
     for sign in (1, -1):
-        matrix = ops.pack(torch.tensor([[w]], dtype=dtype))
-        y = ops.linear(torch.tensor([[x * sign]], dtype=dtype), matrix, torch.tensor([bias * sign], dtype=dtype))
+        matrix = canonical.pack(torch.tensor([[w]], dtype=dtype))
+        y = matrix.linear(torch.tensor([[x * sign]], dtype=dtype), torch.tensor([bias * sign], dtype=dtype))
         assert y.item() == stored * sign
 
 
@@ -185,7 +186,7 @@ def test_ties_go_to_even(dtype: torch.dtype, product: tuple[float, float], bias:
 @pytest.mark.parametrize("dtype", HALVES)
 def test_opcheck(dtype: torch.dtype, x_dtype: torch.dtype) -> None:
     weight = sparse(6, 40, 0.5, dtype)
-    matrix = ops.pack(weight)
+    matrix = canonical.pack(weight)
     arrays = (matrix.values, matrix.deltas, matrix.row_offsets)
     x, bias = torch.randn(3, 40).to(x_dtype), torch.randn(6).to(x_dtype)
     torch.library.opcheck(torch.ops.macko.spmv, (x, *arrays, bias))
@@ -201,11 +202,11 @@ def test_plain_torch_of_other_devices_agrees(
     product: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
 ) -> None:
     x, weight, bias = product
-    arrays = ops._pack_any(weight)
+    arrays = canonical._pack_any(weight)
     for plain, fast in zip(arrays, torch.ops.macko.pack(weight), strict=True):
         assert torch.equal(plain, fast)
-    assert torch.equal(ops._unpack_any(*arrays, weight.shape[1]), weight)
-    y = ops._spmv_any(x.float(), *arrays, None if bias is None else bias.float())
+    assert torch.equal(canonical._unpack_any(*arrays, weight.shape[1]), weight)
+    y = canonical._spmv_any(x.float(), *arrays, None if bias is None else bias.float())
     assert_within_rounding(y, x.float(), weight, None if bias is None else bias.float())
 
 
@@ -219,9 +220,15 @@ def test_threads_change_no_byte(threads: int) -> None:
         results = []
         for count in (1, threads):
             torch.set_num_threads(count)
-            matrix = ops.pack(weight)
+            matrix = canonical.pack(weight)
             results.append(
-                [matrix.values, matrix.deltas, matrix.row_offsets, ops.unpack(matrix), ops.linear(x, matrix, None)]
+                [
+                    matrix.values,
+                    matrix.deltas,
+                    matrix.row_offsets,
+                    canonical.unpack(matrix),
+                    matrix.linear(x, None),
+                ]
             )
     finally:
         torch.set_num_threads(before)
@@ -232,17 +239,17 @@ def test_threads_change_no_byte(threads: int) -> None:
     assert torch.equal(results[0][3], weight)
 
 
-def test_linear_refuses_another_width_or_dtype() -> None:
-    matrix = ops.pack(torch.ones(3, 5, dtype=torch.float16))
+def test_linear_refuses_another_width_or_kind() -> None:
+    matrix = canonical.pack(torch.ones(3, 5, dtype=torch.float16))
     with pytest.raises(FormatError, match=r"input has 4 features and the matrix 5 columns; give it \[\.\.\., 5\]\.$"):
-        ops.linear(torch.ones(2, 4), matrix, None)
-    for dtype in (torch.bfloat16, torch.float64, torch.int64):
-        with pytest.raises(FormatError, match=f"input is {dtype} and the packed values are torch.float16; convert"):
-            ops.linear(torch.ones(2, 5, dtype=dtype), matrix, None)
+        matrix.linear(torch.ones(2, 4), None)
+    for dtype in (torch.int64, torch.complex64, torch.bool):
+        with pytest.raises(FormatError, match=f"input is {dtype}; convert it to float16"):
+            matrix.linear(torch.ones(2, 5, dtype=dtype), None)
 
 
 def test_validate_names_the_layer() -> None:
-    matrix = ops.pack(torch.ones(3, 5, dtype=torch.float16))
-    ops.validate(matrix, "layer")
+    matrix = canonical.pack(torch.ones(3, 5, dtype=torch.float16))
+    canonical.validate(matrix, "layer")
     with pytest.raises(FormatError, match=r"^layer is not valid MACKO data"):
-        ops.validate(MackoMatrix(matrix.values, matrix.deltas, matrix.row_offsets, (3, 4)), "layer")
+        canonical.validate(MackoMatrix(matrix.values, matrix.deltas, matrix.row_offsets, (3, 4)), "layer")

@@ -28,7 +28,7 @@ from sliced_reference import (
 )
 
 from macko_llm import format as spec
-from macko_llm.sliced import (
+from macko_llm.layouts.sliced_plan import (
     DELTA_BITS,
     HEIGHTS,
     MAX_OVERHEAD,
@@ -36,10 +36,10 @@ from macko_llm.sliced import (
     RESIDENT_BLOCKS,
     Shape,
     SlicedPlan,
-    SlicedStruct,
     choose_shapes,
     plan_rows,
 )
+from macko_llm.native import SlicedStruct
 
 HEADER = Path(__file__).resolve().parents[1] / "csrc" / "macko.h"
 H200 = 132
@@ -95,7 +95,7 @@ def test_deltas_of_four_bits_are_the_formats() -> None:
 
 @pytest.mark.parametrize(("rows", "height", "warps"), [(4096, 32, 32), (11008, 28, 16), (12288, 32, 16)])
 def test_shapes_on_an_h200(rows: int, height: int, warps: int) -> None:
-    assert choose_shapes([rows], H200)[0] == Shape(height, warps)
+    assert choose_shapes([rows], H200, RESIDENT_BLOCKS)[0] == Shape(height, warps)
 
 
 def test_shapes_are_those_of_the_library_and_the_first_gives_multiprocessors_equal_work() -> None:
@@ -110,7 +110,7 @@ def test_shapes_are_those_of_the_library_and_the_first_gives_multiprocessors_equ
 
     for multiprocessors in (1, 2, 14, 40, 58, 68, 84, 108, 114, 128, 132, 144, 148, 188, 256):
         for rows in (1, 8, 9, 31, 64, 256, *range(512, 30000, 1579), 1024, 4096, 11008, 12288, 22016, 128256):
-            chosen = choose_shapes([rows], multiprocessors)
+            chosen = choose_shapes([rows], multiprocessors, RESIDENT_BLOCKS)
             assert len(chosen) == len(shapes)
             assert set(chosen) == shapes
             best.add(chosen[0])
@@ -252,10 +252,14 @@ def test_the_planners_order_is_the_encoders() -> None:
 @pytest.mark.parametrize("multiprocessors", [14, 132])
 def test_shapes_count_the_slices_of_each_member(multiprocessors: int) -> None:
     """A member's last slice may be nearly empty: many small members need more places than their rows in one matrix."""
-    assert choose_shapes([4096, 0], multiprocessors) == choose_shapes([4096], multiprocessors)
-    assert choose_shapes([32] * 128, multiprocessors) != choose_shapes([4096], multiprocessors)
+    assert choose_shapes([4096, 0], multiprocessors, RESIDENT_BLOCKS) == choose_shapes(
+        [4096], multiprocessors, RESIDENT_BLOCKS
+    )
+    assert choose_shapes([32] * 128, multiprocessors, RESIDENT_BLOCKS) != choose_shapes(
+        [4096], multiprocessors, RESIDENT_BLOCKS
+    )
     for members in ([33] * 132, [9] * 264, [4096, 1024, 1024]):
-        best = choose_shapes(members, multiprocessors)[0]
+        best = choose_shapes(members, multiprocessors, RESIDENT_BLOCKS)[0]
         slices = sum(divided_up(rows, best.height) for rows in members)
         places = multiprocessors * RESIDENT_BLOCKS[best.warps]
         least = min(

@@ -12,11 +12,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from sliced_reference import GROUPS, HALVES, SHAPES, decode, decode_struct, fields, make, patterns, random_matrix
 
-from macko_llm.sliced import (
-    DELTA_BITS,
-    Shape,
-    SlicedMatrix,
-)
+from macko_llm.layouts.sliced import SlicedMatrix
+from macko_llm.layouts.sliced_plan import DELTA_BITS, Shape
 
 
 @pytest.mark.parametrize(("dtype", "code"), [(torch.float16, 0), (torch.bfloat16, 1)])

@@ -11,7 +11,8 @@ from families import random_tokens, save_model
 from helpers import assert_plain, copy_model, weights
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 import macko_llm
 from macko_llm import checkpoint, models
@@ -139,18 +140,92 @@ def test_float32_activations_on_float16_values(family: str, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("values", "asked"), [(torch.float16, "bfloat16"), (torch.bfloat16, "float16")], ids=["float16", "bfloat16"]
 )
-def test_a_16_bit_dtype_that_the_values_do_not_have(values: torch.dtype, asked: str, tmp_path: Path) -> None:
+def test_the_other_16_bit_dtype_is_that_of_the_rest(values: torch.dtype, asked: str, tmp_path: Path) -> None:
+    """Activations and dense weights have it; packed values keep theirs, and are saved and loaded again so."""
     folder = _make_packed(tmp_path, "llama", values)
-    own = str(values).removeprefix("torch.")
-    for call in (
-        lambda: macko_llm.load(folder, dtype=asked),
-        lambda: AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, asked)),
+    dtype = getattr(torch, asked)
+    for load in (
+        lambda folder: macko_llm.load(folder, device="cpu").to(dtype),
+        lambda folder: AutoModelForCausalLM.from_pretrained(folder, dtype=dtype),
+        lambda folder: macko_llm.load(folder, dtype=asked, device="cpu"),
     ):
-        with pytest.raises(
-            UsageError, match=f"holds {own} values, .* cannot be loaded as .*{asked}; .*load it as {own}"
-        ) as caught:
-            call()
-        assert_plain(str(caught.value))
+        model, dense = load(folder), load(tmp_path / "pruned")
+        assert {parameter.dtype for parameter in model.parameters()} >= {getattr(torch, asked), values}
+        for tokens in (TOKENS, TOKENS[:1, :1]):
+            logits = _logits(model, tokens)
+            assert logits.dtype == getattr(torch, asked)
+            expected = _logits(dense, tokens)
+            assert (logits - expected).abs().max() < 8 * torch.finfo(torch.bfloat16).eps * expected.abs().max()
+    model.save_pretrained(tmp_path / "again")
+    again = macko_llm.load(tmp_path / "again", device="cpu")
+    assert torch.equal(_logits(again), _logits(model))
+
+
+def test_a_loaded_model_keeps_no_dense_weight_for_gradients(tmp_path: Path) -> None:
+    """Outside no_grad, where embeddings would want gradients: nothing of a packed model does."""
+    for load in (macko_llm.load, AutoModelForCausalLM.from_pretrained):
+        model = load(_make_packed(tmp_path, "llama") if load is macko_llm.load else tmp_path / "packed")
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+        assert not model(TOKENS).logits.requires_grad
+
+
+def test_who_overwrites_the_file_does_not_change_the_model(tmp_path: Path) -> None:
+    folder = _make_packed(tmp_path, "llama")
+    for load in (lambda: macko_llm.load(folder, device="cpu"), lambda: AutoModelForCausalLM.from_pretrained(folder)):
+        model = load()
+        state = {name: tensor.clone() for name, tensor in model.state_dict().items() if name.endswith(ARRAY_NAMES)}
+        (file,) = folder.glob("*.safetensors")
+        content = file.read_bytes()
+        with file.open("r+b") as stream:
+            stream.seek(len(content) // 2)
+            stream.write(b"\xff" * (len(content) - len(content) // 2))
+        found = model.state_dict()
+        assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+        file.write_bytes(content)
+
+
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_damage_in_offloaded_layers_is_found_when_they_load(place: str, tmp_path: Path) -> None:
+    folder = _make_packed(tmp_path, "llama")
+    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    places |= {"model.layers.0": "cpu", "model.layers.1": "disk"} if place == "disk" else {"model.layers": "cpu"}
+    options = {"device_map": places, "offload_folder": tmp_path / "offload"}
+    expected = _logits(macko_llm.load(folder, device="cpu"))
+    assert torch.equal(_logits(AutoModelForCausalLM.from_pretrained(folder, **options)), expected)
+    info = next(
+        info
+        for file in folder.glob("*.safetensors")
+        for name, info in checkpoint.tensor_infos([file]).items()
+        if name == "model.layers.1.mlp.up_proj.weight_deltas"
+    )
+    with info.file.open("r+b") as stream:
+        stream.seek(info.offset)
+        stream.write(b"\xff" * 200)
+    with pytest.raises(FormatError, match=r"layers\.1\.mlp\.up_proj is not valid MACKO data \(row 0 reaches column"):
+        AutoModelForCausalLM.from_pretrained(folder, **options)
+
+
+class Doubled(nn.Linear):
+    """A linear layer with a forward of its own."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+def test_a_linear_layer_with_a_forward_of_its_own_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = _make_packed(tmp_path, "llama")
+    create = LlamaMLP.__init__
+
+    def create_doubled(self: LlamaMLP, config: LlamaConfig) -> None:
+        create(self, config)
+        self.down_proj.__class__ = Doubled
+
+    monkeypatch.setattr(LlamaMLP, "__init__", create_doubled)
+    with pytest.raises(FormatError, match=r"packs model\.layers\.0\.mlp\.down_proj"):
+        macko_llm.load(folder, device="cpu")
+    assert not any(name.endswith("down_proj") for name in models.prunable_linears(models.skeleton(folder)))
 
 
 @pytest.mark.parametrize(("family", "tied"), [("gemma2", True), ("llama", False)])

@@ -21,7 +21,7 @@ struct SpmvConfig {
   static constexpr int Tokens = Tokens_;  // 1, 2 or 4
   static constexpr int Threads = Warps * kWarpSize;
   static constexpr int UnitsInFlight = DeltaBits == 2 ? 1 : 2;  // a thread's units fetched ahead; more cost registers
-  // Blocks that an SM holds at a time. The launch planner counts on it (macko_llm/sliced.py): with room for fewer, SMs
+  // Blocks that an SM holds at a time. The launch planner counts on it (macko_llm/layouts/sliced_plan.py): with room for fewer, SMs
   // would wait; with room for more, the next kernel's blocks would crowd on some SMs and leave others idle.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 750
   static constexpr int Blocks = is_lone_block(Warps) ? 1 : 32 / Warps;

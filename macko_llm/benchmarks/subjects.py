@@ -13,11 +13,12 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from macko_llm import checkpoint, models, ops
+from macko_llm import checkpoint, models
 from macko_llm.benchmarks.shapes import shape_config
 from macko_llm.benchmarks.weights import random_pruned
 from macko_llm.errors import UsageError
 from macko_llm.format import VALUE_DTYPES
+from macko_llm.layouts import canonical
 from macko_llm.linear import MackoLinear, arrange_group
 from macko_llm.loading import load
 from macko_llm.pruning.scores import lowest, magnitude_scores, removed_per_row
@@ -138,7 +139,7 @@ class PackedCheckpoint(Subject):
         model = self._load()
         for name, layer in packed_layers(model):
             linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-            linear.weight = _constant(ops.unpack(layer.matrix).to(model.dtype))
+            linear.weight = _constant(canonical.unpack(layer.matrix).to(model.dtype))
             linear.register_parameter("bias", None if layer.bias is None else _constant(layer.bias))
             model.set_submodule(name, linear)
         return model
@@ -205,7 +206,7 @@ def pack_linears(model: PreTrainedModel, weight_of: Weights) -> None:
     for group in _groups(model):
         layers = []
         for name, linear in group.items():
-            layer = MackoLinear.from_matrix(ops.pack(weight_of(linear)), linear.bias)
+            layer = MackoLinear.from_matrix(canonical.pack(weight_of(linear)), linear.bias)
             model.set_submodule(name, layer)
             layers.append(layer)
         arrange_group(layers)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from macko_llm import models, ops
+from macko_llm import models
+from macko_llm.layouts import canonical
 from macko_llm.linear import MackoLinear
 
 MIN_COPIES = 2
@@ -76,7 +77,7 @@ def make_weight_sets(
 
 def packed_layer(weight: Tensor) -> MackoLinear:
     """What a model holds in place of a [rows, cols] weight, on the weight's device."""
-    layer = MackoLinear.from_matrix(ops.pack(weight))
+    layer = MackoLinear.from_matrix(canonical.pack(weight))
     layer.arrange()
     return layer
 

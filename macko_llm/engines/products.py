@@ -6,10 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from macko_llm import native_decode
+from macko_llm.layouts.sliced import SLICED_SPMV_MAX_TOKENS, SlicedMatrix
 from macko_llm.linear import MackoLinear, group_of
 from macko_llm.native_decode import Dense, Input
-from macko_llm.ops import SLICED_SPMV_MAX_TOKENS
-from macko_llm.sliced import SlicedMatrix
 
 Product = Callable[[Tensor, Tensor, "Tensor | None"], None]
 """(x [texts, cols] or what the transform reads, y [texts, rows], residual [texts, rows] or None): fills y, which may be the

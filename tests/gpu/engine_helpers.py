@@ -15,13 +15,14 @@ from transformers import (
     Qwen3Config,
 )
 
-from macko_llm import models, ops
+from macko_llm import models
 from macko_llm.engines.fixed import FixedEngine
 from macko_llm.engines.fused_step import FusedStep
+from macko_llm.layouts import canonical
+from macko_llm.layouts.sliced import SlicedMatrix
 from macko_llm.linear import MackoLinear, arrange_group, group_of
 from macko_llm.pruning.scores import lowest, magnitude_scores
 from macko_llm.sampling import GREEDY, Sampling
-from macko_llm.sliced import SlicedMatrix
 
 SIZES: dict[str, Any] = {
     "vocab_size": 320,
@@ -66,7 +67,7 @@ def pack(model: PreTrainedModel) -> list[SlicedMatrix | None]:
             weight = weight.masked_fill(lowest(magnitude_scores(weight), weight.shape[1] // 2), 0)
             weight = weight.half() if weight.dtype == torch.float32 else weight
             bias = linears[name].bias
-            layers.append(MackoLinear.from_matrix(ops.pack(weight), None if bias is None else bias.detach()))
+            layers.append(MackoLinear.from_matrix(canonical.pack(weight), None if bias is None else bias.detach()))
             model.set_submodule(name, layers[-1])
         arrange_group(layers)
         groups.append(group_of(layers))
@@ -124,7 +125,7 @@ def make(
         assert any(group is not None for group in pack(model)), "the decoder would multiply layer by layer"
         for name, layer in model.named_modules():
             if isinstance(layer, MackoLinear):
-                twin.get_submodule(name).weight.copy_(ops.unpack(layer.matrix))
+                twin.get_submodule(name).weight.copy_(canonical.unpack(layer.matrix))
     return model, twin
 
 

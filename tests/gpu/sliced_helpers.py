@@ -9,11 +9,14 @@ from sliced_reference import SHAPES, decode, encode, patterns, random_matrix
 from test_gpu_canonical import GPU, whole_numbers
 from torch import Tensor
 
-from macko_llm import native, ops
+from macko_llm import native
 from macko_llm.format import MackoMatrix
+from macko_llm.layouts import canonical, sliced
+from macko_llm.layouts.canonical import SPMV_MAX_TOKENS
+from macko_llm.layouts.layout import Layout
+from macko_llm.layouts.sliced import SLICED_SPMV_MAX_TOKENS, SlicedMatrix
+from macko_llm.layouts.sliced_plan import DELTA_BITS, Shape, plan_rows
 from macko_llm.linear import MackoLinear
-from macko_llm.ops import SLICED_SPMV_MAX_TOKENS, SPMV_MAX_TOKENS
-from macko_llm.sliced import DELTA_BITS, Shape, SlicedMatrix, plan_rows
 
 FORCED_SHAPES = list(dict.fromkeys([*SHAPES[:-1], Shape(24, 20), SHAPES[-1]]))
 """Each number of warps that SpMV is compiled for, with some height."""
@@ -55,7 +58,7 @@ def certainly_cut(
 
 
 def arranged(weight: Tensor) -> SlicedMatrix:
-    matrix = ops.arrange(ops.pack(weight.to(GPU)))
+    matrix = sliced.arrange(canonical.pack(weight.to(GPU)))
     assert matrix is not None
     return matrix
 
@@ -67,8 +70,13 @@ def large_matrix(rows: int, cols: int, sparsity: float, dtype: torch.dtype, seed
     return weight.mul_(torch.rand(rows, cols, generator=generator, device=GPU) >= sparsity).to(dtype)
 
 
+def linear(x: Tensor, matrix: Layout, bias: Tensor | None) -> Tensor:
+    """What a layer does."""
+    return matrix.linear(x, bias)
+
+
 def spmv(x: Tensor, matrix: SlicedMatrix, bias: Tensor | None) -> Tensor:
-    """The op, whatever `ops.linear` would choose."""
+    """The op, whatever `Layout.linear` would choose."""
     return torch.ops.macko.sliced_spmv(x, matrix.data, bias, matrix.numbers)
 
 
@@ -108,7 +116,7 @@ def assert_multiplies_whole_numbers(matrix: SlicedMatrix | MackoMatrix, weight: 
     if tokens > few and (exact.abs() > 240).any():
         cases = cases[:1]  # torch may add the bias to a product that it has rounded
     for given_bias, expected in cases:
-        y = ops.linear(x.to(GPU, weight.dtype), matrix, given_bias)
+        y = matrix.linear(x.to(GPU, weight.dtype), given_bias)
         assert (y.shape, y.dtype, y.device) == ((tokens, rows), weight.dtype, GPU)
         assert torch.equal(y, expected.to(weight.dtype))
 
@@ -122,7 +130,7 @@ def make_layer(
 ) -> tuple[MackoLinear, Tensor, dict[str, Tensor]]:
     """An arranged layer of whole numbers, its dense weight on the CPU, and its canonical state."""
     weight = random_matrix(ROWS, COLS, 0.5, dtype).sign()
-    layer = MackoLinear.from_matrix(ops.pack(weight), whole_numbers(ROWS).to(dtype) if bias else None)
+    layer = MackoLinear.from_matrix(canonical.pack(weight), whole_numbers(ROWS).to(dtype) if bias else None)
     state = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
     layer.cuda()
     assert layer.is_arranged

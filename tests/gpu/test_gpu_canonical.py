@@ -8,10 +8,11 @@ from test_ops import assert_same, assert_within_rounding, every_half, one_column
 from torch import Tensor
 
 from macko_llm import format as spec
-from macko_llm import native, ops
+from macko_llm import native
 from macko_llm.cli.doctor import _facts
 from macko_llm.errors import FormatError, NativeError
 from macko_llm.format import MackoMatrix
+from macko_llm.layouts import canonical
 from macko_llm.linear import MackoLinear
 
 GPU = torch.device("cuda", 0)
@@ -79,14 +80,14 @@ MATRICES = {
 def assert_packs_like_the_spec(weight: Tensor) -> None:
     """Pack, spans, validation and unpack of a matrix on the CPU against format.py, byte for byte."""
     expected = spec.pack(weight)
-    matrix = ops.pack(weight.to(GPU))
+    matrix = canonical.pack(weight.to(GPU))
     for array, other in zip(arrays(matrix), arrays(expected), strict=True):
         assert (array.device, array.dtype) == (GPU, other.dtype)
         assert torch.equal(array.view(torch.uint8).cpu(), other.view(torch.uint8))
     spans = native.cuda_row_spans(matrix.deltas, matrix.row_offsets)
     assert torch.equal(spans.cpu(), spec.row_spans(expected.deltas, expected.row_offsets))
-    ops.validate(matrix, "layer")
-    unpacked = ops.unpack(matrix)
+    canonical.validate(matrix, "layer")
+    unpacked = canonical.unpack(matrix)
     assert (unpacked.device, unpacked.dtype) == (GPU, weight.dtype)
     assert torch.equal(unpacked.cpu().view(torch.int16), spec.unpack(expected).view(torch.int16))
     assert torch.equal(unpacked.cpu(), weight)
@@ -115,7 +116,7 @@ def test_bytes_of_any_matrix_are_those_of_the_spec(
 
 def test_packs_a_matrix_that_is_not_contiguous() -> None:
     weight = sparse(172, 33, 0.5, torch.float16)
-    expected, actual = spec.pack(weight.t()), ops.pack(weight.to(GPU).t())
+    expected, actual = spec.pack(weight.t()), canonical.pack(weight.to(GPU).t())
     assert all(torch.equal(*pair) for pair in zip(arrays(moved(expected)), arrays(actual), strict=True))
 
 
@@ -210,11 +211,11 @@ def test_arrays_that_begin_anywhere_in_memory() -> None:
         shifted.append(larger[1:])
     assert all(array.data_ptr() % 16 for array in shifted)
     slices = MackoMatrix(*shifted, matrix.shape)
-    ops.validate(slices, "layer")
-    assert torch.equal(ops.unpack(slices).cpu(), weight)
+    canonical.validate(slices, "layer")
+    assert torch.equal(canonical.unpack(slices).cpu(), weight)
     x = whole_numbers(2, 172)
     x_slice = torch.empty(2 * 172 + 1, dtype=torch.float16, device=GPU)[1:].view(2, 172).copy_(x)
-    y = ops.linear(x_slice, slices, None)
+    y = slices.linear(x_slice, None)
     assert torch.equal(y.double().cpu(), x.double() @ weight.double().T)
 
 
@@ -226,16 +227,16 @@ def test_activations_of_any_shape_and_stride() -> None:
     assert not x.t().is_contiguous()
     assert not bias.is_contiguous()
     exact = x.t().double() @ weight.to(GPU).double().T + bias
-    assert torch.equal(ops.linear(x.t(), matrix, bias).double(), exact)
+    assert torch.equal(matrix.linear(x.t(), bias).double(), exact)
     assert torch.equal(torch.ops.macko.spmv(x.t(), *arrays(matrix), bias).double(), exact)
-    assert torch.equal(ops.linear(x.t()[:, None, None], matrix, bias).double(), exact[:, None, None])
-    assert ops.linear(x.t()[0], matrix, bias).shape == (33,)
+    assert torch.equal(matrix.linear(x.t()[:, None, None], bias).double(), exact[:, None, None])
+    assert matrix.linear(x.t()[0], bias).shape == (33,)
 
 
 def test_gradients_of_the_input() -> None:
     weight = signs(33, 172, torch.float16)
     x = whole_numbers(1, 172).to(GPU, torch.float32).requires_grad_()
-    y = ops.linear(x, moved(spec.pack(weight)), None)
+    y = moved(spec.pack(weight)).linear(x, None)
     y.sum().backward()
     assert torch.equal(x.grad.cpu(), weight.float().sum(dim=0, keepdim=True))
 
@@ -299,7 +300,7 @@ def test_cuda_graphs_replay_with_new_activations(tokens: int) -> None:
 @pytest.mark.parametrize("dtype", HALVES)
 def test_opcheck(dtype: torch.dtype, wide: bool) -> None:
     weight = sparse(6, 40, 0.5, dtype).to(GPU)
-    matrix = arrays(ops.pack(weight))
+    matrix = arrays(canonical.pack(weight))
     x_dtype = torch.float32 if wide else dtype
     x, bias = torch.randn(3, 40).to(GPU, x_dtype), torch.randn(6).to(GPU, x_dtype)
     torch.library.opcheck(torch.ops.macko.spmv, (x, *matrix, bias))
@@ -359,10 +360,10 @@ def test_another_gpu_than_the_current_one() -> None:
     for current, other in ((0, 1), (1, 0)):
         device = torch.device("cuda", other)
         with torch.cuda.device(current):
-            matrix = ops.pack(weight.to(device))
-            ops.validate(matrix, "layer")
-            unpacked = ops.unpack(matrix)
-            y = ops.linear(x.to(device, torch.float16), matrix, None)
+            matrix = canonical.pack(weight.to(device))
+            canonical.validate(matrix, "layer")
+            unpacked = canonical.unpack(matrix)
+            y = matrix.linear(x.to(device, torch.float16), None)
             assert torch.cuda.current_device() == current
             assert torch.ones(1, device="cuda").device.index == current
         assert {tensor.device for tensor in (*arrays(matrix), unpacked, y)} == {device}
@@ -384,10 +385,10 @@ def test_a_matrix_of_more_than_two_billion_elements() -> None:
     weight = torch.zeros(rows, cols, dtype=torch.float16, device=GPU)
     chosen = torch.tensor([0, 1, rows // 2, rows - 1], device=GPU)
     weight[chosen] = torch.arange(cols, device=GPU).remainder(3).half()
-    matrix = ops.pack(weight)
+    matrix = canonical.pack(weight)
     assert matrix.row_offsets[-1] == 4 * (cols - cols // 3 - 1)
-    assert torch.equal(ops.unpack(matrix)[chosen], weight[chosen])
-    assert ops.unpack(matrix).count_nonzero() == matrix.row_offsets[-1]
+    assert torch.equal(canonical.unpack(matrix)[chosen], weight[chosen])
+    assert canonical.unpack(matrix).count_nonzero() == matrix.row_offsets[-1]
     y = torch.ops.macko.spmv(torch.ones(1, cols, device=GPU), *arrays(matrix), None)
     assert torch.equal(y[0, chosen], weight[chosen].float().sum(dim=1))
     assert y.count_nonzero() == 4
@@ -398,7 +399,7 @@ def test_refuses_more_entries_than_int32_offsets_hold() -> None:
     weight = torch.ones(32768, 65536, dtype=torch.float16, device=GPU)
     sentence = r"^a 32768 x 65536 matrix with 2147483648 entries does not fit int32 offsets; keep it dense\.$"
     with pytest.raises(FormatError, match=sentence):
-        ops.pack(weight)
+        canonical.pack(weight)
 
 
 def test_the_doctor_misses_nothing() -> None:

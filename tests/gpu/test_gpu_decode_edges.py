@@ -24,8 +24,9 @@ from torch import Tensor
 
 from macko_llm import native_decode
 from macko_llm.errors import NativeError
+from macko_llm.layouts.sliced import SlicedMatrix
+from macko_llm.layouts.sliced_plan import Shape
 from macko_llm.native_decode import Dense, Input
-from macko_llm.sliced import Shape, SlicedMatrix
 
 pytestmark = pytest.mark.usefixtures("kernels")
 

@@ -21,11 +21,12 @@ from decode_helpers import (
 )
 from torch import Tensor
 
-from macko_llm import native, native_decode, ops
+from macko_llm import native, native_decode
 from macko_llm.errors import NativeError
+from macko_llm.layouts import canonical
+from macko_llm.layouts.sliced import SlicedMatrix
 from macko_llm.linear import MackoLinear, arrange_group, group_of
 from macko_llm.native_decode import Attention, Dense, Input
-from macko_llm.sliced import SlicedMatrix
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -96,7 +97,7 @@ def packed_group(
         weight = normal(generator, count, cols, dtype=dtype, scale=0.1)
         scores = torch.rand(weight.shape, device=weight.device, generator=generator)
         weights.append(weight.scatter(1, scores.topk(int(cols * sparsity)).indices, 0))
-    layers = [MackoLinear.from_matrix(ops.pack(weight)) for weight in weights]
+    layers = [MackoLinear.from_matrix(canonical.pack(weight)) for weight in weights]
     arrange_group(layers)
     group = group_of(layers)
     assert group is not None

@@ -17,7 +17,8 @@ import copy
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from macko_llm import models, ops
+from macko_llm import models
+from macko_llm.layouts import canonical
 from macko_llm.engines.decoder import Decoder
 from macko_llm.linear import MackoLinear, arrange_group, group_of
 
@@ -41,7 +42,7 @@ with torch.inference_mode():
     for names in models.in_groups(linears, packed):
         layers = []
         for name in names:
-            layers.append(MackoLinear.from_matrix(ops.pack(linears[name].weight), linears[name].bias))
+            layers.append(MackoLinear.from_matrix(canonical.pack(linears[name].weight), linears[name].bias))
             packed.set_submodule(name, layers[-1])
         arrange_group(layers)
         assert len(names) == 1 or group_of(layers) is not None

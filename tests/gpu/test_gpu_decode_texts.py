@@ -14,7 +14,7 @@ from families import FAMILIES, build, make_tokenizer
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
-from macko_llm import generation, ops
+from macko_llm import generation
 from macko_llm.demo.run import MODEL_FOLDER
 from macko_llm.demo.stories import HELD_OUT_SEED, story_text
 from macko_llm.engine import make_engine
@@ -23,6 +23,7 @@ from macko_llm.engines.eager import EagerEngine
 from macko_llm.engines.fixed import FixedEngine
 from macko_llm.engines.fused_step import FusedStep
 from macko_llm.engines.transformers_step import TransformersStep
+from macko_llm.layouts import canonical
 from macko_llm.loading import load
 from macko_llm.sampling import GREEDY, NOT_FINITE, Sampling
 
@@ -279,7 +280,7 @@ def test_linears_that_are_no_group_are_multiplied_one_by_one(cuda: torch.device)
     model = make_model("llama", torch.float16, cuda, packed=True)
     attention = model.model.layers[0].self_attn
     dense = nn.Linear(1024, attention.k_proj.out_features, bias=False, device=cuda, dtype=torch.float16)
-    dense.weight.data = ops.unpack(attention.k_proj.matrix)
+    dense.weight.data = canonical.unpack(attention.k_proj.matrix)
     attention.k_proj = dense
     model.model.layers[1].mlp.down_proj.restore()
     text = run(fused(model), PROMPTS[:1], 40)[0]

@@ -18,6 +18,7 @@ from sliced_helpers import (
     certainly_cut,
     large_matrix,
     layouts,
+    linear,
     poison,
     spmv,
 )
@@ -28,10 +29,12 @@ from torch import Tensor
 from transformers import LlamaConfig, PreTrainedModel
 
 import macko_llm
-from macko_llm import checkpoint, models, native, ops
+from macko_llm import checkpoint, models, native
+from macko_llm.layouts import canonical, sliced
+from macko_llm.layouts.sliced import SlicedMatrix
+from macko_llm.layouts.sliced_plan import MAX_OVERHEAD, Shape
 from macko_llm.linear import ARRAY_NAMES, MackoLinear, arrange_group, group_of
 from macko_llm.packing import pack_checkpoint
-from macko_llm.sliced import MAX_OVERHEAD, Shape, SlicedMatrix
 from macko_llm.transformers_integration import fuse_projections
 
 pytestmark = pytest.mark.usefixtures("kernels", "full_precision_sums")
@@ -46,7 +49,7 @@ def parts(weight: Tensor, member_rows: tuple[int, ...]) -> tuple[Tensor, ...]:
 
 
 def certainly_grouped(weights: tuple[Tensor, ...]) -> SlicedMatrix:
-    members = ops.arrange_group([ops.pack(weight.to(GPU)) for weight in weights])
+    members = sliced.arrange_group([canonical.pack(weight.to(GPU)) for weight in weights])
     assert members is not None
     assert [member.member for member in members] == list(range(len(weights)))
     assert all(member.data is members[0].data for member in members)
@@ -65,9 +68,9 @@ def assert_members(group: SlicedMatrix, weights: tuple[Tensor, ...]) -> None:
 
 def assert_one_product(group: SlicedMatrix, x: Tensor, bias: Tensor | None) -> Tensor:
     """The group's product is its members', bit for bit, through the op and past it."""
-    y = ops.linear(x, group, bias)
+    y = group.linear(x, bias)
     biases = [None] * len(group.members) if bias is None else bias.split([m.rows for m in group.members])
-    for multiply in (ops.linear, spmv):
+    for multiply in (linear, spmv):
         products = [multiply(x, member, own) for member, own in zip(group.members, biases, strict=True)]
         assert [product.shape for product in products] == [(len(x), member.rows) for member in group.members]
         assert torch.equal(torch.cat(products, dim=1), y)
@@ -133,13 +136,13 @@ def test_any_group(
 )
 def test_arranged_groups(member_rows: tuple[int, ...], cols: int, sparsity: float, dtype: torch.dtype) -> None:
     weights = tuple(large_matrix(rows, cols, sparsity, dtype, seed).cpu() for seed, rows in enumerate(member_rows))
-    canonical = [ops.pack(weight.to(GPU)) for weight in weights]
+    stored = [canonical.pack(weight.to(GPU)) for weight in weights]
     group = certainly_grouped(weights)
     assert group.plan.member_rows == member_rows
-    assert group.data.nbytes <= MAX_OVERHEAD * sum(matrix.nbytes for matrix in canonical)
+    assert group.data.nbytes <= MAX_OVERHEAD * sum(matrix.nbytes for matrix in stored)
     assert_members(group, weights)
-    for member, matrix in zip(group.members, canonical, strict=True):
-        for array, expected in zip(arrays(ops.restore(member)), arrays(matrix), strict=True):
+    for member, matrix in zip(group.members, stored, strict=True):
+        for array, expected in zip(arrays(member.canonical()), arrays(matrix), strict=True):
             assert torch.equal(array.view(torch.uint8), expected.view(torch.uint8))
     for tokens in (1, 4):
         x = torch.randn(tokens, cols).to(GPU, dtype)
@@ -148,15 +151,15 @@ def test_arranged_groups(member_rows: tuple[int, ...], cols: int, sparsity: floa
 
 
 def test_what_makes_no_group() -> None:
-    matrix = ops.pack(random_matrix(64, COLS, 0.5, torch.float16).to(GPU))
-    other_width = ops.pack(random_matrix(64, COLS - 1, 0.5, torch.float16).to(GPU))
-    other_dtype = ops.pack(random_matrix(64, COLS, 0.5, torch.bfloat16).to(GPU))
-    elsewhere = ops.pack(random_matrix(64, COLS, 0.5, torch.float16))
+    matrix = canonical.pack(random_matrix(64, COLS, 0.5, torch.float16).to(GPU))
+    other_width = canonical.pack(random_matrix(64, COLS - 1, 0.5, torch.float16).to(GPU))
+    other_dtype = canonical.pack(random_matrix(64, COLS, 0.5, torch.bfloat16).to(GPU))
+    elsewhere = canonical.pack(random_matrix(64, COLS, 0.5, torch.float16))
     uneven = random_matrix(64, COLS, 0.5, torch.float16)
     uneven[1:] = 0
-    assert ops.arrange_group([matrix, matrix]) is not None
-    for other in (other_width, other_dtype, elsewhere, ops.pack(uneven.to(GPU))):
-        assert ops.arrange_group([matrix, other]) is None
+    assert sliced.arrange_group([matrix, matrix]) is not None
+    for other in (other_width, other_dtype, elsewhere, canonical.pack(uneven.to(GPU))):
+        assert sliced.arrange_group([matrix, other]) is None
 
 
 def test_nothing_is_written_beyond_a_members_rows() -> None:
@@ -202,7 +205,8 @@ def make_layers(
     weights = [random_matrix(rows, COLS, 0.5, dtype, seed).sign() for seed, rows in enumerate(SIZES)]
     biases = [whole_numbers(rows).to(GPU, dtype) if bias else None for rows in SIZES]
     layers = [
-        MackoLinear.from_matrix(ops.pack(weight.to(GPU)), own) for weight, own in zip(weights, biases, strict=True)
+        MackoLinear.from_matrix(canonical.pack(weight.to(GPU)), own)
+        for weight, own in zip(weights, biases, strict=True)
     ]
     states = [{name: tensor.clone() for name, tensor in layer.state_dict().items()} for layer in layers]
     arrange_group(layers)
@@ -235,11 +239,11 @@ def assert_layers(layers: list[MackoLinear], weights: list[Tensor], states: list
 def test_layers_of_a_group(dtype: torch.dtype, bias: bool) -> None:
     layers, weights, states = make_layers(dtype, bias=bias)
     assert all(layer.is_arranged for layer in layers)
-    assert len({layer.weight_sliced.data_ptr() for layer in layers}) == 1
+    assert len({layer.weight_layout.data_ptr() for layer in layers}) == 1
     assert_layers(layers, weights, states)
     group = group_of(layers)
     x = whole_numbers(2, COLS).to(GPU, dtype)
-    assert torch.equal(ops.linear(x, group, None).double(), x.double() @ torch.cat(weights).to(GPU).double().T)
+    assert torch.equal(group.linear(x, None).double(), x.double() @ torch.cat(weights).to(GPU).double().T)
     before = group.data
     arrange_group(layers)  # once more is nothing more
     assert group_of(layers).data is before
@@ -282,7 +286,7 @@ def test_layers_that_no_layout_suits_together() -> None:
     uneven = random_matrix(64, COLS, 0.5, torch.float16).sign()
     uneven[1:] = 0
     for other in (uneven, weights[1].bfloat16()):
-        layers = [MackoLinear.from_matrix(ops.pack(weight.to(GPU))) for weight in (weights[0], other, weights[2])]
+        layers = [MackoLinear.from_matrix(canonical.pack(weight.to(GPU))) for weight in (weights[0], other, weights[2])]
         arrange_group(layers)
         assert group_of(layers) is None
         assert [layer.is_arranged for layer in layers] == [True, other is not uneven, True]
@@ -315,15 +319,15 @@ def test_grouping_frees_what_was_there() -> None:
     certainly_grouped(tuple(weights))  # all that is ever loaded
     gc.collect()
     before = torch.cuda.memory_allocated()
-    layers = [MackoLinear.from_matrix(ops.pack(weight)) for weight in weights]
-    canonical = torch.cuda.memory_allocated() - before
+    layers = [MackoLinear.from_matrix(canonical.pack(weight)) for weight in weights]
+    stored = torch.cuda.memory_allocated() - before
     torch.cuda.reset_peak_memory_stats()
     arrange_group(layers)
     slack = 2**22  # the allocator's rounding, at most 1 MiB a tensor
-    nbytes = layers[0].weight_sliced.nbytes
+    nbytes = layers[0].weight_layout.nbytes
     assert nbytes <= torch.cuda.memory_allocated() - before < nbytes + slack
     dense = max(weight.nbytes for weight in weights)  # one at a time
-    assert torch.cuda.max_memory_allocated() - before < canonical + nbytes + dense + slack
+    assert torch.cuda.max_memory_allocated() - before < stored + nbytes + dense + slack
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -349,10 +353,10 @@ def test_a_group_in_a_graph() -> None:
     layers, weights, _ = make_layers(bias=False)
     x = torch.zeros(1, COLS, dtype=torch.float16, device=GPU)
     group, graph = group_of(layers), torch.cuda.CUDAGraph()
-    ops.linear(x, group, None)
+    group.linear(x, None)
     torch.cuda.synchronize()
     with torch.inference_mode(), torch.cuda.graph(graph):
-        y = ops.linear(x, group, None)
+        y = group.linear(x, None)
         own = [layer(x) for layer in layers]
     for turn in range(3):
         new = whole_numbers(1, COLS).roll(turn * 13, dims=1)
@@ -371,8 +375,8 @@ def packed_llama(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
     folder = tmp_path_factory.mktemp("llama")
     sizes = {"hidden_size": 1024, "intermediate_size": 1280, "num_hidden_layers": 2, "vocab_size": 320}
     model = build(LlamaConfig(**sizes, num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=64))
-    for linear in models.prunable_linears(model).values():
-        linear.weight.data.masked_fill_(linear.weight.abs() < linear.weight.abs().median(), 0)
+    for layer in models.prunable_linears(model).values():
+        layer.weight.data.masked_fill_(layer.weight.abs() < layer.weight.abs().median(), 0)
     model.to(request.param).save_pretrained(folder / "dense")
     make_tokenizer().save_pretrained(folder / "dense")
     pack_checkpoint(folder / "dense", folder / "packed")
@@ -432,11 +436,11 @@ def test_a_grouped_model_moves_and_is_grouped_again(packed_llama: Path) -> None:
 def test_a_grouped_model_gives_the_logits_of_the_canonical_one(packed_llama: Path) -> None:
     model = macko_llm.load(packed_llama, device="cuda")
     exact = macko_llm.load(packed_llama, dtype="float32", device="cuda")
-    canonical = macko_llm.load(packed_llama, device="cuda")
-    for module in canonical.modules():
+    stored = macko_llm.load(packed_llama, device="cuda")
+    for module in stored.modules():
         if isinstance(module, MackoLinear):
             module.restore()
     for tokens in (random_tokens(1, 1), random_tokens(1, 3), random_tokens(2, 20)):
         expected = logits(exact, tokens)
-        rounding = (logits(canonical, tokens) - expected).abs().max()
+        rounding = (logits(stored, tokens) - expected).abs().max()
         assert (logits(model, tokens) - expected).abs().max() < 2 * rounding + 1e-3

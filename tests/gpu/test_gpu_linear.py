@@ -9,9 +9,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import macko_llm
-from macko_llm import generation, models, ops
+from macko_llm import generation, models
 from macko_llm.errors import FormatError
 from macko_llm.format import MackoMatrix
+from macko_llm.layouts import canonical
 from macko_llm.linear import ARRAY_NAMES, MackoLinear
 from macko_llm.packing import pack_checkpoint
 from macko_llm.text import encode_prompt
@@ -42,26 +43,26 @@ def test_pack_and_unpack_give_the_bytes_of_the_cpu(
     cuda: torch.device, dtype: torch.dtype, shape: tuple[int, int], sparsity: float
 ) -> None:
     weight = sparse(*shape, dtype, sparsity)
-    on_cpu, on_gpu = ops.pack(weight), ops.pack(weight.to(cuda))
+    on_cpu, on_gpu = canonical.pack(weight), canonical.pack(weight.to(cuda))
     for name in ("values", "deltas", "row_offsets"):
         expected, actual = getattr(on_cpu, name), getattr(on_gpu, name)
         assert actual.device == cuda
         assert actual.dtype == expected.dtype
         assert torch.equal(actual.cpu(), expected)
-    ops.validate(on_gpu, "layer")
-    assert torch.equal(ops.unpack(on_gpu).cpu(), weight)
+    canonical.validate(on_gpu, "layer")
+    assert torch.equal(canonical.unpack(on_gpu).cpu(), weight)
 
 
 def test_validate_sees_on_the_gpu_what_it_sees_on_the_cpu(cuda: torch.device) -> None:
-    valid = ops.pack(sparse(9, 40, torch.float16))
+    valid = canonical.pack(sparse(9, 40, torch.float16))
     lies = {"shape": (9, 30), "values": valid.values + torch.nan, "deltas": valid.deltas | 1, "row_offsets": None}
     lies["row_offsets"] = valid.row_offsets.flip(0)
     for name, lie in lies.items():
         matrix = MackoMatrix(**{**vars(valid), name: lie})
         with pytest.raises(FormatError) as on_cpu:
-            ops.validate(matrix, "layer")
+            canonical.validate(matrix, "layer")
         with pytest.raises(FormatError) as on_gpu:
-            ops.validate(moved(matrix, cuda), "layer")
+            canonical.validate(moved(matrix, cuda), "layer")
         assert str(on_gpu.value) == str(on_cpu.value)
 
 
@@ -79,12 +80,12 @@ def test_whole_numbers_multiply_exactly(
     bias = torch.randint(-9, 10, (rows,), generator=generator)
     exact = x.double() @ weight.double().T
     assert not (exact.abs() > 240).any()
-    matrix = moved(ops.pack(weight), cuda)
+    matrix = moved(canonical.pack(weight), cuda)
     for x_dtype in (dtype, torch.float32):
-        y = ops.linear(x.to(cuda, x_dtype), matrix, None)
+        y = matrix.linear(x.to(cuda, x_dtype), None)
         assert (y.dtype, y.device) == (x_dtype, cuda)
         assert torch.equal(y.double().cpu(), exact)
-        y = ops.linear(x.to(cuda, x_dtype), matrix, bias.to(cuda, x_dtype))
+        y = matrix.linear(x.to(cuda, x_dtype), bias.to(cuda, x_dtype))
         assert torch.equal(y.double().cpu(), exact + bias)
 
 
@@ -98,7 +99,7 @@ def test_linear_is_within_rounding_of_float64(
     """The bound of tests/test_ops.py, twice as wide: tensor cores cut off where others round."""
     rows, cols = shape
     weight = sparse(rows, cols, dtype)
-    layer = MackoLinear.from_matrix(moved(ops.pack(weight), cuda), torch.randn(rows).to(cuda, dtype))
+    layer = MackoLinear.from_matrix(moved(canonical.pack(weight), cuda), torch.randn(rows).to(cuda, dtype))
     for x_dtype in (dtype, torch.float32):
         x = torch.randn(tokens, cols).to(x_dtype)
         with torch.inference_mode():
@@ -117,7 +118,7 @@ def test_linear_is_within_rounding_of_float64(
 def test_work_follows_the_current_stream(cuda: torch.device, tokens: int) -> None:
     """The input is written late on a side stream: work on another stream would read what was there before."""
     weight = sparse(64, 300, torch.float16).sign()
-    matrix = moved(ops.pack(weight), cuda)
+    matrix = moved(canonical.pack(weight), cuda)
     x = torch.randint(-1, 2, (tokens, 300)).to(cuda, torch.float16)
     late = torch.zeros_like(x)
     torch.cuda.synchronize()
@@ -125,7 +126,7 @@ def test_work_follows_the_current_stream(cuda: torch.device, tokens: int) -> Non
     with torch.cuda.stream(stream), torch.inference_mode():
         torch.cuda._sleep(100_000_000)
         late.copy_(x)
-        y = ops.linear(late, matrix, None)
+        y = matrix.linear(late, None)
         late.zero_()
     stream.synchronize()
     assert torch.equal(y.double().cpu(), x.double().cpu() @ weight.double().T)
@@ -135,8 +136,8 @@ def test_another_gpu_than_the_current_one() -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA GPUs")
     weight = sparse(33, 172, torch.float16).sign()
-    matrix = ops.pack(weight.to("cuda:1"))
-    y = ops.linear(torch.ones(1, 172, device="cuda:1"), matrix, None)
+    matrix = canonical.pack(weight.to("cuda:1"))
+    y = matrix.linear(torch.ones(1, 172, device="cuda:1"), None)
     assert y.device == torch.device("cuda:1")
     assert torch.equal(y.double().cpu(), torch.ones(1, 172).double() @ weight.double().T)
 
@@ -184,8 +185,8 @@ def test_a_packed_llama_keeps_its_arrays_on_the_gpu(folders: tuple[Path, Path]) 
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MackoLinear)}
     assert len(layers) == 14
     for name, layer in layers.items():
-        canonical = ops.pack(weights[f"{name}.weight"])
-        arrays = (canonical.values, canonical.deltas, canonical.row_offsets)
+        stored = canonical.pack(weights[f"{name}.weight"])
+        arrays = (stored.values, stored.deltas, stored.row_offsets)
         for array, expected in zip(ARRAY_NAMES, arrays, strict=True):
             assert torch.equal(layer.state_dict()[array].cpu(), expected)
 

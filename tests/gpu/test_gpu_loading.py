@@ -50,7 +50,7 @@ def assert_equal_models(model: PreTrainedModel, expected: PreTrainedModel) -> No
         assert torch.equal(tensor, other[name]), name
     buffers = dict(expected.named_buffers())
     for name, buffer in model.named_buffers():
-        if name.endswith("weight_sliced"):  # the arrays above are what it holds
+        if name.endswith("weight_layout"):  # the arrays above are what it holds
             continue
         assert (buffer.dtype, buffer.device) == (buffers[name].dtype, buffers[name].device), name
         assert torch.equal(buffer, buffers[name]), name

@@ -12,8 +12,10 @@ pytestmark = pytest.mark.usefixtures("kernels")
 
 SMALL_SET = """
 import torch
-from macko_llm import native, ops
-from macko_llm.sliced import _MAX_TRIES, DELTA_BITS, Shape, SlicedMatrix, plan_rows
+from macko_llm import native
+from macko_llm.layouts import canonical
+from macko_llm.layouts.sliced import SlicedMatrix
+from macko_llm.layouts.sliced_plan import _MAX_TRIES, DELTA_BITS, Shape, plan_rows
 
 torch.manual_seed(0)
 device = torch.device("cuda")
@@ -24,10 +26,10 @@ for rows, cols in ((1, 1), (33, 172), (61, 1031)):
         exact = (x.double() @ weight.double().T).to(dtype)
         there, x = weight.to(device), x.to(device, dtype)
         members = [rows // 2, rows - rows // 2]  # a group; one row is two members, of which one has none
-        canonical = ops.pack(there)
-        ops.validate(canonical, "the matrix")
-        assert torch.equal(ops.unpack(canonical).cpu(), weight)
-        products = [native.cuda_spmv_rows(canonical, x[:tokens].contiguous(), None) for tokens in (1, 2, 4)]
+        stored = canonical.pack(there)
+        canonical.validate(stored, "the matrix")
+        assert torch.equal(canonical.unpack(stored).cpu(), weight)
+        products = [native.cuda_spmv_rows(stored, x[:tokens].contiguous(), None) for tokens in (1, 2, 4)]
         for shape in (Shape(32, 32), Shape(8, 24), Shape(28, 16), Shape(24, 20), Shape(20, 12), Shape(5, 8)):
             for bits in DELTA_BITS:
                 counts = torch.empty(rows, dtype=torch.int32, device=device)
@@ -40,10 +42,10 @@ for rows, cols in ((1, 1), (33, 172), (61, 1031)):
                 native.call_cuda("macko_cuda_sliced_pack", (there,), there.data_ptr(), matrix.address)
                 torch.cuda.synchronize()
                 assert torch.equal(native.cuda_sliced_unpack(matrix).cpu(), weight)
-                products += [ops.linear(x[:tokens], matrix, None) for tokens in (1, 2, 4)]
+                products += [matrix.linear(x[:tokens], None) for tokens in (1, 2, 4)]
                 parts = [native.cuda_sliced_unpack(member) for member in matrix.members]
                 assert torch.equal(torch.cat(parts).cpu(), weight)
-                parts = [ops.linear(x[:2], member, None) for member in matrix.members]
+                parts = [member.linear(x[:2], None) for member in matrix.members]
                 products.append(torch.cat(parts, dim=1))
         assert all(torch.equal(y.cpu(), exact[: len(y)]) for y in products)
 torch.cuda.synchronize()
@@ -53,7 +55,8 @@ print("all products are right")
 
 DECODE_SET = """
 import torch
-from macko_llm import native, native_decode, ops
+from macko_llm import native, native_decode
+from macko_llm.layouts import canonical
 from macko_llm.linear import MackoLinear
 from macko_llm.native_decode import Attention, Dense, Input
 
@@ -66,13 +69,13 @@ for dtype in (torch.float16, torch.bfloat16):
     cols, norm, bias = 1024, normal(1024), normal(65)
     weights = [normal(65, cols), normal(3, cols)]
     weights[0] *= torch.rand(weights[0].shape, device=device) < 0.5
-    layer = MackoLinear.from_matrix(ops.pack(weights[0]))
+    layer = MackoLinear.from_matrix(canonical.pack(weights[0]))
     layer.arrange()
     for transform in (Input.plain(), Input.rms_norm(norm, 1e-5), Input.silu_gate()):
         x, y = normal(1, 2 * cols), normal(1, 68)
         native_decode.dense_gemv(Dense.of(weights, [bias, None]), x, transform, y, y)
         if layer.is_arranged:
-            native_decode.sliced_spmv(layer._sliced, x, transform, bias, y[:, :65].clone(), y[:, :65].clone())
+            native_decode.sliced_spmv(layer._arranged, x, transform, bias, y[:, :65].clone(), y[:, :65].clone())
         native_decode.apply_transform(transform, normal(3, 2 * cols), normal(3, cols))
     slot = torch.tensor([40], dtype=torch.int32, device=device)
     native_decode.begin_token(torch.tensor([2, -1], device=device), normal(5, 24), normal(2, 24), slot)

@@ -18,9 +18,19 @@ from test_gpu_canonical import GPU, HALVES, MATRICES, arrays, whole_numbers
 from test_ops import sparse
 from torch import Tensor
 
-from macko_llm import native, ops
+from macko_llm import native
 from macko_llm.format import MackoMatrix
-from macko_llm.sliced import _MAX_TRIES, DELTA_BITS, MAX_OVERHEAD, MAX_PADDING, Shape, SlicedMatrix, choose_shapes
+from macko_llm.layouts import canonical, sliced
+from macko_llm.layouts.sliced import SlicedMatrix
+from macko_llm.layouts.sliced_plan import (
+    _MAX_TRIES,
+    DELTA_BITS,
+    MAX_OVERHEAD,
+    MAX_PADDING,
+    Shape,
+    choose_shapes,
+    resident_blocks,
+)
 
 pytestmark = pytest.mark.usefixtures("kernels", "full_precision_sums")
 
@@ -31,7 +41,7 @@ def test_layout_of_named_matrices(name: str, shape: Shape, bits: int) -> None:
     for dtype in HALVES:
         weight = MATRICES[name].to(dtype)
         if weight.shape[0] == 0 or weight.shape[1] > 65535:
-            assert ops.arrange(ops.pack(weight.to(GPU))) is None
+            assert sliced.arrange(canonical.pack(weight.to(GPU))) is None
             return
         matrix = cut(weight, shape, bits)
         if matrix is None:
@@ -77,27 +87,31 @@ def test_layout_and_products_of_any_matrix(
 
 def assert_arranges_or_not(weight: Tensor) -> SlicedMatrix | None:
     """Arranged exactly if the naive planner would, into its bytes; and there and back again is nothing lost."""
-    multiprocessors = torch.cuda.get_device_properties(GPU).multi_processor_count
-    canonical = ops.pack(weight.to(GPU))
-    matrix = ops.arrange(canonical)
+    gpu = torch.cuda.get_device_properties(GPU)
+    multiprocessors = gpu.multi_processor_count
+    resident = resident_blocks(weight.shape[1], (gpu.major, gpu.minor), gpu.shared_memory_per_multiprocessor)
+    stored = canonical.pack(weight.to(GPU))
+    matrix = sliced.arrange(stored)
     naive = None
     if len(weight) and weight.shape[1] <= native.library().macko_cuda_sliced_max_cols(0):
         lengths = {bits: row_lengths(weight, bits) for bits in DELTA_BITS}
-        naive = naive_choice(lengths, choose_shapes([len(weight)], multiprocessors)[:_MAX_TRIES], canonical.nbytes)
+        naive = naive_choice(
+            lengths, choose_shapes([len(weight)], multiprocessors, resident)[:_MAX_TRIES], stored.nbytes
+        )
     assert (matrix is None) == (naive is None)
     if matrix is not None and naive is not None:
         assert (matrix.plan.shape, matrix.plan.nbytes, matrix.plan.delta_bits) == naive[:3]
-        assert matrix.data.nbytes == matrix.plan.nbytes <= MAX_OVERHEAD * canonical.nbytes
+        assert matrix.data.nbytes == matrix.plan.nbytes <= MAX_OVERHEAD * stored.nbytes
         assert_layout(matrix, weight)
-        restored = ops.restore(matrix)
-        assert restored.shape == canonical.shape
-        for array, expected in zip(arrays(restored), arrays(canonical), strict=True):
+        restored = matrix.canonical()
+        assert restored.shape == stored.shape
+        for array, expected in zip(arrays(restored), arrays(stored), strict=True):
             assert array.dtype == expected.dtype
             assert torch.equal(array.view(torch.uint8), expected.view(torch.uint8))
     if len(weight):
-        integers = ops.pack(weight.to(GPU).sign())
+        integers = canonical.pack(weight.to(GPU).sign())
         for tokens in (1, 3, 9):
-            assert_multiplies_whole_numbers(ops.arrange(integers) or integers, weight.sign(), tokens)
+            assert_multiplies_whole_numbers(sliced.arrange(integers) or integers, weight.sign(), tokens)
     return matrix
 
 
@@ -144,16 +158,16 @@ def test_arranging_large_matrices(rows: int, cols: int, sparsity: float, suits: 
 def test_arranged_memory_is_written_before_anything_multiplies_it() -> None:
     """On a side stream too, where the canonical arrays come late."""
     weight = random_matrix(1024, 2048, 0.5, torch.float16).sign()
-    canonical = ops.pack(weight.to(GPU))
-    late = torch.zeros_like(canonical.values)
+    stored = canonical.pack(weight.to(GPU))
+    late = torch.zeros_like(stored.values)
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream), torch.inference_mode():
         torch.cuda._sleep(50_000_000)
-        late.copy_(canonical.values)
-        matrix = ops.arrange(MackoMatrix(late, canonical.deltas, canonical.row_offsets, canonical.shape))
+        late.copy_(stored.values)
+        matrix = sliced.arrange(MackoMatrix(late, stored.deltas, stored.row_offsets, stored.shape))
     assert matrix is not None
     x = whole_numbers(1, 2048)
-    y = ops.linear(x.to(GPU, torch.float16), matrix, None)
+    y = matrix.linear(x.to(GPU, torch.float16), None)
     assert torch.equal(y.double().cpu(), x.double() @ weight.double().T)
     assert_layout(matrix, weight)

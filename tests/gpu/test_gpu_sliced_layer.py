@@ -15,11 +15,12 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 import macko_llm
-from macko_llm import checkpoint, models, ops
+from macko_llm import checkpoint, models
 from macko_llm.errors import FormatError
+from macko_llm.layouts import canonical
+from macko_llm.layouts.sliced_plan import MAX_OVERHEAD
 from macko_llm.linear import ARRAY_NAMES, MackoLinear
 from macko_llm.packing import pack_checkpoint
-from macko_llm.sliced import MAX_OVERHEAD
 
 pytestmark = pytest.mark.usefixtures("kernels", "full_precision_sums")
 
@@ -49,8 +50,8 @@ def assert_layer_multiplies(layer: MackoLinear, weight: Tensor) -> None:
 @pytest.mark.parametrize("dtype", HALVES)
 def test_a_layer_arranges_and_restores(dtype: torch.dtype, bias: bool) -> None:
     layer, weight, state = make_layer(dtype, bias=bias)
-    assert layer.weight_sliced is not None
-    assert layer.weight_sliced.is_cuda
+    assert layer.weight_layout is not None
+    assert layer.weight_layout.is_cuda
     assert [name for name, _ in layer.named_parameters()] == ["bias"] * bias
     assert_state(layer, state)
     assert_layer_multiplies(layer, weight)
@@ -58,7 +59,7 @@ def test_a_layer_arranges_and_restores(dtype: torch.dtype, bias: bool) -> None:
     assert_state(layer, state)
     layer.restore()
     assert not layer.is_arranged
-    assert layer.weight_sliced is None
+    assert layer.weight_layout is None
     assert {name for name, _ in layer.named_parameters()} == state.keys()
     assert not any(parameter.requires_grad for parameter in layer.parameters())
     assert_state(layer, state)
@@ -139,9 +140,9 @@ def test_copies_of_a_layer() -> None:
     twin = copy.deepcopy(layer)
     assert torch.equal(twin(x), expected)  # at once: its weights have only just been queued for copying
     assert twin.is_arranged
-    assert twin.weight_sliced.data_ptr() != layer.weight_sliced.data_ptr()
-    assert twin._sliced.data is twin.weight_sliced
-    layer.weight_sliced.zero_()  # the twin must not read the first one's memory
+    assert twin.weight_layout.data_ptr() != layer.weight_layout.data_ptr()
+    assert twin._arranged.data is twin.weight_layout
+    layer.weight_layout.zero_()  # the twin must not read the first one's memory
     assert_state(twin, state)
     assert_layer_multiplies(twin, weight)
 
@@ -161,20 +162,20 @@ def test_a_layer_that_is_emptied() -> None:
 
 def test_arranging_frees_the_canonical_arrays() -> None:
     weight = large_matrix(4096, 4096, 0.5, torch.float16)
-    ops.linear(torch.ones(1, 4096, device=GPU, dtype=torch.float16), arranged(weight), None)  # all that is ever loaded
+    arranged(weight).linear(torch.ones(1, 4096, device=GPU, dtype=torch.float16), None)  # all that is ever loaded
     gc.collect()
     before = torch.cuda.memory_allocated()
-    layer = MackoLinear.from_matrix(ops.pack(weight))
-    canonical = sum(parameter.nbytes for parameter in layer.parameters())
-    assert canonical > 20_000_000
+    layer = MackoLinear.from_matrix(canonical.pack(weight))
+    stored = sum(parameter.nbytes for parameter in layer.parameters())
+    assert stored > 20_000_000
     slack = 2**22  # the allocator's rounding, at most 1 MiB a tensor
-    assert canonical <= torch.cuda.memory_allocated() - before < canonical + slack
+    assert stored <= torch.cuda.memory_allocated() - before < stored + slack
     layer.arrange()
-    nbytes = layer.weight_sliced.nbytes
-    assert nbytes <= MAX_OVERHEAD * canonical
+    nbytes = layer.weight_layout.nbytes
+    assert nbytes <= MAX_OVERHEAD * stored
     assert nbytes <= torch.cuda.memory_allocated() - before < nbytes + slack
     layer.restore()
-    assert canonical <= torch.cuda.memory_allocated() - before < canonical + slack
+    assert stored <= torch.cuda.memory_allocated() - before < stored + slack
     del layer
     gc.collect()
     assert torch.cuda.memory_allocated() == before
@@ -236,13 +237,13 @@ def test_an_arranged_llama_saves_the_files_that_it_came_from(packed_llama: Path,
 def test_an_arranged_llama_gives_the_logits_of_the_canonical_one(packed_llama: Path) -> None:
     model = macko_llm.load(packed_llama, device="cuda")
     exact = macko_llm.load(packed_llama, dtype="float32", device="cuda")
-    canonical = macko_llm.load(packed_llama, device="cuda")
-    for layer in layers_of(canonical):
+    stored = macko_llm.load(packed_llama, device="cuda")
+    for layer in layers_of(stored):
         layer.restore()
     for tokens in (random_tokens(1, 1), random_tokens(1, 3), random_tokens(2, 20)):
         with torch.inference_mode():
             expected = exact(tokens.to(GPU)).logits.double()
-            rounding = (canonical(tokens.to(GPU)).logits.double() - expected).abs().max()
+            rounding = (stored(tokens.to(GPU)).logits.double() - expected).abs().max()
             assert (model(tokens.to(GPU)).logits.double() - expected).abs().max() < 2 * rounding + 1e-3
 
 

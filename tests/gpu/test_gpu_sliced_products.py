@@ -6,17 +6,28 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sliced_helpers import LAYOUTS, arranged, assert_layout, certainly_cut, cut, large_matrix, layouts, poison, spmv
+from sliced_helpers import (
+    LAYOUTS,
+    arranged,
+    assert_layout,
+    certainly_cut,
+    cut,
+    large_matrix,
+    layouts,
+    linear,
+    poison,
+    spmv,
+)
 from sliced_reference import SHAPES, random_matrix
 from test_gpu_canonical import GPU, HALVES, signs, whole_numbers
 from test_ops import assert_same, assert_within_rounding, every_half
 from torch import Tensor
 from torch.nn import functional as F
 
-from macko_llm import native, ops
+from macko_llm import native
 from macko_llm.errors import FormatError, NativeError
-from macko_llm.ops import SLICED_SPMV_MAX_TOKENS
-from macko_llm.sliced import Shape
+from macko_llm.layouts.sliced import SLICED_SPMV_MAX_TOKENS
+from macko_llm.layouts.sliced_plan import Shape
 
 pytestmark = pytest.mark.usefixtures("kernels", "full_precision_sums")
 
@@ -32,12 +43,12 @@ def test_whole_numbers_multiply_exactly(dtype: torch.dtype, shape: Shape, bits: 
         for tokens in (0, *range(1, 10), 33):
             x, bias = whole_numbers(tokens, cols), whole_numbers(rows) * 9
             exact = x.double() @ weight.double().T
-            for product in (spmv, ops.linear):
+            for product in (spmv, linear):
                 poison(tokens * rows * 2)
                 y = product(x.to(GPU, dtype), matrix, bias.to(GPU, dtype))
                 assert (y.shape, y.dtype, y.device) == ((tokens, rows), dtype, GPU)
                 assert torch.equal(y.cpu(), (exact + bias).to(dtype))
-            y = ops.linear(x.to(GPU, torch.float32), matrix, bias.to(GPU, torch.float32))
+            y = matrix.linear(x.to(GPU, torch.float32), bias.to(GPU, torch.float32))
             assert y.dtype == torch.float32
             assert torch.equal(y.cpu(), (exact + bias).float())
 
@@ -79,7 +90,7 @@ def test_large_products_are_within_rounding_of_float64(dtype: torch.dtype, token
         weight = large_matrix(rows, cols, 0.5, dtype)
         matrix, x, bias = arranged(weight), torch.randn(tokens, cols), torch.randn(rows)
         x, bias = x.to(GPU, dtype), bias.to(GPU, dtype)
-        assert_within_rounding(ops.linear(x, matrix, bias), x, weight, bias)
+        assert_within_rounding(matrix.linear(x, bias), x, weight, bias)
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 4])
@@ -119,7 +130,7 @@ def test_activations_that_are_not_finite(shape: Shape, bits: int, bad: float) ->
             x = whole_numbers(tokens, 300).to(torch.float16)
             exact = x.double() @ weight.double().T
             x[-1, column] = bad
-            y = ops.linear(x.to(GPU), matrix, None).double().cpu()
+            y = matrix.linear(x.to(GPU), None).double().cpu()
             uses = weight[:, column] != 0
             assert torch.equal(y[:-1], exact[:-1])
             assert_same(y[-1, uses], x[-1, column].double() * weight[uses, column].double())
@@ -145,8 +156,8 @@ def test_nothing_beyond_the_activations_is_multiplied() -> None:
                     around = torch.full((before + tokens * cols + 1000,), torch.nan, dtype=torch.float16, device=GPU)
                     view = around[before : before + tokens * cols].view(tokens, cols).copy_(x)
                     assert view.data_ptr() % 16 == before * 2 % 16
-                    ops.linear(dirt, everywhere, None)
-                    assert torch.equal(ops.linear(view, matrix, None).double(), exact)
+                    everywhere.linear(dirt, None)
+                    assert torch.equal(matrix.linear(view, None).double(), exact)
 
 
 def test_results_are_not_written_beyond_their_end() -> None:
@@ -180,17 +191,17 @@ def test_activations_of_any_shape_and_stride(view: Callable[[Tensor], Tensor], l
     assert not x.is_contiguous()
     exact = x.double() @ weight.to(GPU).double().T
     for given_x in (x, x.float(), x.contiguous()):
-        y = ops.linear(given_x, matrix, None)
+        y = matrix.linear(given_x, None)
         assert (y.shape, y.dtype) == ((*x.shape[:-1], 33), given_x.dtype)
         assert torch.equal(y.double(), exact)
-    assert torch.equal(ops.linear(x.flatten()[-172:], matrix, None).double(), exact.flatten(0, -2)[-1])
+    assert torch.equal(matrix.linear(x.flatten()[-172:], None).double(), exact.flatten(0, -2)[-1])
 
 
 def test_no_tokens() -> None:
     matrix = certainly_cut(signs(33, 172, torch.float16), SHAPES[3], 2)
     for dtype in (torch.float16, torch.float32):
         for leading in ((0,), (2, 0), (0, 3)):
-            y = ops.linear(torch.empty(*leading, 172, dtype=dtype, device=GPU), matrix, None)
+            y = matrix.linear(torch.empty(*leading, 172, dtype=dtype, device=GPU), None)
             assert (y.shape, y.dtype) == ((*leading, 33), dtype)
 
 
@@ -201,7 +212,7 @@ def test_a_bias_of_any_stride(tokens: int) -> None:
     x, bias = whole_numbers(tokens, 172), whole_numbers(66)[::2] * 5
     spread = torch.full((66,), torch.nan, dtype=torch.float16, device=GPU)
     spread[::2] = bias.to(GPU, torch.float16)
-    y = ops.linear(x.to(GPU, torch.float16), matrix, spread[::2])
+    y = matrix.linear(x.to(GPU, torch.float16), spread[::2])
     assert torch.equal(y.double().cpu(), x.double() @ weight.double().T + bias)
 
 
@@ -209,16 +220,16 @@ def test_refuses_what_it_cannot_multiply() -> None:
     matrix = certainly_cut(signs(33, 172, torch.float16))
     x = torch.ones(1, 172, device=GPU, dtype=torch.float16)
     with pytest.raises(FormatError, match="171 features and the matrix 172 columns"):
-        ops.linear(x[:, 1:], matrix, None)
+        matrix.linear(x[:, 1:], None)
     with pytest.raises(FormatError, match=r"input is torch\.bfloat16 and the packed values are torch\.float16"):
-        ops.linear(x.bfloat16(), matrix, None)
+        matrix.linear(x.bfloat16(), None)
     for bias in (x.new_ones(32), x.new_ones(34), x.new_ones(1), x.new_ones(1, 33), x.new_ones(33).float()):
         with pytest.raises(NativeError, match=r"^The bias is torch\.float(16|32) \[.*\], not torch\.float16 \[33\]; "):
-            ops.linear(x, matrix, bias)
+            matrix.linear(x, bias)
     with pytest.raises(NativeError, match=r"^The tensors lie on cpu and cuda:0; move them to one device\.$"):
-        ops.linear(x, matrix, torch.ones(33, dtype=torch.float16))
+        matrix.linear(x, torch.ones(33, dtype=torch.float16))
     with pytest.raises(NativeError, match=r"^The tensors lie on cpu and cuda:0; move them to one device\.$"):
-        ops.linear(x.cpu(), matrix, None)
+        matrix.linear(x.cpu(), None)
 
 
 @pytest.mark.parametrize("x_dtype", [torch.float16, torch.float32])
@@ -229,14 +240,14 @@ def test_gradients_of_the_input(tokens: int, x_dtype: torch.dtype) -> None:
     x = whole_numbers(tokens, 172).to(GPU, x_dtype).requires_grad_()
     twin = x.detach().clone().requires_grad_()
     upstream = whole_numbers(tokens, 33).to(GPU, x_dtype)
-    y = ops.linear(x, matrix, None)
+    y = matrix.linear(x, None)
     y.backward(upstream)
     F.linear(twin, weight.to(GPU, x_dtype)).backward(upstream)
     assert x.grad.any()
     assert torch.equal(x.grad, twin.grad)
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
-            without = ops.linear(x, matrix, None)
+            without = matrix.linear(x, None)
         assert not without.requires_grad
         assert torch.equal(without, y)
 
@@ -247,8 +258,8 @@ def test_the_same_bits_each_time(shape: Shape, bits: int) -> None:
     matrix = certainly_cut(weight, shape, bits)
     for tokens in (1, 2, 4):
         x = torch.randn(tokens, 3000).to(GPU, torch.bfloat16)
-        y = ops.linear(x, matrix, None)
-        assert all(torch.equal(ops.linear(x, matrix, None), y) for _ in range(20))
+        y = matrix.linear(x, None)
+        assert all(torch.equal(matrix.linear(x, None), y) for _ in range(20))
         assert torch.equal(cut(weight, shape, bits).data, matrix.data)
 
 
@@ -256,6 +267,6 @@ def test_a_token_gets_the_same_bits_alone_and_in_company() -> None:
     """Text must not depend on how many tokens are decided at a time: each sums its row in one order."""
     matrix = certainly_cut(random_matrix(700, 3000, 0.5, torch.float16), SHAPES[1], 4)
     x = torch.randn(8, 3000).to(GPU, torch.float16)
-    alone = torch.cat([ops.linear(token[None], matrix, None) for token in x])
+    alone = torch.cat([matrix.linear(token[None], None) for token in x])
     for tokens in TOKENS:
-        assert torch.equal(ops.linear(x[:tokens], matrix, None), alone[:tokens])
+        assert torch.equal(matrix.linear(x[:tokens], None), alone[:tokens])

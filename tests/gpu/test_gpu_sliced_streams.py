@@ -4,16 +4,18 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from sliced_helpers import COLS, LAYOUTS, arranged, certainly_cut, large_matrix, make_layer, spmv
+from sliced_helpers import COLS, LAYOUTS, arranged, certainly_cut, large_matrix, linear, make_layer, spmv
 from sliced_reference import SHAPES, random_matrix
 from test_gpu_canonical import GPU, HALVES, arrays, whole_numbers
 from torch import Tensor
 
-from macko_llm import native, ops
+from macko_llm import native
 from macko_llm.errors import NativeError
 from macko_llm.format import MackoMatrix
+from macko_llm.layouts import canonical, sliced
+from macko_llm.layouts.sliced import SlicedMatrix
+from macko_llm.layouts.sliced_plan import RESIDENT_BLOCKS, choose_shapes
 from macko_llm.linear import MackoLinear
-from macko_llm.sliced import SlicedMatrix, choose_shapes
 
 pytestmark = pytest.mark.usefixtures("kernels", "full_precision_sums")
 
@@ -31,7 +33,7 @@ def test_work_follows_the_current_stream(tokens: int) -> None:
     with torch.cuda.stream(stream), torch.inference_mode():
         torch.cuda._sleep(50_000_000)
         late.copy_(there)
-        y = ops.linear(late, matrix, None)
+        y = matrix.linear(late, None)
         late.zero_()
         through_the_op = spmv(late.copy_(there), matrix, None)
         late.zero_()
@@ -45,7 +47,7 @@ def chain(
     layers: list[SlicedMatrix | MackoMatrix], x: Tensor, *, wait: bool, between: Callable[[Tensor], Tensor]
 ) -> Tensor:
     for layer in layers:
-        x = between(ops.linear(x, layer, None))
+        x = between(layer.linear(x, None))
         if wait:
             torch.cuda.synchronize()
     return x
@@ -68,13 +70,13 @@ def test_kernels_that_start_early_wait_for_what_they_read(sizes: list[int], toke
     for seed in range(2):
         for rows, cols in shapes:
             weight = large_matrix(rows, cols, 0.5, torch.float16, seed) / (cols / 2) ** 0.5
-            layers.append(certainly_cut(weight, choose_shapes([rows], 132)[0], 2))
+            layers.append(certainly_cut(weight, choose_shapes([rows], 132, RESIDENT_BLOCKS)[0], 2))
     layers = [layers[i % len(layers)] for i in range(50)]
-    canonical = ops.pack(torch.eye(sizes[0], dtype=torch.float16, device=GPU))
+    stored = canonical.pack(torch.eye(sizes[0], dtype=torch.float16, device=GPU))
     functions: list[Callable[[Tensor], Tensor]] = [
         lambda y: y,
         lambda y: y * 1.0,  # a kernel of torch's in between
-        lambda y: ops.linear(y, canonical, None) if tokens < 3 and y.shape[-1] == sizes[0] else y.clone(),
+        lambda y: stored.linear(y, None) if tokens < 3 and y.shape[-1] == sizes[0] else y.clone(),
     ]
     results = []
     with torch.inference_mode():
@@ -101,14 +103,14 @@ def test_a_bias_that_the_kernel_before_wrote() -> None:
         for wait, found in results.items():
             for x, other in zip(xs, wide, strict=True):
                 torch.cuda.synchronize()
-                bias = ops.linear(x, first, None)[0]
+                bias = first.linear(x, None)[0]
                 if wait:
                     torch.cuda.synchronize()
-                found.append(ops.linear(x, second, bias))
+                found.append(second.linear(x, bias))
                 rounded = other.half()  # as a layer does with a bias of another dtype
                 if wait:
                     torch.cuda.synchronize()
-                found.append(ops.linear(x, second, rounded))
+                found.append(second.linear(x, rounded))
                 del bias, rounded
     assert all(torch.equal(*pair) for pair in zip(results[False], results[True], strict=True))
 
@@ -124,7 +126,7 @@ def test_activations_written_right_before_and_overwritten_right_after() -> None:
         torch.cuda.synchronize()
         for new in xs:
             x.copy_(new)
-            results.append(ops.linear(x, matrix, None))
+            results.append(matrix.linear(x, None))
             x.fill_(torch.nan)
     for new, y in zip(xs, results, strict=True):
         assert torch.equal(y, (new.double() @ dense.T).half())
@@ -142,9 +144,9 @@ def test_cuda_graphs_replay_with_new_activations(tokens: int) -> None:
 
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream), torch.inference_mode():
-        layers(ops.linear)
+        layers(linear)
     torch.cuda.synchronize()
-    for through in (ops.linear, spmv):
+    for through in (linear, spmv):
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph), torch.inference_mode():
             y = layers(through)
@@ -200,18 +202,18 @@ def test_another_gpu_than_the_current_one() -> None:
     for current, other in ((0, 1), (1, 0)):
         device = torch.device("cuda", other)
         with torch.cuda.device(current):
-            matrix = ops.arrange(ops.pack(weight.to(device)))
+            matrix = sliced.arrange(canonical.pack(weight.to(device)))
             assert matrix is not None
-            restored = ops.restore(matrix)
-            products = [ops.linear(x.to(device, dtype), matrix, None) for dtype in (torch.float16, torch.float32)]
+            restored = matrix.canonical()
+            products = [matrix.linear(x.to(device, dtype), None) for dtype in (torch.float16, torch.float32)]
             assert torch.cuda.current_device() == current
             assert torch.ones(1, device="cuda").device.index == current
         assert {tensor.device for tensor in (matrix.data, *arrays(restored), *products)} == {device}
-        assert torch.equal(ops.unpack(restored).cpu(), weight)
+        assert torch.equal(canonical.unpack(restored).cpu(), weight)
         assert all(torch.equal(y.double().cpu(), x.double() @ weight.double().T) for y in products)
     with pytest.raises(NativeError, match=r"^The tensors lie on cuda:0 and cuda:1; move them to one device\.$"):
-        ops.linear(x.to("cuda:1", torch.float16), arranged(weight), None)
-    layer = MackoLinear.from_matrix(ops.pack(weight)).to("cuda:0").to("cuda:1")
+        arranged(weight).linear(x.to("cuda:1", torch.float16), None)
+    layer = MackoLinear.from_matrix(canonical.pack(weight)).to("cuda:0").to("cuda:1")
     assert layer.is_arranged
     assert {tensor.device.index for tensor in layer.state_dict().values()} == {1}
     assert torch.equal(layer(x.to("cuda:1", torch.float16)), products[0].to("cuda:1"))

@@ -1,16 +1,11 @@
-"""The layout in which a GPU multiplies: rows sorted by length, cut into slices, interleaved (csrc/cuda/sliced.cuh).
+"""How a GPU's layout is cut: rows sorted by length, cut into slices, interleaved (csrc/cuda/sliced.cuh): plans and arithmetic.
 
-Only plans and arithmetic; `native.py` fills the arrays and `ops.py` multiplies. The canonical format stays what is
-stored: a sliced matrix unpacks to the same dense matrix, and that packs to the same canonical bytes.
-
-Matrices that multiply the same input (q, k and v of a layer) share one layout, a group: its members' rows follow each
-other, each member has slices of its own, and group and members all multiply and unpack by themselves.
+In the literature such layouts are called SELL-C-sigma (Kreutzer et al. 2014, arXiv 1307.6209): C is the height of the slices,
+and rows are sorted over the whole matrix (sigma is all rows).
 """
 
-import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -35,7 +30,8 @@ class Shape:
 
 
 RESIDENT_BLOCKS = {32: 1, 20: 1, 24: 2, 16: 3, 12: 4, 8: 6}
-"""Blocks that a multiprocessor holds at a time, by their warps (SpmvConfig in csrc/cuda/sliced_spmv.cuh)."""
+"""Blocks that a multiprocessor holds at a time, by their warps, as far as registers matter (SpmvConfig in
+csrc/cuda/sliced_spmv.cuh)."""
 HEIGHTS = range(8, 33, 4)
 """Multiples of 4, so that the lanes of a warp read whole 64-byte pieces."""
 # What a shape costs besides its busiest multiprocessor, fitted to an H200 (docs/design.md).
@@ -43,23 +39,45 @@ _IDLE_LANES_COST = 0.4  # of all lanes
 _LONE_BLOCKS_COST = 0.15  # of one block at a time, one after the other
 _CROWDING_COST = 0.1  # of places that stay free in the only round: the next kernel's blocks take them unevenly
 _FULL = 0.95
+_RESERVED_BYTES = 1024 + 256  # by CUDA, and for the slice's rows
 
 
-def choose_shapes(member_rows: Sequence[int], multiprocessors: int) -> list[Shape]:
+def resident_blocks(cols: int, capability: tuple[int, int], shared_bytes: int) -> dict[int, int]:
+    """Blocks that a multiprocessor holds at a time, by their warps (SpmvConfig in csrc/cuda/sliced_spmv.cuh).
+
+    Args:
+        cols: of the matrix, whose x every block keeps in shared memory.
+        capability: of the GPU; a multiprocessor of 7.5 holds 32 warps, others at least 48.
+        shared_bytes: of a multiprocessor's shared memory.
+    """
+    blocks = {}
+    for warps, most in RESIDENT_BLOCKS.items():
+        block_bytes = (cols + MAX_PADDING) * 2 + warps * 33 * 4 + _RESERVED_BYTES
+        of_warps = 32 // warps if capability == (7, 5) else most
+        blocks[warps] = max(1, min(most, of_warps, shared_bytes // block_bytes))
+    return blocks
+
+
+def choose_shapes(member_rows: Sequence[int], multiprocessors: int, resident: Mapping[int, int]) -> list[Shape]:
     """Shapes for a group of matrices with these rows (or for a lone one) on a GPU, the one expected to be fastest first.
 
     The best shapes fill every multiprocessor with blocks of equal work, in one round or in few whole ones.
+
+    Args:
+        member_rows: rows of each matrix.
+        multiprocessors: of the GPU.
+        resident: blocks that each of them holds, by their warps.
     """
 
     def cost(shape: Shape) -> tuple[float, int]:
-        resident = RESIDENT_BLOCKS[shape.warps]
-        slices, places = _slices(member_rows, shape.height), multiprocessors * resident
+        blocks = resident[shape.warps]
+        slices, places = count_slices(member_rows, shape.height), multiprocessors * blocks
         rounds = -(-slices // places)
-        busiest = rounds * resident * shape.height  # rows of a multiprocessor
+        busiest = rounds * blocks * shape.height  # rows of a multiprocessor
         extra = _IDLE_LANES_COST * (1 - shape.height / max(HEIGHTS))
-        if resident == 1 and rounds > 1:
+        if blocks == 1 and rounds > 1:
             extra += _LONE_BLOCKS_COST
-        if resident > 1 and rounds == 1 and slices < _FULL * places:
+        if blocks > 1 and rounds == 1 and slices < _FULL * places:
             extra += _CROWDING_COST
         return busiest * (1 + extra), rounds
 
@@ -94,7 +112,7 @@ class SlicedPlan:
     @property
     def slices(self) -> int:
         """Slices of all members; none has rows of two."""
-        return _slices(self.member_rows, self.shape.height)
+        return count_slices(self.member_rows, self.shape.height)
 
     @property
     def array_nbytes(self) -> tuple[int, int, int, int, int]:
@@ -117,81 +135,6 @@ class SlicedPlan:
     def nbytes(self) -> int:
         """Bytes of the buffer."""
         return self.array_offsets[-1] + self.array_nbytes[-1]
-
-
-class SlicedStruct(ctypes.Structure):
-    """`macko_sliced` of csrc/macko.h."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("values", "deltas", "starts", "unit_offsets", "row_order")),
-        *(
-            (name, ctypes.c_int32)
-            for name in ("rows", "cols", "slices", "first_row", "value_dtype", "delta_bits", "height", "warps")
-        ),
-    )
-
-
-@dataclass(frozen=True)
-class SlicedMatrix:
-    """A group of sliced matrices as one matrix, whose rows are those of all members, or a view of one member.
-
-    Attributes:
-        data: [plan.nbytes] uint8 on a GPU, which a group and its members share.
-        plan: what the group's bytes mean.
-        member: which of the members this is, None for the group.
-    """
-
-    data: Tensor
-    plan: SlicedPlan
-    member: int | None = None
-
-    @property
-    def rows(self) -> int:
-        """Of the dense matrix."""
-        return self.plan.rows if self.member is None else self.plan.member_rows[self.member]
-
-    @property
-    def members(self) -> "list[SlicedMatrix]":
-        """Views of the group's members."""
-        return [SlicedMatrix(self.data, self.plan, member) for member in range(len(self.plan.member_rows))]
-
-    @property
-    def numbers(self) -> list[int]:
-        """All but the data and its dtype in whole numbers, which the schema of a torch op can carry."""
-        plan = self.plan
-        shape = plan.delta_bits, plan.shape.height, plan.shape.warps
-        return [-1 if self.member is None else self.member, plan.cols, *shape, plan.units, *plan.member_rows]
-
-    @classmethod
-    def from_numbers(cls, data: Tensor, dtype: torch.dtype, numbers: Sequence[int]) -> "SlicedMatrix":
-        """The matrix that has these `numbers`."""
-        member, cols, delta_bits, height, warps, units, *member_rows = numbers
-        plan = SlicedPlan(tuple(member_rows), cols, dtype, delta_bits, Shape(height, warps), units)
-        return cls(data, plan, None if member < 0 else member)
-
-    @cached_property
-    def struct(self) -> SlicedStruct:
-        """What the library is given; lives as long as the matrix."""
-        plan, (height, warps) = self.plan, (self.plan.shape.height, self.plan.shape.warps)
-        before = plan.member_rows[: self.member] if self.member is not None else ()
-        own = plan.member_rows if self.member is None else (self.rows,)
-        values, deltas, starts, unit_offsets, row_order = (self.data.data_ptr() + at for at in plan.array_offsets)
-        first = _slices(before, height)  # slice of a member; units are counted in the whole group
-        return SlicedStruct(
-            *(values, deltas, starts + first * warps * height * 2),
-            *(unit_offsets + first * 4, row_order + first * height * 4),
-            *(self.rows, plan.cols, _slices(own, height), sum(before)),
-            *(0 if plan.dtype == torch.float16 else 1, plan.delta_bits, height, warps),
-        )
-
-    @cached_property
-    def address(self) -> int:
-        """Of the struct."""
-        return ctypes.addressof(self.struct)
-
-    def __getstate__(self) -> dict[str, object]:
-        """What a copy takes along: not the struct, whose addresses are this matrix's."""
-        return {"data": self.data, "plan": self.plan, "member": self.member}
 
 
 @dataclass(frozen=True)
@@ -264,5 +207,6 @@ def _cut(of_rows: Tensor, member_rows: Sequence[int], height: int) -> Tensor:
     return torch.cat([F.pad(part, (0, -len(part) % height), value=-1) for part in parts]).view(-1, height)
 
 
-def _slices(member_rows: Sequence[int], height: int) -> int:
+def count_slices(member_rows: Sequence[int], height: int) -> int:
+    """Slices of a group whose members have these rows; none has rows of two."""
     return sum(-(-rows // height) for rows in member_rows)

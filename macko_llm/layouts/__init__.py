@@ -1,0 +1,6 @@
+"""The orders in which a packed matrix lies in memory, each with all that is known of it: how it is made, how it is multiplied,
+how it becomes dense again.
+
+`canonical.py` is the format's own order, which every device understands; `sliced.py` is the GPU's. `layout.py` says what they
+have in common. Torch ops that belong to a layout (`torch.ops.macko.*`) are defined beside it.
+"""
