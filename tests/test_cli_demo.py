@@ -13,6 +13,7 @@ from macko_llm.benchmarks import quality
 from macko_llm.cli.main import app
 from macko_llm.demo import run as demo
 
+CHARACTERS = {"calibration.txt": 40_000, "held-out.txt": 10_000}
 NAMES = ["dense", "magnitude 50%", "wanda 50%", "packed 50%"]
 
 pytestmark = pytest.mark.skipif(
@@ -24,8 +25,8 @@ pytestmark = pytest.mark.skipif(
 def _shorter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(quality, "SPEED_RUNS", 1)
     monkeypatch.setattr(quality, "SPEED_TOKENS", 8)
-    monkeypatch.setattr(demo, "CALIBRATION_CHARACTERS", 40_000)
-    monkeypatch.setattr(demo, "HELD_OUT_CHARACTERS", 10_000)
+    whole = demo.bundled_text
+    monkeypatch.setattr(demo, "bundled_text", lambda name: whole(name)[: CHARACTERS[name]])
     monkeypatch.setattr(demo, "NSAMPLES", 8)
     with quiet_transformers():
         yield

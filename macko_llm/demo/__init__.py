@@ -1,1 +1,1 @@
-"""The bundled tiny model, the generator of its text, and the main job run on them."""
+"""The bundled tiny model, its texts, and the main job run on them."""

@@ -1,19 +1,18 @@
 """The main job on the bundled model: prune, pack, evaluate, generate."""
 
+import lzma
 from dataclasses import dataclass
 from pathlib import Path
 
 from macko_llm import generation, models
 from macko_llm.benchmarks.quality import QualityReport, measure_chain
-from macko_llm.demo.stories import CALIBRATION_SEED, HELD_OUT_SEED, story_text
 from macko_llm.loading import load
 from macko_llm.progress import Progress, no_progress
 from macko_llm.recipe import PruneRecipe
 from macko_llm.text import encode_prompt
 
-MODEL_FOLDER = Path(__file__).parent / "model"
-CALIBRATION_CHARACTERS = 400_000
-HELD_OUT_CHARACTERS = 60_000
+FOLDER = Path(__file__).parent
+MODEL_FOLDER = FOLDER / "model"
 SPARSITY = 0.5
 NSAMPLES = 32
 SEQLEN = 512
@@ -37,12 +36,17 @@ class DemoResult:
     story: str
 
 
+def bundled_text(name: str) -> bytes:
+    """A text of the two that lie compressed beside the model."""
+    return lzma.decompress((FOLDER / f"{name}.xz").read_bytes())
+
+
 def write_texts(folder: Path) -> Texts:
     """Write stories to calibrate on, and others to evaluate on, into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     texts = Texts(folder / "calibration.txt", folder / "held-out.txt")
-    texts.calibration.write_text(story_text(CALIBRATION_SEED, CALIBRATION_CHARACTERS), encoding="utf-8")
-    texts.held_out.write_text(story_text(HELD_OUT_SEED, HELD_OUT_CHARACTERS), encoding="utf-8")
+    for file in (texts.calibration, texts.held_out):
+        file.write_bytes(bundled_text(file.name))
     return texts
 
 

@@ -16,7 +16,6 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from macko_llm import generation
 from macko_llm.demo.run import MODEL_FOLDER
-from macko_llm.demo.stories import HELD_OUT_SEED, story_text
 from macko_llm.engine import make_engine
 from macko_llm.engines.decoder import why_not
 from macko_llm.engines.eager import EagerEngine
@@ -26,6 +25,7 @@ from macko_llm.engines.transformers_step import TransformersStep
 from macko_llm.layouts import canonical
 from macko_llm.loading import load
 from macko_llm.sampling import GREEDY, NOT_FINITE, Sampling
+from tools.stories.stories import HELD_OUT_SEED, story_text
 
 pytestmark = pytest.mark.usefixtures("kernels", "no_fallback")
 

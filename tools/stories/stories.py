@@ -1,6 +1,6 @@
 """Little English stories from a grammar: text without a licence, a download or an end, the same on every machine.
 
-The bundled model is trained on them, and `macko`'s quick start calibrates and evaluates on them. Facts given early in a
+The bundled model is trained on them, and the demo calibrates and evaluates on them. Facts given early in a
 story (names, colours, numbers, passwords) are needed again at its end, so that a model has to remember to predict well.
 """
 

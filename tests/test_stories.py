@@ -1,14 +1,17 @@
-"""The generator of the demo stories: deterministic, correct English as far as a machine can tell, and rich enough."""
+"""The generator of the demo's stories: deterministic, correct English as far as a machine can tell, and rich enough."""
 
 import hashlib
+import lzma
 import random
 import re
+from pathlib import Path
 
 import pytest
 
-from macko_llm.demo import openings, plots_courage, plots_fables, plots_kindness, plots_quests, words
-from macko_llm.demo.plots import PLOTS
-from macko_llm.demo.stories import (
+from macko_llm.demo import run as demo
+from tools.stories import bundle, openings, plots_courage, plots_fables, plots_kindness, plots_quests, words
+from tools.stories.plots import PLOTS
+from tools.stories.stories import (
     CALIBRATION_SEED,
     HELD_OUT_SEED,
     TRAIN_SEED,
@@ -16,8 +19,8 @@ from macko_llm.demo.stories import (
     stories,
     story_text,
 )
-from macko_llm.demo.teller import Facts, Teller, split_pool
-from macko_llm.demo.world import Character, draw_world
+from tools.stories.teller import Facts, Teller, split_pool
+from tools.stories.world import Character, draw_world
 
 POOLS = {
     f"{module.__name__.rpartition('.')[2]}.{name}": pool
@@ -42,6 +45,13 @@ def test_same_text_on_every_python_and_machine() -> None:
 def test_a_story_depends_on_its_seed_and_number_only() -> None:
     assert list(stories(7, 3, start=2)) == list(stories(7, 5))[2:]
     assert generate_story(random.Random(11)) == generate_story(random.Random(11))
+
+
+def test_the_bundled_texts_are_the_generators(tmp_path: Path) -> None:
+    """Byte for byte, as the demo writes them; compressed they may differ with the release of liblzma."""
+    texts = demo.write_texts(tmp_path)
+    written = {file.name: file.read_bytes() for file in (texts.calibration, texts.held_out)}
+    assert written == {file.stem: lzma.decompress(file.read_bytes()) for file in bundle.write(tmp_path)}
 
 
 def test_seeds_differ() -> None:

@@ -1,6 +1,6 @@
 """Trains the bundled demo model on generated stories: a Llama of two million weights with its own tokenizer.
 
-    python -m macko_llm.demo.train -o macko_llm/demo/model --device cuda
+    python -m tools.stories.train -o macko_llm/demo/model --device cuda
 
 It exists so that every command can be tried in seconds, offline, on a model that is real: grouped-query attention, tied
 embeddings, and so few weights for what it knows that careless pruning shows.
@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from macko_llm.demo.stories import HELD_OUT_SEED, TRAIN_SEED, stories, story_text
+from .stories import HELD_OUT_SEED, TRAIN_SEED, stories, story_text
 
 PAD, BOS, EOS = "<|pad|>", "<|bos|>", "<|eos|>"
 VOCAB_SIZE = 2048
@@ -228,7 +228,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
 def main() -> None:
     """The command line: one flag an option."""
     default = TrainOptions()
-    parser = argparse.ArgumentParser(prog="python -m macko_llm.demo.train", description="Train the bundled demo model.")
+    parser = argparse.ArgumentParser(prog="python -m tools.stories.train", description="Train the bundled demo model.")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder to write the checkpoint to")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int, default=default.steps)

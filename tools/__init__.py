@@ -1,0 +1,1 @@
+"""What the project makes with, and does not ship: run from the root of the repository, in no wheel."""
