@@ -20,7 +20,7 @@
 extern "C" {
 #endif
 
-#define MACKO_ABI_VERSION 3
+#define MACKO_ABI_VERSION 4
 
 typedef enum macko_status {
   MACKO_OK = 0,
@@ -63,7 +63,7 @@ MACKO_API macko_status macko_cpu_unpack(const uint16_t* values, const uint8_t* d
 MACKO_API macko_status macko_cpu_row_spans(const uint8_t* deltas, const int32_t* row_offsets, int64_t rows,
                                            int64_t* spans);  // out: [rows] last entry's column + 1, 0 for an empty row
 
-// y = x W^T + bias for a few tokens, accumulated in float32.
+// y = x W^T + bias for a few tokens, accumulated in float32. A token with a NaN or an infinity has NaN in all of its y.
 MACKO_API macko_status macko_cpu_spmv(const uint16_t* values, int32_t value_dtype,  // macko_dtype: a 16-bit one
                                       const uint8_t* deltas, const int32_t* row_offsets, int64_t rows, int64_t cols,
                                       const void* x,     // [tokens, cols] of x_dtype
@@ -106,7 +106,8 @@ MACKO_API macko_status macko_cuda_row_spans(const uint8_t* deltas, const int32_t
                                             int64_t* spans,  // out: [rows] last entry's column + 1, 0 for an empty row
                                             int32_t device, void* stream);
 
-// y = x W^T + bias for a few tokens, accumulated in float32, straight from the canonical arrays.
+// y = x W^T + bias for a few tokens, accumulated in float32, straight from the canonical arrays. What x holds at
+// columns where a row has no entry does not reach that row's y.
 MACKO_API macko_status macko_cuda_spmv_rows(const uint16_t* values, int32_t value_dtype,  // macko_dtype: a 16-bit one
                                             const uint8_t* deltas, const int32_t* row_offsets, int64_t rows,
                                             int64_t cols,
@@ -171,14 +172,17 @@ typedef struct macko_input {
   int32_t transform;  // macko_transform; all but MACKO_PLAIN need cols % 8 == 0 and x at a multiple of 16
 } macko_input;
 
-// y = x W^T + bias + residual for a few tokens, accumulated in float32. May start while the stream's last kernel still
+// y = x W^T + bias + residual for a few tokens, accumulated in float32. A token whose transformed x has a NaN or an
+// infinity has NaN in all of its y. May start while the stream's last kernel still
 // runs and then fetches weights, the norm's too: those must have been written before that kernel was queued.
 MACKO_API macko_status macko_cuda_sliced_spmv(const macko_sliced* matrix,
                                               const macko_input* input,  // or null: plain; else for one token only
-                                              const void* x,             // [tokens, cols] of value_dtype
-                                              const void* bias,          // [rows] of value_dtype, or null
-                                              const void* residual,      // [tokens, rows] of value_dtype, or null
-                                              void* y,  // out: [tokens, rows] of value_dtype; may be the residual
+                                              const void* x,             // [tokens, cols] of x_dtype
+                                              const void* bias,          // [rows] of x_dtype, or null
+                                              const void* residual,      // [tokens, rows] of x_dtype, or null
+                                              void* y,          // out: [tokens, rows] of x_dtype; may be the residual
+                                              int32_t x_dtype,  // macko_dtype: value_dtype; or float32, plain and
+                                                                // without a residual
                                               int64_t tokens, int32_t device, void* stream);
 
 // Dense matrices with one input, whose outputs lie one behind the other. All on one GPU.

@@ -13,7 +13,7 @@ import torch
 from macko_llm.errors import MackoWarning, NativeError
 from macko_llm.format import MackoMatrix, check_entries, padded_count
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 
 _INT32, _INT64, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 _SIGNATURES: dict[str, list[type]] = {
@@ -38,7 +38,7 @@ _CUDA_SIGNATURES: dict[str, list[type]] = {
     "macko_cuda_sliced_pack": [_POINTER, _POINTER, _INT32, _POINTER],
     "macko_cuda_sliced_unpack": [_POINTER, _POINTER, _INT32, _POINTER],
     "macko_cuda_sliced_spmv": [
-        _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _INT64, _INT32, _POINTER,
+        _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _INT32, _INT64, _INT32, _POINTER,
     ],
     "macko_cuda_dense_gemv": [_POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _INT32, _POINTER],
     "macko_cuda_transform": [_POINTER, _POINTER, _POINTER, _INT64, _INT64, _INT32, _INT32, _POINTER],
@@ -313,6 +313,7 @@ class OnGpu(Protocol):
         """Of its SlicedStruct."""
 
 
+@lru_cache
 def sliced_max_cols(device: torch.device) -> int:
     """The most columns that a sliced matrix may have on a GPU, whose shared memory must hold x."""
     index = torch.cuda.current_device() if device.index is None else device.index
@@ -343,9 +344,9 @@ def cuda_sliced_spmv(matrix: OnGpu, x: torch.Tensor, bias: torch.Tensor | None, 
 
     Args:
         matrix: [rows, cols].
-        x: [tokens, cols] contiguous, of the values' dtype, on the matrix's GPU.
-        bias: [rows] contiguous, of that dtype and on that GPU, or None.
-        y: [tokens, rows] contiguous, of that dtype and on that GPU; filled.
+        x: [tokens, cols] contiguous, of the values' dtype or float32, on the matrix's GPU.
+        bias: [rows] contiguous, of x's dtype and on that GPU, or None.
+        y: [tokens, rows] contiguous, of x's dtype and on that GPU; filled.
     """
     # Called for every layer of every token: nothing here that is not needed.
     device = x.get_device()
@@ -356,6 +357,7 @@ def cuda_sliced_spmv(matrix: OnGpu, x: torch.Tensor, bias: torch.Tensor | None, 
         None if bias is None else bias.data_ptr(),
         None,
         y.data_ptr(),
+        DTYPE_CODES[x.dtype],
         x.numel() // x.shape[-1],
         device,
         _raw_stream(device),

@@ -105,7 +105,9 @@ def sliced_spmv(
     pointers = x.data_ptr(), _pointer(bias), _pointer(residual), y.data_ptr()
     tokens = y.numel() // matrix.shape[0]
     call_cuda(
-        "macko_cuda_sliced_spmv", (matrix.data, x, y), matrix.address, ctypes.addressof(transform), *pointers, tokens
+        "macko_cuda_sliced_spmv",
+        (matrix.data, x, y),
+        *(matrix.address, ctypes.addressof(transform), *pointers, DTYPE_CODES[x.dtype], tokens),
     )
 
 

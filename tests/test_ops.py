@@ -253,3 +253,17 @@ def test_validate_names_the_layer() -> None:
     canonical.validate(matrix, "layer")
     with pytest.raises(FormatError, match=r"^layer is not valid MACKO data"):
         canonical.validate(MackoMatrix(matrix.values, matrix.deltas, matrix.row_offsets, (3, 4)), "layer")
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 9])
+def test_a_token_that_is_not_finite_spoils_its_whole_product(value: float, tokens: int) -> None:
+    """In rows with an entry at its column and in those without, with few tokens and with many, as in a dense product."""
+    weight = torch.zeros(4, 24, dtype=torch.float16)
+    weight[0, 3], weight[1, 5], weight[2, 3:5] = 1, 2, 3
+    for dtype in (torch.float16, torch.float32):
+        x = torch.ones(tokens, 24, dtype=dtype)
+        x[tokens - 1, 3] = value
+        y = canonical.pack(weight).linear(x, torch.ones(4, dtype=dtype))
+        assert not y[tokens - 1].isfinite().any()
+        assert torch.equal(y[: tokens - 1], torch.tensor([2, 3, 7, 1], dtype=dtype).expand(tokens - 1, 4))

@@ -50,7 +50,15 @@ macko_status spmv(const Packed& matrix, const void* x_any, const void* bias_any,
   const Storage* bias = static_cast<const Storage*>(bias_any);
   Storage* y = static_cast<Storage*>(y_any);
   std::vector<float> wide(static_cast<size_t>(tokens * matrix.cols));
-  for (size_t i = 0; i < wide.size(); ++i) wide[i] = Activation::load(x[i]);
+  std::vector<float> spoilt(static_cast<size_t>(tokens), 0.f);  // NaN for a token that is not finite: 0 x infinity
+  for (int64_t token = 0; token < tokens; ++token) {
+    float sum = 0.f;
+    for (int64_t i = token * matrix.cols; i < (token + 1) * matrix.cols; ++i) {
+      wide[i] = Activation::load(x[i]);
+      sum += 0.f * wide[i];
+    }
+    spoilt[token] = sum;
+  }
   const auto cost_before = [&](int64_t row) { return (matrix.row_offsets[row] + row) * tokens; };
   return for_row_ranges(matrix.rows, threads, cost_before, [&](int64_t first, int64_t last) {
     for (int64_t row = first; row < last; ++row) {
@@ -58,7 +66,7 @@ macko_status spmv(const Packed& matrix, const void* x_any, const void* bias_any,
       for (int64_t token = 0; token < tokens; ++token) {
         const float dot = row_dot<Value>(matrix.values, matrix.deltas, matrix.row_offsets[row],
                                          matrix.row_offsets[row + 1], wide.data() + token * matrix.cols);
-        y[token * matrix.rows + row] = Activation::store(dot + start);
+        y[token * matrix.rows + row] = Activation::store(dot + start + spoilt[token]);
       }
     }
   });

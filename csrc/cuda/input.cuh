@@ -41,12 +41,12 @@ __device__ __forceinline__ void wait_for_copies() {
 #endif
 }
 
-// Calls body(i) for each vector of 8 elements of a row that is this thread's: what a thread copies it also transforms,
-// so that it need not wait for others. Not unrolled, because weights wait in registers meanwhile.
-template <typename Body>
+// Calls body(i) for each 16-byte vector of elements of a row that is this thread's: what a thread copies it also
+// transforms, so that it need not wait for others. Not unrolled, because weights wait in registers meanwhile.
+template <int Elements = 8, typename Body>
 __device__ __forceinline__ void for_own_vectors(int cols, int threads, const Body& body) {
 #pragma unroll 1
-  for (int i = threadIdx.x * 8; i < cols; i += threads * 8) body(i);
+  for (int i = threadIdx.x * Elements; i < cols; i += threads * Elements) body(i);
 }
 // The same for each pair of elements, as 32-bit words.
 template <typename Body>

@@ -1,4 +1,4 @@
-// The 16-bit float types in kernels: conversions under one name, so that a kernel is written once.
+// The float types in kernels: conversions under one name, so that a kernel is written once.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -54,5 +54,23 @@ template <>
 __device__ inline float2 pair_to_float<__nv_bfloat16>(uint32_t word) {
   return make_float2(__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u));
 }
+
+// Nonzero if a value of this word, one float or two 16-bit ones, is NaN or infinite: its exponent's bits are all ones.
+template <typename T>
+__device__ uint32_t not_finite(uint32_t word);
+template <>
+__device__ inline uint32_t not_finite<__half>(uint32_t word) {
+  return ((word & 0x7c007c00u) + 0x04000400u) & 0x80008000u;
+}
+template <>
+__device__ inline uint32_t not_finite<__nv_bfloat16>(uint32_t word) {
+  return ((word & 0x7f807f80u) + 0x00800080u) & 0x80008000u;
+}
+template <>
+__device__ inline uint32_t not_finite<float>(uint32_t word) {
+  return ((word & 0x7f800000u) + 0x00800000u) & 0x80000000u;
+}
+
+__device__ inline uint32_t bits_of(float value) { return __float_as_uint(value); }
 
 }  // namespace macko

@@ -15,7 +15,8 @@
 
 namespace macko {
 
-// Columns behind the last one that the zeros at the end of a short row may touch; macko_llm/layouts/sliced_plan.py keeps to it.
+// Columns behind the last one that the zeros at the end of a short row may touch; macko_llm/layouts/sliced_plan.py
+// keeps to it.
 constexpr int kPaddingColumns = MACKO_SLICED_PADDING;
 
 template <int DeltaBits>

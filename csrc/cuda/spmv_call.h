@@ -11,6 +11,7 @@ namespace macko {
 struct SpmvCall {
   const macko_sliced* matrix;
   macko_input input;
+  bool wide;  // x, bias and y are float32
   const void* x;
   const void* bias;
   const void* residual;

@@ -162,7 +162,9 @@ def _spmv_cuda(x: Tensor, values: Tensor, deltas: Tensor, row_offsets: Tensor, b
     if not native.runs_on(x.device):
         return _spmv_any(x, values, deltas, row_offsets, bias)
     matrix = _matrix(values, deltas, row_offsets, x.shape[1])
-    return native.cuda_spmv_rows(matrix, x.contiguous(), None if bias is None else bias.contiguous())
+    y = native.cuda_spmv_rows(matrix, x.contiguous(), None if bias is None else bias.contiguous())
+    # The kernel reads x where a row has entries; 0 x infinity elsewhere is NaN as well.
+    return y.add_((x * 0).sum(dim=1, keepdim=True))
 
 
 @torch.library.register_fake("macko::pack")

@@ -24,6 +24,7 @@ from macko_llm.layouts.canonical import pack
 from macko_llm.layouts.layout import Layout, wants_gradient
 from macko_llm.layouts.sliced_plan import (
     DELTA_BITS,
+    MAX_PADDING,
     Shape,
     SlicedPlan,
     choose_shapes,
@@ -125,7 +126,15 @@ class SlicedMatrix(Layout):
 
     def few_tokens(self, dtype: torch.dtype) -> int:
         """See Layout."""
-        return SLICED_SPMV_MAX_TOKENS if dtype == self.dtype else 0
+        if dtype is self.plan.dtype:
+            return SLICED_SPMV_MAX_TOKENS
+        return self._few_floats if dtype is torch.float32 else 0
+
+    @cached_property
+    def _few_floats(self) -> int:
+        """As `few_tokens`, of float32, which must fit into shared memory as well."""
+        fit = 2 * self.plan.cols + MAX_PADDING <= native.sliced_max_cols(self.data.device)
+        return SLICED_SPMV_MAX_TOKENS if fit else 0
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """See Layout."""
@@ -142,27 +151,26 @@ class SlicedMatrix(Layout):
             type(x) is Tensor
             and type(data) is Tensor
             and not torch.compiler.is_compiling()
-            and x.dtype is plan.dtype
             and x.shape[-1] == plan.cols
-            and 0 < x.numel() <= SLICED_SPMV_MAX_TOKENS * plan.cols
+            and 0 < x.numel() <= self.few_tokens(x.dtype) * plan.cols
             and x.get_device() == data.get_device()
             and x.is_contiguous()
-            and (bias is None or self._is_plain_bias(bias))
+            and (bias is None or self._is_plain_bias(bias, x.dtype))
             and not wants_gradient(x, bias)
             and not torch.is_autocast_enabled("cuda")
             and not _python_modes()
         )
 
-    def _is_plain_bias(self, bias: Tensor) -> bool:
+    def _is_plain_bias(self, bias: Tensor, dtype: torch.dtype) -> bool:
         return (
-            bias.dtype is self.plan.dtype
+            bias.dtype is dtype
             and bias.shape == (self.rows,)
             and bias.get_device() == self.data.get_device()
             and bias.is_contiguous()
         )
 
     def _spmv(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        y: Tensor = torch.ops.macko.sliced_spmv(x, self.data, bias, self.numbers)
+        y: Tensor = torch.ops.macko.sliced_spmv(x, self.data, bias, self.dtype, self.numbers)
         return y
 
     def _differentiable(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -249,7 +257,7 @@ _python_modes = _modes_counter()
 _library = torch.library.Library("macko", "FRAGMENT")
 # `numbers` are SlicedMatrix.numbers.
 _library.define("sliced_unpack(Tensor data, ScalarType dtype, int[] numbers) -> Tensor")
-_library.define("sliced_spmv(Tensor x, Tensor data, Tensor? bias, int[] numbers) -> Tensor")
+_library.define("sliced_spmv(Tensor x, Tensor data, Tensor? bias, ScalarType dtype, int[] numbers) -> Tensor")
 # The dense product whose gradient unpacks again.
 _library.define("sliced_linear(Tensor x, Tensor data, Tensor? bias, ScalarType dtype, int[] numbers) -> Tensor")
 
@@ -260,8 +268,8 @@ def _unpack_cuda(data: Tensor, dtype: torch.dtype, numbers: list[int]) -> Tensor
 
 
 @torch.library.impl(_library, "sliced_spmv", "CUDA")
-def _spmv_cuda(x: Tensor, data: Tensor, bias: Tensor | None, numbers: list[int]) -> Tensor:
-    matrix = SlicedMatrix.from_numbers(data, x.dtype, numbers)
+def _spmv_cuda(x: Tensor, data: Tensor, bias: Tensor | None, dtype: torch.dtype, numbers: list[int]) -> Tensor:
+    matrix = SlicedMatrix.from_numbers(data, dtype, numbers)
     native.check_spmv(x, data, bias, matrix.rows)
     y = x.new_empty(x.shape[0], matrix.rows)
     native.cuda_sliced_spmv(matrix, x.contiguous(), None if bias is None else bias.contiguous(), y)
@@ -279,9 +287,9 @@ def _unpack_fake(data: Tensor, dtype: torch.dtype, numbers: list[int]) -> Tensor
 
 
 @torch.library.register_fake("macko::sliced_spmv")
-def _spmv_fake(x: Tensor, data: Tensor, bias: Tensor | None, numbers: list[int]) -> Tensor:
+def _spmv_fake(x: Tensor, data: Tensor, bias: Tensor | None, dtype: torch.dtype, numbers: list[int]) -> Tensor:
     del bias
-    return x.new_empty(x.shape[0], SlicedMatrix.from_numbers(data, x.dtype, numbers).rows)
+    return x.new_empty(x.shape[0], SlicedMatrix.from_numbers(data, dtype, numbers).rows)
 
 
 @torch.library.register_fake("macko::sliced_linear")

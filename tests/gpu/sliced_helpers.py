@@ -77,7 +77,7 @@ def linear(x: Tensor, matrix: Layout, bias: Tensor | None) -> Tensor:
 
 def spmv(x: Tensor, matrix: SlicedMatrix, bias: Tensor | None) -> Tensor:
     """The op, whatever `Layout.linear` would choose."""
-    return torch.ops.macko.sliced_spmv(x, matrix.data, bias, matrix.numbers)
+    return torch.ops.macko.sliced_spmv(x, matrix.data, bias, matrix.dtype, matrix.numbers)
 
 
 def poison(*sizes: int) -> None:

@@ -190,7 +190,7 @@ def test_opcheck_of_a_member(dtype: torch.dtype) -> None:
         group = certainly_cut(weight, shape, bits, member_rows=(33, 7, 65))
         for matrix, own in ((group.members[1], weight[33:40]), (group.members[2], weight[40:]), (group, weight)):
             x, bias = torch.randn(3, 40).to(GPU, dtype), torch.randn(len(own)).to(GPU, dtype)
-            torch.library.opcheck(torch.ops.macko.sliced_spmv, (x, matrix.data, bias, matrix.numbers))
+            torch.library.opcheck(torch.ops.macko.sliced_spmv, (x, matrix.data, bias, matrix.dtype, matrix.numbers))
             torch.library.opcheck(torch.ops.macko.sliced_unpack, (matrix.data, dtype, matrix.numbers))
             assert torch.equal(torch.ops.macko.sliced_unpack(matrix.data, dtype, matrix.numbers).cpu(), own)
 
@@ -230,7 +230,7 @@ def assert_layers(layers: list[MackoLinear], weights: list[Tensor], states: list
             x = whole_numbers(tokens, COLS)
             exact = x.double() @ weight.double().T + (0 if layer.bias is None else layer.bias.double().cpu())
             for dtype in (weight.dtype, torch.float32):
-                y = layer(x.to(layer.state_dict()["weight_values"].device, dtype))
+                y = layer(x.to(next(iter((*layer.parameters(), *layer.buffers()))).device, dtype))
                 assert torch.equal(y.cpu(), exact.to(dtype))
 
 

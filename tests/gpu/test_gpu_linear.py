@@ -31,9 +31,9 @@ def sparse(rows: int, cols: int, dtype: torch.dtype, sparsity: float = 0.5) -> T
     return weight.to(dtype)
 
 
-def moved(matrix: MackoMatrix, device: torch.device | str) -> MackoMatrix:
+def moved(matrix: MackoMatrix, device: torch.device | str) -> canonical.Canonical:
     arrays = (matrix.values.to(device), matrix.deltas.to(device), matrix.row_offsets.to(device))
-    return MackoMatrix(*arrays, matrix.shape)
+    return canonical.Canonical(*arrays, matrix.shape)
 
 
 @pytest.mark.parametrize("sparsity", [0.1, 0.5, 0.95])

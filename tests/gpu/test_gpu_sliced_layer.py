@@ -34,7 +34,7 @@ def assert_state(layer: MackoLinear, expected: dict[str, Tensor]) -> None:
 
 
 def assert_layer_multiplies(layer: MackoLinear, weight: Tensor) -> None:
-    device = layer.state_dict()["weight_values"].device
+    device = next(iter((*layer.parameters(), *layer.buffers()))).device
     for tokens in (1, 2, 9):
         x = whole_numbers(1, tokens, COLS)
         exact = x.double() @ weight.double().T
@@ -84,16 +84,12 @@ def test_a_layer_moves_to_the_cpu_and_back() -> None:
 
 def test_a_layer_of_another_dtype_and_back() -> None:
     layer, weight, state = make_layer()
-    layer.float()  # which no kernel multiplies
-    assert not layer.is_arranged
-    layer.half()
-    assert layer.is_arranged
+    for cast in (layer.float, layer.bfloat16, layer.half):
+        cast()
+        assert layer.is_arranged
+        assert layer.layout.dtype == torch.float16
+        assert_layer_multiplies(layer, weight)
     assert_state(layer, state)
-    assert_layer_multiplies(layer, weight)
-    layer.bfloat16()  # -1, 0 and 1 are the same there
-    assert layer.is_arranged
-    assert layer.state_dict()["weight_values"].dtype == torch.bfloat16
-    assert_layer_multiplies(layer, weight.bfloat16())
 
 
 def test_a_model_of_layers_moves_as_one() -> None:
@@ -120,13 +116,14 @@ def test_loading_a_state_into_an_arranged_layer() -> None:
     assert twin.is_arranged
     assert_state(twin, sign)
     assert_layer_multiplies(twin, -weight)
-    twin.load_state_dict(layer.state_dict())  # from GPU to GPU
+    twin.load_state_dict(layer.state_dict())
     assert twin.is_arranged
     assert_state(twin, state)
     assert_layer_multiplies(twin, weight)
     empty = MackoLinear(COLS, ROWS, len(state["weight_values"]), bias=True, device="meta")
     empty.load_state_dict(layer.state_dict(), assign=True)
-    empty.arrange()
+    assert not empty.is_arranged  # the state lies on the CPU
+    empty.cuda()
     assert empty.is_arranged
     assert_layer_multiplies(empty, weight)
     with pytest.raises(RuntimeError, match="size mismatch for weight_values"):
@@ -186,8 +183,8 @@ def test_a_layer_refuses_another_width_or_dtype() -> None:
     for tokens in (1, 9):
         with pytest.raises(FormatError, match="2047 features and the matrix 2048 columns"):
             layer(torch.ones(tokens, COLS - 1, device=GPU).half())
-        with pytest.raises(FormatError, match=r"input is torch\.bfloat16 and the packed values are torch\.float16"):
-            layer(torch.ones(tokens, COLS, device=GPU).bfloat16())
+        with pytest.raises(FormatError, match=r"input is torch\.int64; convert it to float16"):
+            layer(torch.ones(tokens, COLS, device=GPU, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

@@ -116,13 +116,13 @@ def test_every_activation_goes_in_and_out_unchanged(dtype: torch.dtype) -> None:
     numbers = every_half(dtype)
     for shape, bits in LAYOUTS:
         one = certainly_cut(torch.ones(1, 1, dtype=dtype), shape, bits)
-        assert_same(spmv(numbers[:, None].to(GPU), one, None)[:, 0].cpu(), numbers)
+        assert_same(spmv(numbers[:, None].to(GPU), one, None)[:, 0].cpu(), numbers.where(numbers.isfinite(), torch.nan))
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @layouts
 def test_activations_that_are_not_finite(shape: Shape, bits: int, bad: float) -> None:
-    """They show in each row that uses them, as in a dense product, and in no other token."""
+    """They show in all rows, as in a dense product, and in no other token."""
     weight = random_matrix(40, 300, 0.9, torch.float16).sign()
     matrix = certainly_cut(weight, shape, bits)
     for tokens in (1, 2, 3, 4):
@@ -131,12 +131,8 @@ def test_activations_that_are_not_finite(shape: Shape, bits: int, bad: float) ->
             exact = x.double() @ weight.double().T
             x[-1, column] = bad
             y = matrix.linear(x.to(GPU), None).double().cpu()
-            uses = weight[:, column] != 0
             assert torch.equal(y[:-1], exact[:-1])
-            assert_same(y[-1, uses], x[-1, column].double() * weight[uses, column].double())
-            # In other rows a bridging zero may meet it: NaN, as it is for all of them in a dense product.
-            others = y[-1, ~uses]
-            assert (others.isnan() | (others == exact[-1, ~uses])).all()
+            assert y[-1].isnan().all()
 
 
 def test_nothing_beyond_the_activations_is_multiplied() -> None:
@@ -221,10 +217,10 @@ def test_refuses_what_it_cannot_multiply() -> None:
     x = torch.ones(1, 172, device=GPU, dtype=torch.float16)
     with pytest.raises(FormatError, match="171 features and the matrix 172 columns"):
         matrix.linear(x[:, 1:], None)
-    with pytest.raises(FormatError, match=r"input is torch\.bfloat16 and the packed values are torch\.float16"):
-        matrix.linear(x.bfloat16(), None)
-    for bias in (x.new_ones(32), x.new_ones(34), x.new_ones(1), x.new_ones(1, 33), x.new_ones(33).float()):
-        with pytest.raises(NativeError, match=r"^The bias is torch\.float(16|32) \[.*\], not torch\.float16 \[33\]; "):
+    with pytest.raises(FormatError, match=r"input is torch\.int64; convert it to float16"):
+        matrix.linear(x.long(), None)
+    for bias in (x.new_ones(32), x.new_ones(34), x.new_ones(1), x.new_ones(1, 33)):
+        with pytest.raises(NativeError, match=r"^The bias is torch\.float16 \[.*\], not torch\.float16 \[33\]; "):
             matrix.linear(x, bias)
     with pytest.raises(NativeError, match=r"^The tensors lie on cpu and cuda:0; move them to one device\.$"):
         matrix.linear(x, torch.ones(33, dtype=torch.float16))

@@ -168,8 +168,8 @@ def test_opcheck(dtype: torch.dtype) -> None:
     for shape, bits in (LAYOUTS[0], LAYOUTS[-1]):
         matrix = certainly_cut(weight, shape, bits)
         x, bias = torch.randn(3, 40).to(GPU, dtype), torch.randn(6).to(GPU, dtype)
-        torch.library.opcheck(torch.ops.macko.sliced_spmv, (x, matrix.data, bias, matrix.numbers))
-        torch.library.opcheck(torch.ops.macko.sliced_spmv, (x, matrix.data, None, matrix.numbers))
+        torch.library.opcheck(torch.ops.macko.sliced_spmv, (x, matrix.data, bias, matrix.dtype, matrix.numbers))
+        torch.library.opcheck(torch.ops.macko.sliced_spmv, (x, matrix.data, None, matrix.dtype, matrix.numbers))
         torch.library.opcheck(torch.ops.macko.sliced_unpack, (matrix.data, dtype, matrix.numbers))
         assert torch.equal(torch.ops.macko.sliced_unpack(matrix.data, dtype, matrix.numbers).cpu(), weight)
 
