@@ -5,7 +5,6 @@ peak memory; `generate_batch` does so for several prompts at once.
 """
 
 import re
-import resource
 import sys
 import time
 from collections import deque
@@ -65,7 +64,7 @@ class Generation:
         prefill_tokens_per_second: prompt tokens over the time to the first new token.
         tokens_per_second: new tokens after the first over the time they took; None where there is only the first.
         peak_memory_bytes: on GPUs what torch had allocated at most during this call, summed over the model's GPUs; else
-            the peak resident memory of the process so far. A batch's texts share it.
+            the peak resident memory of the process so far, None where the system does not tell. A batch's texts share it.
     """
 
     text: str
@@ -73,7 +72,7 @@ class Generation:
     new_tokens: int
     prefill_tokens_per_second: float
     tokens_per_second: float | None
-    peak_memory_bytes: int
+    peak_memory_bytes: int | None
 
 
 def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
@@ -334,7 +333,7 @@ def _drain(
     return [_generation(len(_token_list(prompt)), steps, peak) for prompt, steps in zip(prompts, texts, strict=True)]
 
 
-def _generation(prompt_tokens: int, steps: list[Step], peak_memory_bytes: int) -> Generation:
+def _generation(prompt_tokens: int, steps: list[Step], peak_memory_bytes: int | None) -> Generation:
     first, last = steps[0].seconds, steps[-1].seconds
     return Generation(
         text="".join(step.text for step in steps),
@@ -374,10 +373,14 @@ def _check_length(prompt: int, new: int, limit: int | None) -> None:
     )
 
 
-def _peak_resident_bytes() -> int:
+def _peak_resident_bytes() -> int | None:
     # Linux starts ru_maxrss of a new program at the peak of the process that launched it; VmHWM is the program's own.
     status = Path("/proc/self/status")
     if status.exists() and (own := re.search(r"^VmHWM:\s*(\d+) kB$", status.read_text(), re.MULTILINE)):
         return int(own[1]) * 1024
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -37,6 +37,10 @@ _SIBLINGS = (
     ("w1", "w3"),
 )
 """What model families call the linear layers of one module that read the same input, in the order of a group."""
+_CPU_IS_FULL = ("allocate memory", "not enough memory")
+"""Words of torch's CPU allocator and of the system, in an error of any kind, for lack of memory."""
+_OF_FILES = ("size mismatch", "loading state_dict", "unable to open file", "unable to mmap", "required mapping size")
+"""Words of the RuntimeErrors by which torch and transformers complain of files, or of what these hold."""
 _REASON_LENGTH = 200
 
 
@@ -158,18 +162,16 @@ def load_empty(folder: Path, *, dtype: str = "auto", trust_remote_code: bool = F
 
 @contextmanager
 def plain_errors(folder: Path, device: torch.device) -> Iterator[None]:
-    """Turns what goes wrong while weights are loaded to a device into a CheckpointError."""
+    """Turns what goes wrong while weights are loaded to a device into a CheckpointError.
+
+    The files are blamed only for what comes from reading them or from comparing them with the model.
+    """
     try:
         yield
     except MackoError:
         raise
-    except torch.OutOfMemoryError as error:
-        raise CheckpointError(f"{folder} does not fit on {device}; use --device cpu.") from error
-    except (SafetensorError, OSError, RuntimeError) as error:
-        raise CheckpointError(
-            f"The weights of {folder} are missing, corrupt or truncated ({_reason(error)}); "
-            "download or write the model again, as safetensors."
-        ) from error
+    except (SafetensorError, OSError, RuntimeError, MemoryError) as error:
+        raise _cannot_load(folder, device, error) from error
     except (ValueError, KeyError, ImportError) as error:
         raise _cannot_build(folder, error) from error
 
@@ -340,6 +342,34 @@ def _cannot_build(folder: Path, error: Exception) -> CheckpointError:
     return CheckpointError(
         f"The model in {folder} cannot be built ({_reason(error)}); download it again, or install what it needs."
     )
+
+
+def _cannot_load(folder: Path, device: torch.device, error: Exception) -> CheckpointError:
+    text = str(error)
+    gpu_is_full = isinstance(error, torch.OutOfMemoryError) or "out of memory" in text
+    if gpu_is_full and device.type != "cpu":
+        return CheckpointError(f"{folder} does not fit on {device}; use --device cpu.")
+    if gpu_is_full or isinstance(error, MemoryError) or any(words in text for words in _CPU_IS_FULL):
+        return CheckpointError(f"{folder} does not fit in the CPU's memory; free some of it, or use a smaller model.")
+    if isinstance(error, getattr(torch, "AcceleratorError", ())) or text.startswith("CUDA error"):
+        reason = text.partition("\n")[0]  # the other lines advise who programs for CUDA
+        return CheckpointError(f"{_gpu_name(device)} failed while {folder} was loaded ({reason}); see `macko doctor`.")
+    if not isinstance(error, RuntimeError) or any(words in text for words in _OF_FILES):
+        return CheckpointError(
+            f"The weights of {folder} are missing, corrupt or truncated ({_reason(error)}); "
+            "download or write the model again, as safetensors."
+        )
+    return CheckpointError(
+        f"{folder} cannot be loaded to {device} ({_reason(error)}); "
+        "see `macko doctor`, or the traceback with MACKO_DEBUG=1."
+    )
+
+
+def _gpu_name(device: torch.device) -> str:
+    try:
+        return f"{torch.cuda.get_device_name(device)} ({device})"
+    except (RuntimeError, AssertionError, ValueError):  # no CUDA device, or one that answers nothing any more
+        return str(device)
 
 
 def _no_device(device: str) -> UsageError:

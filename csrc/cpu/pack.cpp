@@ -1,5 +1,6 @@
 // Packing on the CPU, in two passes: count the entries of each row, then write them.
 #include <algorithm>
+#include <mutex>
 
 #include "cpu/parallel.h"
 #include "format.h"
@@ -19,11 +20,41 @@ void for_nonzeros(const uint16_t* row, int64_t cols, const Emit& emit) {
   }
 }
 
-// Adds one delta to zeroed bytes, so that the byte that two rows share is combined, never overwritten.
-void put_delta(uint8_t* deltas, int64_t entry, int delta) {
-  // Neighbouring rows may be written by two threads, so the shared byte is updated atomically.
-  __atomic_fetch_or(&deltas[entry >> 1], static_cast<uint8_t>(delta << ((entry & 1) * kDeltaBits)), __ATOMIC_RELAXED);
-}
+// Writes the deltas of consecutive entries to zeroed bytes, two a byte. The other half of the first or the last byte may
+// belong to a neighbouring range, which another thread writes, so these two are combined under a lock.
+class DeltaWriter {
+ public:
+  DeltaWriter(uint8_t* deltas, int64_t entry, std::mutex& ends)
+      : deltas_(deltas), entry_(entry), ends_(ends), is_shared_(entry & 1) {}
+  ~DeltaWriter() {
+    if (entry_ & 1) combine();
+  }
+  DeltaWriter(const DeltaWriter&) = delete;
+  DeltaWriter& operator=(const DeltaWriter&) = delete;
+
+  void put(int delta) {
+    byte_ |= static_cast<uint8_t>(delta << ((entry_ & 1) * kDeltaBits));
+    if (entry_ & 1) {
+      if (is_shared_) combine();
+      else deltas_[entry_ >> 1] = byte_;
+      byte_ = 0;
+      is_shared_ = false;
+    }
+    ++entry_;
+  }
+
+ private:
+  void combine() {
+    const std::lock_guard<std::mutex> lock(ends_);
+    deltas_[entry_ >> 1] |= byte_;
+  }
+
+  uint8_t* deltas_;
+  int64_t entry_;
+  std::mutex& ends_;
+  bool is_shared_;  // the byte that is filled now is the first and begins with another range's entry
+  uint8_t byte_ = 0;
+};
 
 }  // namespace
 }  // namespace macko
@@ -63,14 +94,16 @@ extern "C" macko_status macko_cpu_pack(const uint16_t* weight, int64_t rows, int
   std::fill(values, values + padded, uint16_t{0});
   std::fill(deltas, deltas + padded / 2, uint8_t{0});
   const auto elements_before = [cols](int64_t row) { return row * cols; };
-  return for_row_ranges(rows, threads, elements_before, [=](int64_t first, int64_t last) {
+  std::mutex ends;
+  return for_row_ranges(rows, threads, elements_before, [=, &ends](int64_t first, int64_t last) {
+    DeltaWriter row_deltas(deltas, row_offsets[first], ends);
     for (int64_t row = first; row < last; ++row) {
       const uint16_t* source = weight + row * cols;
-      int64_t entry = row_offsets[row];
+      uint16_t* value = values + row_offsets[row];
       for_nonzeros(source, cols, [&](int64_t column, int64_t gap) {
-        for (; gap >= kBridge; gap -= kBridge) put_delta(deltas, entry++, kMaxDelta);
-        put_delta(deltas, entry, static_cast<int>(gap));
-        values[entry++] = source[column];
+        for (; gap >= kBridge; gap -= kBridge, ++value) row_deltas.put(kMaxDelta);
+        row_deltas.put(static_cast<int>(gap));
+        *value++ = source[column];
       });
     }
   });

@@ -85,10 +85,11 @@ def generate(
     prefill = sum(one.prefill_tokens_per_second for one in made)
     speed = generation.batch_tokens_per_second(made)
     decode = f"{speed:.1f} tokens/s" if speed is not None else "one token" if len(made) == 1 else "one token each"
+    peak = made[0].peak_memory_bytes
+    memory = "" if peak is None else f"; peak memory: {megabytes(peak)}"
     print(
         f"prompt: {sum(one.prompt_tokens for one in made)} tokens, {prefill:.1f} tokens/s; "
-        f"decode: {sum(one.new_tokens for one in made)} tokens, {decode}; "
-        f"peak memory: {megabytes(made[0].peak_memory_bytes)}",
+        f"decode: {sum(one.new_tokens for one in made)} tokens, {decode}{memory}",
         file=sys.stderr,
     )
 
