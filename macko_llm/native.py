@@ -69,6 +69,11 @@ class SlicedStruct(ctypes.Structure):
     )
 
 
+def address_of(struct: ctypes.Structure) -> int:
+    """Where a struct lies in memory; it must outlive whoever is told."""
+    return ctypes.addressof(struct)
+
+
 def library_path() -> Path:
     """Where the library that belongs to this package lies.
 

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from typer.testing import CliRunner, Result
 import macko_llm
 from macko_llm import native
 from macko_llm.cli.console import megabytes, plain_errors, print_json
-from macko_llm.cli.doctor import gpu_advice
+from macko_llm.cli.doctor import doctor, gpu_advice
 from macko_llm.cli.main import app
 from macko_llm.errors import CalibrationError, UsageError
 from macko_llm.packing import pack_checkpoint
@@ -282,11 +283,29 @@ def test_version_and_doctor() -> None:
 
 
 def test_the_doctor_says_how_to_get_cuda_kernels() -> None:
-    (advice,) = gpu_advice(1, ["cpu"])
-    assert "`MACKO_CUDA=on pip install .`" in advice
-    assert gpu_advice(1, ["cpu", "cuda"]) == []
-    assert gpu_advice(0, ["cpu"]) == []
-    assert gpu_advice(1, []) == []  # a missing library is advice enough
+    gpu = {"name": "Tesla M1", "kernels_fail": None}
+    (advice,) = gpu_advice([gpu], ["cpu"])
+    assert "built without CUDA kernels" in advice
+    assert "MACKO_CUDA=on pip install" in advice
+    assert gpu_advice([gpu], ["cpu", "cuda"]) == []
+    assert gpu_advice([], ["cpu"]) == []
+    assert gpu_advice([gpu], []) == []  # a missing library is advice enough
+
+
+@pytest.mark.parametrize("reason", [None, "no kernel image is available for execution on the device"])
+def test_the_doctor_tries_the_kernels_on_each_gpu(
+    reason: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    properties = SimpleNamespace(name="Tesla M1", total_memory=4_000_000_000, major=5, minor=0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(native, "has_cuda", lambda: True)
+    monkeypatch.setattr(native, "why_not_on", lambda _: reason)
+    doctor()
+    said = capsys.readouterr().out
+    assert "Tesla M1, 4 GB, sm_50" in said
+    assert ("Nothing is missing." in said) == (reason is None)
+    assert (f"do not run on Tesla M1 ({reason})" in said) == (reason is not None)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -5,16 +5,19 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import macko_llm
 from macko_llm import native
-from macko_llm.errors import NativeError
+from macko_llm.errors import MackoWarning, NativeError
 from macko_llm.format import MackoMatrix
+from macko_llm.layouts import canonical, sliced
 
 HALF = torch.ones(4, 6, dtype=torch.float16)
 
@@ -244,3 +247,57 @@ def test_a_library_without_cuda(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     monkeypatch.setattr(native, "library_path", lambda: library)
     assert not native.has_cuda()
     assert torch.equal(native.cpu_unpack(native.cpu_pack(HALF)), HALF)
+
+
+# Whether the CUDA kernels run
+
+
+@pytest.fixture
+def gpu_0(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """A GPU of which only the errors are known that its kernels will give; no errors, no GPU is touched."""
+    failures: list[str] = []
+    monkeypatch.setattr(native, "has_cuda", lambda: True)
+    monkeypatch.setattr(native, "why_not_on", lambda _: failures[0] if failures else None)
+    native._probe.cache_clear()
+    yield failures
+    native._probe.cache_clear()
+
+
+def test_a_gpu_on_which_the_kernels_fail_gets_one_warning_and_plain_torch(gpu_0: list[str]) -> None:
+    gpu_0.append("CUDA driver version is insufficient for CUDA runtime version")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = [native.runs_on(torch.device("cuda", 0)) for _ in range(2)]
+    assert found == [False, False]
+    (said,) = caught
+    assert said.category is MackoWarning
+    assert re.search(r"do not run on GPU 0 \(CUDA driver version is insufficient .* plain torch", str(said.message))
+
+
+@pytest.mark.usefixtures("gpu_0")
+def test_a_gpu_on_which_the_kernels_run(recwarn: pytest.WarningsRecorder) -> None:
+    assert native.runs_on(torch.device("cuda", 0))
+    assert not native.runs_on(torch.device("cpu"))
+    assert not recwarn.list
+
+
+def test_a_torch_of_another_vendor_runs_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "has_cuda", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert native.why_not_on.__wrapped__(0) == "this torch is not built for CUDA"
+
+
+def test_values_that_have_been_cast_are_refused() -> None:
+    matrix = canonical.pack(torch.eye(8, dtype=torch.float16))
+    cast = MackoMatrix(matrix.values.float(), matrix.deltas, matrix.row_offsets, matrix.shape)
+    for call in (lambda: native.cpu_unpack(cast), lambda: native.cpu_spmv(cast, torch.ones(1, 8), None)):
+        with pytest.raises(NativeError, match=r"packed values are torch\.float32; they must stay float16 or bfloat16"):
+            call()
+
+
+def test_a_torch_without_its_private_names_counts_as_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert sliced._modes_counter()() == 0
+    with FakeTensorMode():
+        assert sliced._modes_counter()() == 1
+    monkeypatch.delattr(torch._C, "_len_torch_dispatch_stack")
+    assert sliced._modes_counter()() == 1

@@ -38,6 +38,7 @@ from macko_llm.layouts.sliced_plan import (
     SlicedPlan,
     choose_shapes,
     plan_rows,
+    resident_blocks,
 )
 from macko_llm.native import SlicedStruct
 
@@ -271,3 +272,15 @@ def test_shapes_count_the_slices_of_each_member(multiprocessors: int) -> None:
         )
         busiest = divided_up(slices, places) * RESIDENT_BLOCKS[best.warps] * best.height
         assert busiest <= 1.3 * least
+
+
+def test_blocks_that_a_multiprocessor_holds() -> None:
+    """As its warps allow (compute capability 7.5 has 32), and its shared memory for x."""
+    hopper, turing, ada = ((9, 0), 233472), ((7, 5), 65536), ((8, 9), 102400)
+    assert resident_blocks(4096, *hopper) == RESIDENT_BLOCKS
+    assert resident_blocks(4096, *ada) == RESIDENT_BLOCKS
+    assert resident_blocks(4096, *turing) == {32: 1, 20: 1, 24: 1, 16: 2, 12: 2, 8: 4}
+    # The down projection of a 70B model: 57 kB of x a block.
+    assert resident_blocks(28672, *hopper) == {32: 1, 20: 1, 24: 2, 16: 3, 12: 3, 8: 3}
+    assert resident_blocks(28672, *ada) == dict.fromkeys(RESIDENT_BLOCKS, 1)
+    assert choose_shapes([8192], 128, resident_blocks(28672, *ada)) != choose_shapes([8192], 128, RESIDENT_BLOCKS)

@@ -20,8 +20,8 @@ void for_nonzeros(const uint16_t* row, int64_t cols, const Emit& emit) {
   }
 }
 
-// Writes the deltas of consecutive entries to zeroed bytes, two a byte. The other half of the first or the last byte may
-// belong to a neighbouring range, which another thread writes, so these two are combined under a lock.
+// Writes the deltas of consecutive entries to zeroed bytes, two a byte. The other half of the first or the last byte
+// may belong to a neighbouring range, which another thread writes, so these two are combined under a lock.
 class DeltaWriter {
  public:
   DeltaWriter(uint8_t* deltas, int64_t entry, std::mutex& ends)

@@ -1,4 +1,5 @@
 // Packing on the GPU, in two passes over the matrix with a warp for each row: count the entries, then write them.
+#include "cuda/gap_walk.cuh"
 #include "cuda/launch.h"
 #include "cuda/warp.cuh"
 #include "format.h"
@@ -20,7 +21,6 @@ struct Element {
 template <typename Visit>
 __device__ void for_elements(const uint16_t* __restrict__ row, int cols, const Visit& visit) {
   const int lane = lane_index();
-  const unsigned lanes_before = (1u << lane) - 1;
   int previous = -1;  // last nonzero column of the blocks before
   for (int start = 0; start < cols; start += kBlocksInFlight * kWarpSize) {
     uint16_t bits[kBlocksInFlight];
@@ -31,13 +31,8 @@ __device__ void for_elements(const uint16_t* __restrict__ row, int cols, const V
     }
 #pragma unroll
     for (int block = 0; block < kBlocksInFlight; ++block) {
-      const int first = start + block * kWarpSize;
-      const bool nonzero = (bits[block] & 0x7fffu) != 0;  // negative zero is a zero
-      const unsigned nonzeros = __ballot_sync(kAllLanes, nonzero);
-      const unsigned before = nonzeros & lanes_before;
-      const int gap = first + lane - 1 - (before ? first + 31 - __clz(before) : previous);
-      visit(Element{bits[block], gap, nonzero ? gap / kBridge + 1 : 0});
-      if (nonzeros) previous = first + 31 - __clz(nonzeros);
+      const Gap gap(bits[block], start + block * kWarpSize + lane, previous);
+      visit(Element{bits[block], gap.columns, gap.entries(kBridge)});
     }
   }
 }

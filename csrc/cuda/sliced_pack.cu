@@ -1,4 +1,5 @@
 // Dense -> sliced layout. A warp takes a row, 32 columns at a time.
+#include "cuda/gap_walk.cuh"
 #include "cuda/sliced.cuh"
 #include "cuda/warp.cuh"
 #include "format.h"
@@ -6,24 +7,9 @@
 namespace macko {
 namespace {
 
-// A lane's column among 32, and the entries that it needs: the zeros that bridge the gap before it, then itself.
+// Columns that one entry bridges.
 template <int DeltaBits>
-struct LaneEntries {
-  bool nonzero;
-  int delta;    // of the last of the entries
-  int entries;  // 0 for a zero weight
-
-  // `previous` is the row's last nonzero column before these 32, -1 if there is none; it is moved on.
-  __device__ LaneEntries(uint16_t bits, int column, int& previous) : nonzero((bits & 0x7fffu) != 0) {
-    const unsigned mask = __ballot_sync(kAllLanes, nonzero);
-    const int first = column - lane_index();
-    const unsigned before = mask & ((1u << lane_index()) - 1);
-    const int gap = column - (before ? first + 31 - __clz(before) : previous) - 1;
-    delta = gap % (Unit<DeltaBits>::kMaxDelta + 1);
-    entries = nonzero ? gap / (Unit<DeltaBits>::kMaxDelta + 1) + 1 : 0;
-    if (mask) previous = first + 31 - __clz(mask);
-  }
-};
+constexpr int kSpan = Unit<DeltaBits>::kMaxDelta + 1;
 
 template <int DeltaBits>
 __global__ void __launch_bounds__(kBlockThreads)
@@ -36,7 +22,7 @@ __global__ void __launch_bounds__(kBlockThreads)
   int count = 0, previous = -1;
   for (int first = 0; first < cols; first += kWarpSize) {
     const int column = first + lane_index();
-    count += LaneEntries<DeltaBits>(column < cols ? weight[column] : 0, column, previous).entries;
+    count += Gap(column < cols ? weight[column] : 0, column, previous).entries(kSpan<DeltaBits>);
   }
   count = warp_sum(count);
   if (lane_index() == 0) counts[row] = count;
@@ -103,13 +89,14 @@ __global__ void __launch_bounds__(kBlockThreads)
   for (int first = 0; first < matrix.cols; first += kWarpSize) {
     const int column = first + lane_index();
     const uint16_t bits = column < matrix.cols ? weight[column] : 0;
-    const LaneEntries<DeltaBits> lane(bits, column, previous);
-    const int up_to = warp_sum_up_to(lane.entries);
+    const Gap gap(bits, column, previous);
+    const int entries = gap.entries(kSpan<DeltaBits>), delta = gap.columns % kSpan<DeltaBits>;
+    const int up_to = warp_sum_up_to(entries);
     const int entry = written + up_to - 1;
-    if (lane.nonzero) {
-      writer.write(entry, bits, lane.delta, column);
-      int bridge = column - lane.delta - 1;  // column of the last of the bridging zeros
-      for (int i = 1; i < lane.entries; i++, bridge -= Unit<DeltaBits>::kMaxDelta + 1) {
+    if (gap.nonzero) {
+      writer.write(entry, bits, delta, column);
+      int bridge = column - delta - 1;  // column of the last of the bridging zeros
+      for (int i = 1; i < entries; i++, bridge -= kSpan<DeltaBits>) {
         writer.write(entry - i, 0, Unit<DeltaBits>::kMaxDelta, bridge);
       }
     }

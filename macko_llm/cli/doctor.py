@@ -71,18 +71,26 @@ def _facts() -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(index)
         capability = f"{properties.major}{properties.minor}"
         gpu = {"name": properties.name, "memory_bytes": properties.total_memory, "capability": capability}
+        gpu["kernels_fail"] = native.why_not_on(index) if facts["kernels"] else None
         facts["gpus"].append(gpu)
-    advice += gpu_advice(len(facts["gpus"]), facts["kernels"])
+    advice += gpu_advice(facts["gpus"], facts["kernels"])
     return facts
 
 
-def gpu_advice(gpus: int, kernels: list[str]) -> list[str]:
-    """What to do for GPUs, given how many there are and which kernels the native library has."""
-    if gpus == 0 or not kernels or "cuda" in kernels:
+def gpu_advice(gpus: list[dict[str, Any]], kernels: list[str]) -> list[str]:
+    """What to do for GPUs, given what is known of each and which kernels the native library has."""
+    if not gpus or not kernels:
         return []
+    if "cuda" not in kernels:
+        return [
+            "The native library was built without CUDA kernels, so packed models run on GPUs in plain torch, right but slow; "
+            "build it with `MACKO_CUDA=on pip install .` in the project's folder."
+        ]
     return [
-        "The native library was built without CUDA kernels, so packed models run on GPUs in plain torch, right but slow; "
-        "build it with `MACKO_CUDA=on pip install .` in the project's folder."
+        f"The CUDA kernels do not run on {gpu['name']} ({gpu['kernels_fail']}), so packed models run there in plain torch, "
+        "right but slow; update the GPU's driver, or build for it with `MACKO_CUDA=on pip install .` in the project's folder."
+        for gpu in gpus
+        if gpu["kernels_fail"]
     ]
 
 

@@ -7,7 +7,6 @@ Matrices that multiply the same input (q, k and v of a layer) share one layout, 
 other, each member has slices of its own, and group and members all multiply and unpack by themselves.
 """
 
-import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -109,7 +108,7 @@ class SlicedMatrix(Layout):
     @cached_property
     def address(self) -> int:
         """Of the struct."""
-        return ctypes.addressof(self.struct)
+        return native.address_of(self.struct)
 
     def __getstate__(self) -> dict[str, object]:
         """What a copy takes along: not the struct, whose addresses are this matrix's."""
