@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -287,6 +288,23 @@ def test_the_doctor_says_how_to_get_cuda_kernels() -> None:
     assert gpu_advice(1, ["cpu", "cuda"]) == []
     assert gpu_advice(0, ["cpu"]) == []
     assert gpu_advice(1, []) == []  # a missing library is advice enough
+
+
+@pytest.mark.parametrize("has_kernels", [False, True])
+def test_the_doctor_sees_gpus_and_what_they_lack(has_kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = SimpleNamespace(name="NVIDIA Imaginary", total_memory=48 * 10**9, major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _index: gpu)
+    monkeypatch.setattr(native, "has_cuda", lambda: has_kernels)
+    said = macko("doctor").stdout.splitlines()
+    assert "GPU             NVIDIA Imaginary, 48 GB, sm_90" in said
+    (advice,) = gpu_advice(1, ["cpu"])
+    if has_kernels:
+        assert said[-1] == "Nothing is missing."
+        assert macko_json("doctor")["advice"] == []
+    else:
+        assert said[-1] == f"! {advice}"
+        assert macko_json("doctor")["advice"] == [advice]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
