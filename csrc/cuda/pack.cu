@@ -1,4 +1,5 @@
 // Packing on the GPU, in two passes over the matrix with a warp for each row: count the entries, then write them.
+#include "cuda/gap_walk.cuh"
 #include "cuda/launch.h"
 #include "cuda/warp.cuh"
 #include "format.h"
@@ -6,41 +7,6 @@
 
 namespace macko {
 namespace {
-
-constexpr int kBlocksInFlight = 4;  // blocks of 32 columns that a warp loads at once
-
-// What a lane finds in its column.
-struct Element {
-  uint16_t bits;  // the number there
-  int gap;        // if it is not zero: columns skipped since the nonzero before it
-  int entries;    // entries that store it: the bridges over the gap and itself; 0 for a zero
-};
-
-// Walks a warp over a row, 32 columns at a time, and calls visit(element) in all lanes together.
-template <typename Visit>
-__device__ void for_elements(const uint16_t* __restrict__ row, int cols, const Visit& visit) {
-  const int lane = lane_index();
-  const unsigned lanes_before = (1u << lane) - 1;
-  int previous = -1;  // last nonzero column of the blocks before
-  for (int start = 0; start < cols; start += kBlocksInFlight * kWarpSize) {
-    uint16_t bits[kBlocksInFlight];
-#pragma unroll
-    for (int block = 0; block < kBlocksInFlight; ++block) {
-      const int column = start + block * kWarpSize + lane;
-      bits[block] = column < cols ? __ldg(row + column) : uint16_t{0};
-    }
-#pragma unroll
-    for (int block = 0; block < kBlocksInFlight; ++block) {
-      const int first = start + block * kWarpSize;
-      const bool nonzero = (bits[block] & 0x7fffu) != 0;  // negative zero is a zero
-      const unsigned nonzeros = __ballot_sync(kAllLanes, nonzero);
-      const unsigned before = nonzeros & lanes_before;
-      const int gap = first + lane - 1 - (before ? first + 31 - __clz(before) : previous);
-      visit(Element{bits[block], gap, nonzero ? gap / kBridge + 1 : 0});
-      if (nonzeros) previous = first + 31 - __clz(nonzeros);
-    }
-  }
-}
 
 // Adds one delta to zeroed words. Lanes, and the rows at either end, share a word: it is combined, never overwritten.
 __device__ void put_delta(uint32_t* deltas, uint32_t entry, int delta) {
@@ -56,9 +22,7 @@ __global__ void __launch_bounds__(kBlockThreads)        // a warp for each row
                   int32_t* __restrict__ counts) {       // out: [rows]
   const int row = blockIdx.x * kBlockWarps + warp_index();
   if (row >= rows) return;
-  int entries = 0;
-  for_elements(weight + int64_t{row} * cols, cols, [&](const Element& element) { entries += element.entries; });
-  entries = warp_sum(entries);
+  const int entries = row_entries<kDeltaBits>(weight + int64_t{row} * cols, cols);
   if (lane_index() == 0) counts[row] = entries;
 }
 
@@ -73,12 +37,12 @@ __global__ void __launch_bounds__(kBlockThreads)            // a warp for each r
   if (row >= rows) return;
   const int lane = lane_index();
   uint32_t next = row_offsets[row];  // first entry of the block of columns
-  for_elements(weight + int64_t{row} * cols, cols, [&](const Element& element) {
+  for_elements<kDeltaBits>(weight + int64_t{row} * cols, cols, [&](const Element& element) {
     const uint32_t end = warp_sum_up_to(static_cast<uint32_t>(element.entries));
     const uint32_t entry = next + end - 1;  // where the nonzero goes, after its bridges
     if (element.entries > 0) {
       values[entry] = element.bits;
-      put_delta(deltas, entry, element.gap % kBridge);
+      put_delta(deltas, entry, element.delta);
     }
     // Bridges may be many, so the whole warp writes those of one lane after those of the other. Their values stay zero.
     for (unsigned bridged = __ballot_sync(kAllLanes, element.entries > 1); bridged; bridged &= bridged - 1) {

@@ -1,29 +1,10 @@
 // Dense -> sliced layout. A warp takes a row, 32 columns at a time.
+#include "cuda/gap_walk.cuh"
 #include "cuda/sliced.cuh"
 #include "cuda/warp.cuh"
-#include "format.h"
 
 namespace macko {
 namespace {
-
-// A lane's column among 32, and the entries that it needs: the zeros that bridge the gap before it, then itself.
-template <int DeltaBits>
-struct LaneEntries {
-  bool nonzero;
-  int delta;    // of the last of the entries
-  int entries;  // 0 for a zero weight
-
-  // `previous` is the row's last nonzero column before these 32, -1 if there is none; it is moved on.
-  __device__ LaneEntries(uint16_t bits, int column, int& previous) : nonzero((bits & 0x7fffu) != 0) {
-    const unsigned mask = __ballot_sync(kAllLanes, nonzero);
-    const int first = column - lane_index();
-    const unsigned before = mask & ((1u << lane_index()) - 1);
-    const int gap = column - (before ? first + 31 - __clz(before) : previous) - 1;
-    delta = gap % (Unit<DeltaBits>::kMaxDelta + 1);
-    entries = nonzero ? gap / (Unit<DeltaBits>::kMaxDelta + 1) + 1 : 0;
-    if (mask) previous = first + 31 - __clz(mask);
-  }
-};
 
 template <int DeltaBits>
 __global__ void __launch_bounds__(kBlockThreads)
@@ -32,14 +13,8 @@ __global__ void __launch_bounds__(kBlockThreads)
                   int32_t* __restrict__ counts) {  // out: [rows]
   const int row = blockIdx.x * kBlockWarps + warp_index();
   if (row >= rows) return;
-  weight += static_cast<int64_t>(row) * cols;
-  int count = 0, previous = -1;
-  for (int first = 0; first < cols; first += kWarpSize) {
-    const int column = first + lane_index();
-    count += LaneEntries<DeltaBits>(column < cols ? weight[column] : 0, column, previous).entries;
-  }
-  count = warp_sum(count);
-  if (lane_index() == 0) counts[row] = count;
+  const int entries = row_entries<DeltaBits>(weight + int64_t{row} * cols, cols);
+  if (lane_index() == 0) counts[row] = entries;
 }
 
 // Where the entries of one row go.
@@ -98,24 +73,22 @@ __global__ void __launch_bounds__(kBlockThreads)
   const int row = row_at(matrix, slice, place);
   if (row < 0) return;
   const RowWriter<DeltaBits> writer(matrix, slice, place);
-  weight += static_cast<int64_t>(row) * matrix.cols;
-  int written = 0, previous = -1;
-  for (int first = 0; first < matrix.cols; first += kWarpSize) {
-    const int column = first + lane_index();
-    const uint16_t bits = column < matrix.cols ? weight[column] : 0;
-    const LaneEntries<DeltaBits> lane(bits, column, previous);
-    const int up_to = warp_sum_up_to(lane.entries);
+  int written = 0;
+  const auto write = [&](const Element& element) {
+    const int up_to = warp_sum_up_to(element.entries);
     const int entry = written + up_to - 1;
-    if (lane.nonzero) {
-      writer.write(entry, bits, lane.delta, column);
-      int bridge = column - lane.delta - 1;  // column of the last of the bridging zeros
-      for (int i = 1; i < lane.entries; i++, bridge -= Unit<DeltaBits>::kMaxDelta + 1) {
-        writer.write(entry - i, 0, Unit<DeltaBits>::kMaxDelta, bridge);
-      }
+    uint16_t bits = element.bits;
+    int column = element.column, delta = element.delta;
+    for (int i = 0; i < element.entries; ++i) {  // backwards: the nonzero, then the zeros that bridge the gap before it
+      writer.write(entry - i, bits, delta, column);
+      column -= delta + 1;
+      bits = 0;
+      delta = Unit<DeltaBits>::kMaxDelta;
     }
     written += of_last_lane(up_to);
-  }
-  writer.finish(written, previous);
+  };
+  const int last = for_elements<DeltaBits>(weight + int64_t{row} * matrix.cols, matrix.cols, write);
+  writer.finish(written, last);
 }
 
 }  // namespace
