@@ -9,8 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
+from datasets import Dataset
 from families import SENTENCES, make_tokenizer, random_tokens
 from safetensors.torch import save_file
 
@@ -197,3 +199,58 @@ def test_hash_covers_shape_and_values() -> None:
     assert tokens_sha256(tokens) == expected
     assert tokens_sha256(tokens.t().contiguous().t()) == expected  # whatever the strides
     assert tokens_sha256(tokens.reshape(3, 2)) != expected
+
+
+class FakeHub:
+    """Stands for `datasets.load_dataset`: each part of each dataset has lines that name it."""
+
+    def __init__(self, lines: int) -> None:
+        self.lines = lines
+
+    def __call__(
+        self,
+        path: str,
+        name: str | None = None,
+        *,
+        data_files: str | None = None,
+        split: str,
+        verification_mode: str,
+    ) -> Dataset:
+        assert verification_mode == "no_checks"
+        part = f"{path}/{name or data_files} {split}"
+        return Dataset.from_dict({"text": self.texts(part), "url": ["-"] * self.lines})
+
+    def texts(self, part: str) -> list[str]:
+        return [f"{part}: {index}" for index in range(self.lines)]
+
+
+@pytest.mark.parametrize("lines", [1, 1100, 1103])
+def test_c4_is_its_first_shard_and_1100_documents_of_the_first_for_tests(
+    lines: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = FakeHub(lines)
+    monkeypatch.setattr(datasets, "load_dataset", hub)
+    train = hub.texts("allenai/c4/en/c4-train.00000-of-01024.json.gz train")
+    test = hub.texts("allenai/c4/en/c4-validation.00000-of-00008.json.gz train")  # a file by itself is called train
+    assert list(load_documents("c4", "train")) == train
+    assert list(load_documents("c4", "test")) == test[:1100]
+    assert evaluation_text("c4") == "\n\n".join(test[:1100])
+
+
+def test_wikitext2_is_one_document_to_calibrate_and_lines_to_evaluate(monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = FakeHub(3)
+    monkeypatch.setattr(datasets, "load_dataset", hub)
+    part = "Salesforce/wikitext/wikitext-2-raw-v1"
+    assert list(load_documents("wikitext2", "train")) == [f"{part} train: 0 {part} train: 1 {part} train: 2"]
+    assert list(load_documents("wikitext2", "test")) == hub.texts(f"{part} test")
+    assert evaluation_text("wikitext2") == f"{part} test: 0\n\n{part} test: 1\n\n{part} test: 2"
+
+
+def test_sequences_of_wikitext2_run_across_its_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: Dataset.from_dict({"text": SENTENCES}))
+    tokenizer = make_tokenizer()
+    longest = max(len(tokenizer(sentence)["input_ids"]) for sentence in SENTENCES)
+    tokens = calibration_tokens("wikitext2", tokenizer, 4, longest + 5, seed=0)
+    joined = tokenizer.decode(tokenizer(" ".join(SENTENCES))["input_ids"])
+    assert tokens.shape == (4, longest + 5)
+    assert all(tokenizer.decode(row) in joined for row in tokens)

@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 import macko_llm
 from macko_llm import native
 from macko_llm.cli.console import megabytes, plain_errors, print_json
-from macko_llm.cli.doctor import doctor, gpu_advice
+from macko_llm.cli.doctor import gpu_advice
 from macko_llm.cli.main import app
 from macko_llm.errors import CalibrationError, UsageError
 from macko_llm.packing import pack_checkpoint
@@ -292,20 +292,33 @@ def test_the_doctor_says_how_to_get_cuda_kernels() -> None:
     assert gpu_advice([gpu], []) == []  # a missing library is advice enough
 
 
-@pytest.mark.parametrize("reason", [None, "no kernel image is available for execution on the device"])
-def test_the_doctor_tries_the_kernels_on_each_gpu(
-    reason: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("kernels", "reason", "words"),
+    [
+        (True, None, None),
+        (False, None, "built without CUDA kernels"),
+        (True, "no kernel image is available", r"do not run on NVIDIA Imaginary \(no kernel image is available\)"),
+    ],
+    ids=["kernels that run", "no kernels", "kernels that do not run"],
+)
+def test_the_doctor_sees_gpus_and_what_they_lack(
+    kernels: bool, reason: str | None, words: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    properties = SimpleNamespace(name="Tesla M1", total_memory=4_000_000_000, major=5, minor=0)
+    gpu = SimpleNamespace(name="NVIDIA Imaginary", total_memory=48 * 10**9, major=9, minor=0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
-    monkeypatch.setattr(native, "has_cuda", lambda: True)
-    monkeypatch.setattr(native, "why_not_on", lambda _: reason)
-    doctor()
-    said = capsys.readouterr().out
-    assert "Tesla M1, 4 GB, sm_50" in said
-    assert ("Nothing is missing." in said) == (reason is None)
-    assert (f"do not run on Tesla M1 ({reason})" in said) == (reason is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _index: gpu)
+    monkeypatch.setattr(native, "has_cuda", lambda: kernels)
+    monkeypatch.setattr(native, "why_not_on", lambda _index: reason)
+    said = macko("doctor").stdout.splitlines()
+    assert "GPU             NVIDIA Imaginary, 48 GB, sm_90" in said
+    if words is None:
+        assert said[-1] == "Nothing is missing."
+        assert macko_json("doctor")["advice"] == []
+    else:
+        (advice,) = macko_json("doctor")["advice"]
+        assert said[-1] == f"! {advice}"
+        assert re.search(words, advice)
+        assert "MACKO_CUDA=on pip install" in advice
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from families import FAMILIES, MAX_POSITIONS, WINDOW
+from families import FAMILIES, MAX_POSITIONS, VOCABULARY, WINDOW
 from generation_helpers import Scripted, build, greedy_of_transformers, prompt_of
 from transformers import AutoModelForCausalLM, DynamicCache
 
@@ -65,6 +65,18 @@ def test_texts_of_different_lengths_at_once_are_each_alone(family):
     prompts = prompts_of(LENGTHS)
     alone = [greedy_of_transformers(family, torch.tensor([prompt]), NEW) for prompt in prompts]
     assert run(eager(family, prompts), prompts, NEW) == alone
+
+
+@pytest.mark.parametrize("make", [eager, static])
+def test_logits_are_made_of_the_last_position_alone(family, make):
+    """Those of a long prompt would take more memory than the model."""
+    made = []
+    head = family.get_output_embeddings()
+    prompts = prompts_of([WINDOW + 9, 20])
+    with head.register_forward_hook(lambda _module, _input, output: made.append(tuple(output.shape))):
+        run(make(family, prompts), prompts, 3)
+    assert len(made) >= 3
+    assert set(made) == {(2, 1, VOCABULARY)}
 
 
 @pytest.mark.parametrize("lengths", [[7], [7, 7]])

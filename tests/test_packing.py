@@ -137,6 +137,31 @@ def test_the_dtype_of_the_values(
     assert macko_llm.load(tmp_path / "packed", device="cpu").dtype == getattr(torch, expected)
 
 
+def test_a_nested_config_that_names_a_dtype_names_the_new_one(llama: Path, tmp_path: Path) -> None:
+    """Other nested configs stay as they are, those too that a model does without."""
+    parts = {"audio_config": {"dtype": "float32", "size": 3}, "vision_config": {"size": 4}, "speech_config": None}
+    pruned = copy_model(llama / "pruned", tmp_path / "pruned")
+    config = {**checkpoint.read_config(pruned), **parts}
+    checkpoint.write_json(pruned / "config.json", config)
+    pack_checkpoint(pruned, tmp_path / "packed", dtype="bfloat16")
+    packed = checkpoint.read_config(tmp_path / "packed")
+    del packed["quantization_config"]
+    assert packed == {**config, "dtype": "bfloat16", "audio_config": {"dtype": "bfloat16", "size": 3}}
+    assert macko_llm.load(tmp_path / "packed", device="cpu").dtype == torch.bfloat16
+
+
+def test_a_generation_config_that_transformers_may_not_write_is_kept(llama: Path, tmp_path: Path) -> None:
+    pruned = copy_model(llama / "pruned", tmp_path / "pruned")
+    odd = '{"temperature": 0.6, "do_sample": false,\n"top_p": 0.9, "eos_token_id": [1, 2]}'  # as Llama 2 was published
+    (pruned / "generation_config.json").write_text(odd)
+    pack_checkpoint(pruned, tmp_path / "packed")
+    unpack_checkpoint(tmp_path / "packed", tmp_path / "unpacked")
+    for folder in ("packed", "unpacked"):
+        assert (tmp_path / folder / "generation_config.json").read_text() == odd
+        model = macko_llm.load(tmp_path / folder, device="cpu")
+        assert generation.stop_token_ids(model, models.load_tokenizer(pruned)) == {1, 2}
+
+
 def test_what_a_packed_folder_holds(llama: Path) -> None:
     packed = llama / "packed"
     assert _names(packed) == sorted([*_names(llama / "pruned"), "README.md"])

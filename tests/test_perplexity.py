@@ -150,6 +150,14 @@ def test_limit_takes_the_first_windows(model, tokenizer, text):
     assert evaluate(model, tokenizer, text, dataset="random", seqlen=16, limit=1000) == whole
 
 
+def test_logits_are_made_only_where_they_are_scored(model, tokenizer, text):
+    """With overlap, of the last positions of a window: what predicts the first scored token, and all after it."""
+    made = []
+    with model.lm_head.register_forward_hook(lambda _module, _input, output: made.append(tuple(output.shape))):
+        evaluate(model, tokenizer, text, dataset="random", seqlen=16, stride=5, limit=3)
+    assert made == [(1, kept, len(WORDS) + 1) for kept in (16, 6, 6)]
+
+
 def test_seqlen_is_capped_by_the_model(model, tokenizer, text):
     capped = evaluate(model, tokenizer, text, dataset="random")
     assert capped.seqlen == capped.stride == POSITIONS

@@ -11,7 +11,7 @@ import torch
 import transformers
 from families import FAMILIES, MAX_POSITIONS, SENTENCES, VOCABULARY, make_tokenizer, random_tokens, save_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import macko_llm
 from macko_llm.errors import CalibrationError, CheckpointError, MackoError, NonFiniteError, UsageError
@@ -122,13 +122,25 @@ def test_a_token_file_is_used_as_it_is(llama: Path, tmp_path: Path) -> None:
             prune_checkpoint(llama, tmp_path / "no", PruneRecipe(calibration=path, **settings), device="cpu")
 
 
-def test_generation_config_and_other_side_files_are_kept(llama: Path, tmp_path: Path, text: str) -> None:
+def test_generation_config_and_other_side_files_are_kept(
+    llama: Path, tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = GenerationConfig.save_pretrained
+
+    def strict(self: GenerationConfig, *arguments: Any, **options: Any) -> None:
+        """Write as transformers 5.17 does; later ones let pass what did not change since it was loaded."""
+        self.validate(strict=True)
+        write(self, *arguments, **options)
+
+    monkeypatch.setattr(GenerationConfig, "save_pretrained", strict)
     source = tmp_path / "dense"
     source.mkdir()
     for path in llama.iterdir():
         (source / path.name).write_bytes(path.read_bytes())
     odd = {"do_sample": False, "temperature": 0.6, "top_p": 0.9, "eos_token_id": [1, 2]}  # as Llama 2 was published
     (source / "generation_config.json").write_text(json.dumps(odd))
+    with pytest.raises(ValueError, match="temperature"):
+        GenerationConfig.from_pretrained(source).save_pretrained(tmp_path / "refused")
     (source / "chat_template.jinja").write_text("{{ messages }}")
     prune_checkpoint(source, tmp_path / "out", _recipe(text), device="cpu")
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == odd
