@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from macko_llm.dtypes import VALUE_DTYPES
 from macko_llm.errors import FormatError, NonFiniteError
 
 FORMAT_VERSION = 1
@@ -17,7 +18,6 @@ MAX_DELTA = 2**DELTA_BITS - 1
 """Most columns that one entry can skip."""
 ENTRY_ALIGNMENT = 8
 """The arrays are padded to a multiple of this many entries, so that kernels may read 16 bytes at once."""
-VALUE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 MAX_ENTRIES = 2**31 - 1 - ENTRY_ALIGNMENT
 """Row offsets are int32."""
 

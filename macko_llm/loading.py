@@ -17,8 +17,9 @@ from transformers import PreTrainedModel
 
 from macko_llm import checkpoint, models
 from macko_llm.checkpoint import TensorInfo
+from macko_llm.dtypes import HEADERS
 from macko_llm.linear import ARRAY_NAMES, MackoLinear, arrange_group
-from macko_llm.streaming import DTYPES, TensorReader, wait
+from macko_llm.streaming import TensorReader, wait
 from macko_llm.transformers_integration import layer_groups
 
 _GROUPS_AT_A_TIME = 2  # one is read while the one before it is arranged
@@ -106,7 +107,7 @@ def _find_gaps(model: PreTrainedModel, folder: Path) -> dict[str, _Gap] | None:
     gaps = {}
     for key, tensor in empty.items():
         stored = next((name for name in places[key] if name in infos), None)
-        if stored is None or infos[stored].shape != tuple(tensor.shape) or infos[stored].dtype not in DTYPES:
+        if stored is None or infos[stored].shape != tuple(tensor.shape) or infos[stored].dtype not in HEADERS:
             return None
         gaps[stored] = _Gap(tensor, list(places[key].values()), infos[stored])
     return gaps

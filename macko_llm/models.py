@@ -25,9 +25,9 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from macko_llm import checkpoint
+from macko_llm.dtypes import MODEL_DTYPES
 from macko_llm.errors import CheckpointError, MackoError, UsageError
 
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _OTHER_TASKS = ("ForMaskedLM", "ForPreTraining", "Classification", "ForQuestionAnswering", "ForMultipleChoice")
 """Ends of architecture names that AutoModelForCausalLM would load, although they were not trained to continue text."""
 _SIBLINGS = (
@@ -70,9 +70,9 @@ def resolve_dtype(dtype: str) -> torch.dtype | str:
     """
     if dtype == "auto":
         return dtype
-    if dtype not in DTYPES:
-        raise UsageError(f"The dtype {dtype} is not supported; use auto, {', '.join(DTYPES)}.")
-    return DTYPES[dtype]
+    if dtype not in MODEL_DTYPES:
+        raise UsageError(f"The dtype {dtype} is not supported; use auto, {', '.join(MODEL_DTYPES)}.")
+    return MODEL_DTYPES[dtype]
 
 
 def load_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedConfig:

@@ -10,6 +10,7 @@ from typing import NoReturn, Protocol
 
 import torch
 
+from macko_llm.dtypes import CODES, VALUE_DTYPES
 from macko_llm.errors import MackoWarning, NativeError
 from macko_llm.format import MackoMatrix, check_entries, padded_count
 
@@ -49,7 +50,6 @@ _CUDA_SIGNATURES: dict[str, list[type]] = {
     "macko_cuda_argmax": [_POINTER, _POINTER, _POINTER, _INT64, _INT64, _INT32, _INT32, _POINTER],
 }  # fmt: skip
 _CUDA_FAILED = 4
-DTYPE_CODES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 _STATUS = {
     1: "it refused its arguments; report this with the output of `macko doctor`",
     2: "the matrix has too many entries for int32 row offsets; keep it dense",
@@ -217,9 +217,9 @@ def cpu_spmv(matrix: MackoMatrix, x: torch.Tensor, bias: torch.Tensor | None) ->
     y = torch.empty(tokens, rows, dtype=x.dtype)
     _call(
         "macko_cpu_spmv",
-        *(_address(matrix.values), DTYPE_CODES[matrix.values.dtype]),
+        *(_address(matrix.values), CODES[matrix.values.dtype]),
         *(_address(matrix.deltas), _address(matrix.row_offsets), rows, cols),
-        *(_address(x), None if bias is None else _address(bias), _address(y), DTYPE_CODES[x.dtype], tokens),
+        *(_address(x), None if bias is None else _address(bias), _address(y), CODES[x.dtype], tokens),
         torch.get_num_threads(),
     )
     return y
@@ -292,8 +292,8 @@ def cuda_spmv_rows(matrix: MackoMatrix, x: torch.Tensor, bias: torch.Tensor | No
     call_cuda(
         "macko_cuda_spmv_rows",
         (x, values, deltas, row_offsets) if bias is None else (x, values, deltas, row_offsets, bias),
-        *(_address(values), DTYPE_CODES[values.dtype], _address(deltas), _address(row_offsets), rows, cols),
-        *(_address(x), None if bias is None else _address(bias), _address(y), DTYPE_CODES[x.dtype], tokens),
+        *(_address(values), CODES[values.dtype], _address(deltas), _address(row_offsets), rows, cols),
+        *(_address(x), None if bias is None else _address(bias), _address(y), CODES[x.dtype], tokens),
     )
     return y
 
@@ -362,7 +362,7 @@ def cuda_sliced_spmv(matrix: OnGpu, x: torch.Tensor, bias: torch.Tensor | None, 
         None if bias is None else bias.data_ptr(),
         None,
         y.data_ptr(),
-        DTYPE_CODES[x.dtype],
+        CODES[x.dtype],
         x.numel() // x.shape[-1],
         device,
         _raw_stream(device),
@@ -383,7 +383,7 @@ def check_spmv(x: torch.Tensor, data: torch.Tensor, bias: torch.Tensor | None, r
 
 def _check_values(values: torch.Tensor) -> None:
     # The library would read other values' bytes as 16-bit ones.
-    if values.dtype not in (torch.float16, torch.bfloat16):
+    if values.dtype not in VALUE_DTYPES.values():
         raise NativeError(
             f"The packed values are {values.dtype}; they must stay float16 or bfloat16, as they were packed."
         )

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from macko_llm.native import DTYPE_CODES, OnGpu, call_cuda
+from macko_llm.dtypes import CODES
+from macko_llm.native import OnGpu, call_cuda
 from macko_llm.native import sliced_max_cols as plain_max_cols
 
 _INT32, _INT64, _FLOAT, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
@@ -65,7 +66,7 @@ class Dense(ctypes.Structure):
             (_POINTER * DENSE_PARTS)(*(None if bias is None else bias.data_ptr() for bias in biases), *[None] * parts),
             (_INT32 * DENSE_PARTS)(*(weight.shape[0] for weight in weights), *[0] * parts),
             weights[0].shape[1],
-            DTYPE_CODES[weights[0].dtype],
+            CODES[weights[0].dtype],
         )
 
 
@@ -107,7 +108,7 @@ def sliced_spmv(
     call_cuda(
         "macko_cuda_sliced_spmv",
         (matrix.data, x, y),
-        *(matrix.address, ctypes.addressof(transform), *pointers, DTYPE_CODES[x.dtype], tokens),
+        *(matrix.address, ctypes.addressof(transform), *pointers, CODES[x.dtype], tokens),
     )
 
 
@@ -123,7 +124,7 @@ def apply_transform(transform: Input, x: Tensor, y: Tensor) -> None:
     call_cuda(
         "macko_cuda_transform",
         (x, y),
-        *(ctypes.addressof(transform), x.data_ptr(), y.data_ptr(), tokens, cols, DTYPE_CODES[x.dtype]),
+        *(ctypes.addressof(transform), x.data_ptr(), y.data_ptr(), tokens, cols, CODES[x.dtype]),
     )
 
 
@@ -149,7 +150,7 @@ def argmax(logits: Tensor, tokens: Tensor, scratch: Tensor) -> None:
     """
     texts, vocabulary = logits.shape
     pointers = logits.data_ptr(), tokens.data_ptr(), scratch.data_ptr()
-    call_cuda("macko_cuda_argmax", (logits, tokens, scratch), *pointers, texts, vocabulary, DTYPE_CODES[logits.dtype])
+    call_cuda("macko_cuda_argmax", (logits, tokens, scratch), *pointers, texts, vocabulary, CODES[logits.dtype])
 
 
 def sliced_max_cols(device: torch.device) -> int:

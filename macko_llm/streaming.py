@@ -14,21 +14,9 @@ import torch
 from torch import Tensor
 
 from macko_llm.checkpoint import TensorInfo
+from macko_llm.dtypes import HEADERS
 from macko_llm.errors import CheckpointError
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-"""Names of dtypes in safetensors headers; tensors of others cannot be read here."""
 _THREADS = 4
 _CHUNK_BYTES = 16 * 2**20
 
@@ -59,14 +47,14 @@ class TensorReader:
         """Begin to fill `target`, after the work that is queued for it on the current stream.
 
         Args:
-            info: a tensor whose dtype is one of `DTYPES`.
+            info: a tensor whose dtype is one of `dtypes.HEADERS`.
             target: a contiguous tensor of its shape, of any dtype, on the reader's device.
 
         Returns:
             What to wait for: `result()` of each raises CheckpointError if the file cannot be read. The data is there
             then, for work on any stream.
         """
-        flat, count = target.detach().view(-1), _CHUNK_BYTES // DTYPES[info.dtype].itemsize
+        flat, count = target.detach().view(-1), _CHUNK_BYTES // HEADERS[info.dtype].itemsize
         free = torch.cuda.current_stream(self._device).record_event() if target.is_cuda else None
         return [
             self._pool.submit(self._read_chunk, info, first, flat[first : first + count], free)
@@ -74,7 +62,7 @@ class TensorReader:
         ]
 
     def _read_chunk(self, info: TensorInfo, first: int, target: Tensor, free: torch.cuda.Event | None) -> None:
-        dtype = DTYPES[info.dtype]
+        dtype = HEADERS[info.dtype]
         offset = info.offset + first * dtype.itemsize
         if free is None and target.dtype == dtype:
             _read(info.file, offset, target)

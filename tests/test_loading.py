@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, MixtralConfig, PreTrainedModel
 
 from macko_llm import checkpoint, loading, models, streaming
+from macko_llm.dtypes import HEADERS, MODEL_DTYPES
 from macko_llm.errors import CheckpointError, MackoError
 from macko_llm.linear import MackoLinear
 from macko_llm.packing import pack_checkpoint
@@ -94,7 +95,7 @@ def _files(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize(
     ("kind", "dtype"),
-    [("dense", dtype) for dtype in ("auto", *models.DTYPES)] + [("packed", dtype) for dtype in ("auto", "float32")],
+    [("dense", dtype) for dtype in ("auto", *MODEL_DTYPES)] + [("packed", dtype) for dtype in ("auto", "float32")],
 )
 def test_it_is_the_model_of_from_pretrained(kind: str, dtype: str, family: str, folders: dict[str, Path]) -> None:
     folder = folders[kind]
@@ -283,7 +284,7 @@ def test_every_dtype_is_read_and_converted(chunk: int, tmp_path: Path, monkeypat
     generator = torch.Generator().manual_seed(0)
     tensors = {
         name: torch.randint(0, 2 if name == "BOOL" else 100, (17, 13), generator=generator).to(dtype)
-        for name, dtype in streaming.DTYPES.items()
+        for name, dtype in HEADERS.items()
     }
     shapes = {"scalar": torch.tensor(3.5), "empty": torch.zeros(0, 4), "vector": torch.arange(5, dtype=torch.int16)}
     infos = checkpoint.tensor_infos([_write(tmp_path, {**tensors, **shapes})])

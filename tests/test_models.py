@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from macko_llm import models
+from macko_llm.dtypes import MODEL_DTYPES
 from macko_llm.errors import CheckpointError, UsageError
 
 _TINY = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2}
@@ -119,10 +120,10 @@ def test_a_loaded_model_is_the_saved_one(llama: Path) -> None:
     assert models.max_positions(model.config) == MAX_POSITIONS
 
 
-@pytest.mark.parametrize("dtype", models.DTYPES)
+@pytest.mark.parametrize("dtype", MODEL_DTYPES)
 def test_the_dtype_is_the_one_asked_for(dtype: str, llama: Path) -> None:
     model = models.load_model(llama, dtype=dtype, device="cpu")
-    assert {parameter.dtype for parameter in model.parameters()} == {models.DTYPES[dtype]}
+    assert {parameter.dtype for parameter in model.parameters()} == {MODEL_DTYPES[dtype]}
     assert model(random_tokens(1, 4)).logits.isfinite().all()
 
 

@@ -22,6 +22,7 @@ from macko_llm.benchmarks.machine import Machine, describe_machine, is_out_of_me
 from macko_llm.benchmarks.parts import Parts, PartsProfile, split
 from macko_llm.benchmarks.subjects import Subject, packed_sparsity
 from macko_llm.benchmarks.transformers_loop import TransformersLoop
+from macko_llm.dtypes import MODEL_DTYPES
 from macko_llm.engine import Engine, make_engine
 from macko_llm.errors import UsageError
 from macko_llm.progress import Progress, no_progress
@@ -185,7 +186,7 @@ def measure_decode(
     step("transformers")
     baseline = _transformers_row(subject, task, device)
     rows = [baseline, dense, *packed]
-    itemsize = next((models.DTYPES[row.measured.dtype].itemsize for row in rows if row.measured), None)
+    itemsize = next((MODEL_DTYPES[row.measured.dtype].itemsize for row in rows if row.measured), None)
     dense_bytes = itemsize and subject.linear_weights * itemsize
     return DecodeReport(
         machine=machine,

@@ -13,6 +13,7 @@ from macko_llm import models
 from macko_llm.benchmarks import weights
 from macko_llm.benchmarks.machine import Machine, describe_machine, is_out_of_memory
 from macko_llm.benchmarks.timing import Timing, measure
+from macko_llm.dtypes import VALUE_DTYPES
 from macko_llm.errors import UsageError
 from macko_llm.linear import MackoLinear
 from macko_llm.progress import Progress, no_progress
@@ -21,7 +22,6 @@ LLAMA_2_7B = ((4096, 4096), (11008, 4096), (4096, 11008), (12288, 4096), (22016,
 """(rows, cols) of attention, up, down, the fused q, k, v and the fused gate, up."""
 SPARSITIES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 TOKENS = (1,)
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 CACHE_MULTIPLE = 6
 """A rotation's weights are at least this many times the GPU's L2, so that even a random replacement keeps nothing."""
@@ -130,7 +130,7 @@ def measure_spmv(
     Raises:
         UsageError: there is no such device or dtype, or a weight does not fit on it.
     """
-    if dtype not in DTYPES:
+    if dtype not in VALUE_DTYPES:
         raise UsageError(f"There is no benchmark in {dtype}; use --dtype float16 or bfloat16.")
     where = models.resolve_device(device)
     progress("measuring read bandwidth", 0, 1)
@@ -157,7 +157,7 @@ def _measure_matrix(
 ) -> Iterator[Case]:
     """The cases of one matrix; all of them share its copies."""
     rows, cols = shape
-    dtype = DTYPES[conditions.dtype]
+    dtype = VALUE_DTYPES[conditions.dtype]
     csr_dtype = weights.csr_dtype(dtype, device)
     sets = weights.make_weight_sets(
         shape, sparsity, dtype, device, csr_dtype=csr_dtype, rotation_bytes=conditions.rotation_bytes

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from macko_llm import checkpoint, models
 from macko_llm.benchmarks.shapes import shape_config
 from macko_llm.benchmarks.weights import random_pruned
+from macko_llm.dtypes import VALUE_DTYPES
 from macko_llm.errors import UsageError
-from macko_llm.format import VALUE_DTYPES
 from macko_llm.layouts import canonical
 from macko_llm.linear import MackoLinear, arrange_group
 from macko_llm.loading import load

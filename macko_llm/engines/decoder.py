@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from macko_llm import native, native_decode
+from macko_llm.dtypes import CODES
 from macko_llm.engines.products import make_product
 from macko_llm.native_decode import Attention, Input
 
@@ -163,7 +164,7 @@ class Decoder:
         attention = Attention(
             *(None if array is None else array.data_ptr() for array in arrays),
             *(scale, query_norm[1]),
-            *(texts, heads, kv_heads, head_dim, capacity, window, self._splits, native.DTYPE_CODES[qkv.dtype]),
+            *(texts, heads, kv_heads, head_dim, capacity, window, self._splits, CODES[qkv.dtype]),
         )
         return Launch("attention", lambda: native_decode.decode_attention(attention, y))
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from macko_llm import format as spec
 from macko_llm import native
+from macko_llm.dtypes import CODES, VALUE_DTYPES
 from macko_llm.format import MackoMatrix
 from macko_llm.layouts.canonical import pack
 from macko_llm.layouts.layout import Layout, wants_gradient
@@ -102,7 +102,7 @@ class SlicedMatrix(Layout):
             *(values, deltas, starts + first * warps * height * 2),
             *(unit_offsets + first * 4, row_order + first * height * 4),
             *(self.rows, plan.cols, count_slices(own, height), sum(before)),
-            *(native.DTYPE_CODES[plan.dtype], plan.delta_bits, height, warps),
+            *(CODES[plan.dtype], plan.delta_bits, height, warps),
         )
 
     @cached_property
@@ -200,7 +200,7 @@ def arrange_group(matrices: Sequence[MackoMatrix]) -> list[SlicedMatrix] | None:
     """
     kinds = {(matrix.shape[1], matrix.values.dtype, matrix.values.device) for matrix in matrices}
     _, dtype, device = next(iter(kinds))
-    if len(kinds) > 1 or dtype not in spec.VALUE_DTYPES.values() or not native.runs_on(device):
+    if len(kinds) > 1 or dtype not in VALUE_DTYPES.values() or not native.runs_on(device):
         return None
     group = make_group(matrices)
     if group is None:

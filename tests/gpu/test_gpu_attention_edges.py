@@ -8,7 +8,8 @@ import torch
 from decode_helpers import EPSILON, HALVES, like, normal, normalised, rotated, zeros
 from torch import Tensor
 
-from macko_llm import native, native_decode
+from macko_llm import native_decode
+from macko_llm.dtypes import CODES
 from macko_llm.errors import NativeError
 from macko_llm.native_decode import MAX_SPLITS, Attention
 
@@ -52,7 +53,7 @@ class Texts:
         attention = Attention(
             *(None if array is None else array.data_ptr() for array in arrays),
             *(self.scale, EPSILON, texts, self.heads, kv_heads, head_dim, capacity, window, splits),
-            native.DTYPE_CODES[y.dtype],
+            CODES[y.dtype],
         )
         native_decode.decode_attention(attention, y)
         torch.cuda.synchronize(y.device)  # the arrays go away

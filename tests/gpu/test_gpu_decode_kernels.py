@@ -21,7 +21,8 @@ from decode_helpers import (
 )
 from torch import Tensor
 
-from macko_llm import native, native_decode
+from macko_llm import native_decode
+from macko_llm.dtypes import CODES
 from macko_llm.errors import NativeError
 from macko_llm.layouts import canonical
 from macko_llm.layouts.sliced import SlicedMatrix
@@ -252,7 +253,7 @@ def test_attention(
     arrays = (qkv, keys, values, cosines, sines, query_norm, key_norm, slot, first, y, partial, tickets)
     attention = Attention(
         *(None if array is None else array.data_ptr() for array in arrays),
-        *(scale, EPSILON, texts, heads, kv_heads, head_dim, capacity, window, splits, native.DTYPE_CODES[dtype]),
+        *(scale, EPSILON, texts, heads, kv_heads, head_dim, capacity, window, splits, CODES[dtype]),
     )
     native_decode.decode_attention(attention, y)
     once = y.clone()

@@ -55,7 +55,8 @@ print("all products are right")
 
 DECODE_SET = """
 import torch
-from macko_llm import native, native_decode
+from macko_llm import native_decode
+from macko_llm.dtypes import CODES
 from macko_llm.layouts import canonical
 from macko_llm.linear import MackoLinear
 from macko_llm.native_decode import Attention, Dense, Input
@@ -89,7 +90,7 @@ for dtype in (torch.float16, torch.bfloat16):
         partial = torch.zeros(2 * heads * splits * (head_dim + 2), device=device)
         tickets = torch.zeros(2 * heads, dtype=torch.int32, device=device)
         arrays = (qkv, keys, values, *tables, norm, norm, slot, first, y, partial, tickets)
-        sizes = 2, heads, kv_heads, head_dim, 43, 0, splits, native.DTYPE_CODES[dtype]
+        sizes = 2, heads, kv_heads, head_dim, 43, 0, splits, CODES[dtype]
         attention = Attention(*(array.data_ptr() for array in arrays), 0.1, 1e-5, *sizes)
         native_decode.decode_attention(attention, y)
         torch.cuda.synchronize()
