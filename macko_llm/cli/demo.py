@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from macko_llm.cli.bench import print_quality
 from macko_llm.cli.console import plain_errors, print_json, progress_bars
 from macko_llm.cli.options import JsonOption
+from macko_llm.cli.reports import print_quality
 
 
 @plain_errors

@@ -2,7 +2,7 @@
 
 from macko_llm.cli.console import megabytes, plain_errors, print_json, progress_bars
 from macko_llm.cli.options import JsonOption, PackedArgument, TrustOption
-from macko_llm.cli.pack import pack_report_json, print_layers
+from macko_llm.cli.reports import pack_report_json, print_layers
 
 
 @plain_errors

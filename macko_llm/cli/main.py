@@ -9,7 +9,9 @@ import typer
 import typer.core
 
 import macko_llm
-from macko_llm.cli import bench
+from macko_llm.cli.bench_decode import decode
+from macko_llm.cli.bench_quality import quality
+from macko_llm.cli.bench_spmv import spmv
 from macko_llm.cli.console import print_error
 from macko_llm.cli.demo import demo
 from macko_llm.cli.doctor import doctor
@@ -78,7 +80,11 @@ app.command("eval-perplexity")(eval_perplexity)
 app.command()(inspect)
 app.command()(doctor)
 app.command()(demo)
-app.add_typer(bench.app, name="bench")
+bench = typer.Typer(help="Measure.")
+bench.command()(quality)
+bench.command()(spmv)
+bench.command()(decode)
+app.add_typer(bench, name="bench")
 
 
 def main() -> None:

@@ -1,12 +1,12 @@
 """`macko pack`."""
 
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from macko_llm.cli.console import megabytes, plain_errors, print_json, print_table, progress_bars
+from macko_llm.cli.console import megabytes, plain_errors, print_json, progress_bars
 from macko_llm.cli.options import DenseArgument, JsonOption, OutputOption, OverwriteOption, ShardSizeOption, TrustOption
+from macko_llm.cli.reports import pack_report_json, print_layers
 from macko_llm.defaults import MAX_SHARD_SIZE
 
 if TYPE_CHECKING:
@@ -73,27 +73,6 @@ def _say_kept_dense(report: "PackReport") -> str:
         )
     listed = ", ".join(names[:NAMES_LISTED]) + (", ..." if len(names) > NAMES_LISTED else "")
     return f"{len(names)} of {len(report.layers)} layers stay dense, because packing would make them larger: {listed}"
-
-
-def pack_report_json(report: "PackReport") -> dict[str, object]:
-    """What --json says of a packed checkpoint."""
-    return {**asdict(report), "sparsity": report.sparsity, "kept_dense": report.kept_dense}
-
-
-def print_layers(report: "PackReport") -> None:
-    """A table of the layers."""
-    rows = [
-        [
-            name,
-            f"{layer.rows} x {layer.cols}",
-            f"{layer.sparsity:.1%}",
-            str(layer.entries) if layer.packed else "dense",
-            megabytes(layer.bytes_dense),
-            megabytes(layer.bytes_packed),
-        ]
-        for name, layer in report.layers.items()
-    ]
-    print_table("", ["layer", "shape", "sparsity", "entries", "dense", "packed"], rows)
 
 
 def _ratio(report: "PackReport") -> str:

@@ -1,28 +1,19 @@
-"""`macko bench`."""
+"""`macko bench quality`."""
 
 import tempfile
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from macko_llm.cli.bench_decode import decode
-from macko_llm.cli.bench_spmv import spmv
-from macko_llm.cli.console import megabytes, plain_errors, print_json, print_table, progress_bars
+from macko_llm.cli.console import plain_errors, print_json, progress_bars
 from macko_llm.cli.options import DeviceOption, JsonOption
+from macko_llm.cli.reports import print_quality
 from macko_llm.recipe import PruneRecipe
 
-if TYPE_CHECKING:
-    from macko_llm.benchmarks.quality import QualityReport
 
-app = typer.Typer(help="Measure.")
-app.command()(spmv)
-app.command()(decode)
-
-
-@app.command()
 @plain_errors
 def quality(
     model: Annotated[str | None, typer.Argument(help="A folder or hub id, dense. [default: the bundled model]")] = None,
@@ -81,24 +72,3 @@ def quality(
         print_json(asdict(report))
     else:
         print_quality(report)
-
-
-def print_quality(report: "QualityReport") -> None:
-    """The table of `macko bench quality` and of the demo."""
-    rows = [
-        [
-            row.name,
-            f"{row.sparsity:.1%}",
-            megabytes(row.bytes_on_disk),
-            megabytes(row.bytes_in_memory),
-            f"{row.perplexity:.2f}",
-            f"{row.tokens_per_second:.0f}",
-        ]
-        for row in report.measurements
-    ]
-    windows = "1 window" if report.windows == 1 else f"{report.windows} windows"
-    title = (
-        f"{windows} of {report.seqlen} tokens, {report.recipe.nsamples} x {report.recipe.seqlen} "
-        f"calibration tokens, {report.recipe.dtype}, {report.device}"
-    )
-    print_table(title, ["", "sparsity", "on disk", "in memory", "perplexity", "tokens/s"], rows)

@@ -1,0 +1,52 @@
+"""What more than one command prints."""
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from macko_llm.cli.console import megabytes, print_table
+
+if TYPE_CHECKING:
+    from macko_llm.benchmarks.quality import QualityReport
+    from macko_llm.packing import PackReport
+
+
+def print_quality(report: "QualityReport") -> None:
+    """The table of `macko bench quality` and of the demo."""
+    rows = [
+        [
+            row.name,
+            f"{row.sparsity:.1%}",
+            megabytes(row.bytes_on_disk),
+            megabytes(row.bytes_in_memory),
+            f"{row.perplexity:.2f}",
+            f"{row.tokens_per_second:.0f}",
+        ]
+        for row in report.measurements
+    ]
+    windows = "1 window" if report.windows == 1 else f"{report.windows} windows"
+    title = (
+        f"{windows} of {report.seqlen} tokens, {report.recipe.nsamples} x {report.recipe.seqlen} "
+        f"calibration tokens, {report.recipe.dtype}, {report.device}"
+    )
+    print_table(title, ["", "sparsity", "on disk", "in memory", "perplexity", "tokens/s"], rows)
+
+
+def pack_report_json(report: "PackReport") -> dict[str, object]:
+    """What --json says of a packed checkpoint."""
+    return {**asdict(report), "sparsity": report.sparsity, "kept_dense": report.kept_dense}
+
+
+def print_layers(report: "PackReport") -> None:
+    """A table of the layers."""
+    rows = [
+        [
+            name,
+            f"{layer.rows} x {layer.cols}",
+            f"{layer.sparsity:.1%}",
+            str(layer.entries) if layer.packed else "dense",
+            megabytes(layer.bytes_dense),
+            megabytes(layer.bytes_packed),
+        ]
+        for name, layer in report.layers.items()
+    ]
+    print_table("", ["layer", "shape", "sparsity", "entries", "dense", "packed"], rows)
