@@ -215,5 +215,5 @@ def test_another_gpu_than_the_current_one() -> None:
         arranged(weight).linear(x.to("cuda:1", torch.float16), None)
     layer = MackoLinear.from_matrix(canonical.pack(weight)).to("cuda:0").to("cuda:1")
     assert layer.is_arranged
-    assert {tensor.device.index for tensor in layer.state_dict().values()} == {1}
+    assert {tensor.device.index for tensor in (*layer.parameters(), *layer.buffers())} == {1}
     assert torch.equal(layer(x.to("cuda:1", torch.float16)), products[0].to("cuda:1"))
