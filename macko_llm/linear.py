@@ -10,10 +10,8 @@ from torch import Tensor, nn
 from macko_llm import ops
 from macko_llm.errors import FormatError
 from macko_llm.format import ENTRY_ALIGNMENT, MackoMatrix
+from macko_llm.packed_checkpoint import ARRAY_NAMES
 from macko_llm.sliced import SlicedMatrix
-
-ARRAY_NAMES = ("weight_values", "weight_deltas", "weight_row_offsets")
-"""What a packed layer stores in place of `weight`, in checkpoints and in `state_dict()`; see docs/format.md."""
 
 
 class MackoLinear(nn.Module):
