@@ -204,22 +204,40 @@ class TensorInfo:
     """Where in the file its bytes begin."""
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, in order.
+def weight_files(folder: Path, named: str | None = None) -> list[Path]:
+    """The safetensors files of a checkpoint that transformers reads, in order.
+
+    Args:
+        folder: of the checkpoint.
+        named: `transformers_weights` of the model's config: a file or an index in place of those of the usual names.
 
     Raises:
-        CheckpointError: there are none, or the index names a file that is not there.
+        CheckpointError: there are none, the index names a file that is not there, or `named` is no safetensors file here.
     """
-    if (folder / INDEX_FILE).is_file():
-        weight_map = read_json(folder / INDEX_FILE).get("weight_map")
+    if named is not None and not _is_usable(folder, named):
+        raise CheckpointError(
+            f"The config.json of {folder} says that its weights are in {named}, which is no safetensors file of that folder; "
+            "take its transformers_weights out, or download the model again."
+        )
+    # Where there are both, transformers reads the file and not the index.
+    first = named or (WEIGHTS_FILE if (folder / WEIGHTS_FILE).is_file() else INDEX_FILE)
+    if first.endswith(".index.json") and (folder / first).is_file():
+        weight_map = read_json(folder / first).get("weight_map")
         names = sorted({str(name) for name in weight_map.values()}) if isinstance(weight_map, dict) else []
         missing = [name for name in names if not (folder / name).is_file()]
         if missing or not names:
             raise CheckpointError(f"{folder} lacks {', '.join(missing) or 'its shards'}; download the model again.")
         return [folder / name for name in names]
-    if (folder / WEIGHTS_FILE).is_file():
-        return [folder / WEIGHTS_FILE]
+    if (folder / first).is_file():
+        return [folder / first]
     raise CheckpointError(f"{folder} has no safetensors weights; save the model with save_pretrained first.")
+
+
+def _is_usable(folder: Path, named: object) -> bool:
+    if not isinstance(named, str) or not named.endswith((".safetensors", ".safetensors.index.json")):
+        return False
+    file = folder / named
+    return file.is_file() and Path(os.path.abspath(folder)) in Path(os.path.abspath(file)).parents  # noqa: PTH100
 
 
 def tensor_infos(files: list[Path]) -> dict[str, TensorInfo]:

@@ -13,9 +13,7 @@ from macko_llm.layouts import sliced
 from macko_llm.layouts.canonical import Canonical, validate
 from macko_llm.layouts.layout import Layout
 from macko_llm.layouts.sliced import SlicedMatrix
-
-ARRAY_NAMES = ("weight_values", "weight_deltas", "weight_row_offsets")
-"""What a packed layer stores in place of `weight`, in checkpoints and in `state_dict()`; see docs/format.md."""
+from macko_llm.packed_checkpoint import ARRAY_NAMES
 
 
 class MackoLinear(nn.Module):

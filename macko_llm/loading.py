@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 from macko_llm import checkpoint, models
 from macko_llm.checkpoint import TensorInfo
 from macko_llm.dtypes import HEADERS
-from macko_llm.linear import ARRAY_NAMES, MackoLinear, arrange_group
+from macko_llm.linear import MackoLinear, arrange_group
+from macko_llm.packed_checkpoint import ARRAY_NAMES, array_keys
 from macko_llm.streaming import TensorReader, wait
 from macko_llm.transformers_integration import layer_groups
 
@@ -88,13 +89,13 @@ def _find_gaps(model: PreTrainedModel, folder: Path) -> dict[str, _Gap] | None:
 
     Returns:
         None unless the files simply hold each tensor under the model's own name. Where transformers renames or merges what
-        it finds, ties weights that are both stored, or knows of other files, it loads the model itself: the result is the
-        same, only slower.
+        it finds, or ties weights that are both stored, it loads the model itself: the result is the same, only slower.
     """
-    both = (folder / checkpoint.INDEX_FILE).is_file() and (folder / checkpoint.WEIGHTS_FILE).is_file()
-    if both or getattr(model.config, "transformers_weights", None) or getattr(model, "_weight_conversions", None):
+    if getattr(model, "_weight_conversions", None):
         return None
-    infos = checkpoint.tensor_infos(checkpoint.weight_files(folder))
+    infos = checkpoint.tensor_infos(
+        checkpoint.weight_files(folder, getattr(model.config, "transformers_weights", None))
+    )
     if any({target, source} <= infos.keys() for target, source in model.all_tied_weights_keys.items()):
         return None
     empty: dict[int, Tensor] = {}
@@ -129,8 +130,7 @@ class _Group:
 def _groups(model: PreTrainedModel, gaps: dict[str, _Gap]) -> list[_Group]:
     """The packed layers, first to last."""
     return [
-        _Group(layers, [gaps[f"{name}.{array}"] for name in layers for array in ARRAY_NAMES])
-        for layers in layer_groups(model)
+        _Group(layers, [gaps[key] for name in layers for key in array_keys(name)]) for layers in layer_groups(model)
     ]
 
 

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from macko_llm import checkpoint, models
+from macko_llm import checkpoint, models, packed_checkpoint
 from macko_llm.checkpoint import ShardWriter, TensorInfo
 from macko_llm.defaults import MAX_SHARD_SIZE
+from macko_llm.dtypes import VALUE_DTYPES, VALUE_HEADERS
 from macko_llm.errors import CheckpointError, NonFiniteError, UsageError
-from macko_llm.format import DELTA_BITS, FORMAT_VERSION, VALUE_DTYPES, MackoMatrix, check_packable
+from macko_llm.format import MackoMatrix, check_packable
 from macko_llm.layouts import canonical
-from macko_llm.linear import ARRAY_NAMES
+from macko_llm.packed_checkpoint import ARRAY_NAMES, PackedConfig, array_keys, read_matrix
 from macko_llm.progress import Progress, no_progress
-from macko_llm.transformers_integration import HEADER_DTYPES, MackoConfig, check_headers
 from macko_llm.version import __version__
 
 
@@ -107,8 +107,8 @@ def pack_checkpoint(
     if dtype is not None and dtype not in VALUE_DTYPES:
         raise UsageError(f"The dtype {dtype} cannot be packed; use {' or '.join(VALUE_DTYPES)}.")
     skeleton = models.skeleton(source, trust_remote_code=trust_remote_code)
-    linears = models.prunable_linears(skeleton)
-    infos = checkpoint.tensor_infos(checkpoint.weight_files(source))
+    linears = _shapes(skeleton)
+    infos = _infos(source, skeleton)
     _check_dense(linears, infos)
     value_dtype = dtype or _own_dtype(
         {infos[f"{name}.weight"].dtype for name in linears}, checkpoint.read_config(source)
@@ -160,7 +160,7 @@ def unpack_checkpoint(
 
     Raises:
         UsageError: `source` is not packed, or `target` would cost data.
-        FormatError: a matrix breaks an invariant of the format.
+        CheckpointError: loading would refuse `source`, or a matrix breaks an invariant of the format.
     """
     require_packed(source)
     shard_bytes = checkpoint.parse_size(max_shard_size)
@@ -168,22 +168,18 @@ def unpack_checkpoint(
     _, linears, infos = _read_packed(source, trust_remote_code)
     with checkpoint.new_folder(target, overwrite=overwrite) as partial:
         writer = ShardWriter(partial, shard_bytes)
-        pending: dict[str, Tensor] = {}
         for number, (key, tensor) in enumerate(_tensors(infos)):
             progress("unpacking", number, len(infos))
             name, _, array = key.rpartition(".")
-            if array not in ARRAY_NAMES:
+            if array == ARRAY_NAMES[0]:
+                writer.add(f"{name}.weight", canonical.unpack(read_matrix(name, linears[name], infos)))
+            elif array not in ARRAY_NAMES:
                 writer.add(key, tensor)
-                continue
-            pending[key] = tensor
-            keys = [f"{name}.{part}" for part in ARRAY_NAMES]
-            if all(part in pending for part in keys):
-                matrix = _matrix(name, linears[name], [pending.pop(part) for part in keys])
-                writer.add(f"{name}.weight", canonical.unpack(matrix))
         writer.close()
         progress("unpacking", len(infos), len(infos))
         config = checkpoint.read_config(source)
         del config["quantization_config"]
+        _forget_named_weights(config)
         checkpoint.write_json(partial / checkpoint.CONFIG_FILE, config)
         checkpoint.copy_side_files(source, partial)
         provenance = checkpoint.read_provenance(source)
@@ -198,7 +194,7 @@ def inspect_checkpoint(
 
     Raises:
         UsageError: `source` is not packed.
-        FormatError: a matrix breaks an invariant of the format.
+        CheckpointError: loading would refuse `source`, or a matrix breaks an invariant of the format.
     """
     started = time.perf_counter()
     require_packed(source)
@@ -210,7 +206,7 @@ def inspect_checkpoint(
         name, _, array = key.rpartition(".")
         bytes_packed += tensor.nbytes
         if array == ARRAY_NAMES[0]:
-            matrix = _matrix(name, linears[name], _arrays(name, infos))
+            matrix = read_matrix(name, linears[name], infos)
             layers[name] = _layer_report(matrix.values, matrix)
             bytes_dense += layers[name].bytes_dense
         elif array not in ARRAY_NAMES:
@@ -231,34 +227,55 @@ def require_packed(folder: Path) -> None:
 def _own_dtype(stored: set[str], config: dict[str, Any]) -> str:
     """The dtype to pack a checkpoint in: the stored one where it has 16 bits, else what its config says, else float16."""
     for name in VALUE_DTYPES:
-        if stored == {HEADER_DTYPES[name]}:
+        if stored == {VALUE_HEADERS[name]}:
             return name
     own = str(config.get("dtype") or config.get("torch_dtype") or "")
     return own if own in VALUE_DTYPES else "float16"
 
 
-def _read_packed(source: Path, trust_remote_code: bool) -> tuple[str, dict[str, nn.Linear], dict[str, TensorInfo]]:
-    """The value dtype, the linears and the tensors of a packed checkpoint, as far as they can be checked without weights."""
-    config = MackoConfig.from_dict(checkpoint.read_config(source)["quantization_config"])
-    linears = models.prunable_linears(models.skeleton(source, trust_remote_code=trust_remote_code))
-    infos = checkpoint.tensor_infos(checkpoint.weight_files(source))
-    packed = check_headers(linears, infos, config.value_dtype)
-    _check_dense({name: linear for name, linear in linears.items() if name not in packed}, infos)
-    return config.value_dtype, linears, infos
+def _read_packed(
+    source: Path, trust_remote_code: bool
+) -> tuple[str, dict[str, tuple[int, int]], dict[str, TensorInfo]]:
+    """The value dtype, the shapes of the linears and the tensors of a packed checkpoint, checked as far as headers tell."""
+    value_dtype = PackedConfig.read(checkpoint.read_config(source)["quantization_config"]).value_dtype
+    skeleton = models.skeleton(source, trust_remote_code=trust_remote_code)
+    linears, infos = _shapes(skeleton), _infos(source, skeleton)
+    packed = packed_checkpoint.check_headers(linears, infos, value_dtype)
+    _check_dense({name: shape for name, shape in linears.items() if name not in packed}, infos)
+    models.load_empty(source, trust_remote_code=trust_remote_code)  # whatever else makes loading refuse it
+    return value_dtype, linears, infos
 
 
-def _check_dense(linears: dict[str, nn.Linear], infos: dict[str, TensorInfo]) -> None:
+def _shapes(skeleton: PreTrainedModel) -> dict[str, tuple[int, int]]:
+    """The linear layers of the blocks: name -> (out_features, in_features)."""
+    linears = models.prunable_linears(skeleton)
+    return {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
+
+
+def _infos(source: Path, skeleton: PreTrainedModel) -> dict[str, TensorInfo]:
+    named = getattr(skeleton.config, "transformers_weights", None)
+    return checkpoint.tensor_infos(checkpoint.weight_files(source, named))
+
+
+def _forget_named_weights(config: dict[str, Any]) -> None:
+    """Take out of a config what its weights were called: the new ones have the usual names."""
+    for part in (config, *config.values()):
+        if isinstance(part, dict):
+            part.pop("transformers_weights", None)
+
+
+def _check_dense(linears: dict[str, tuple[int, int]], infos: dict[str, TensorInfo]) -> None:
     """Raise CheckpointError unless the checkpoint holds a dense weight for each of the linears."""
-    for name, linear in linears.items():
+    for name, shape in linears.items():
         info = infos.get(f"{name}.weight")
         if info is None:
             raise CheckpointError(f"The checkpoint has no tensor {name}.weight; save it again with save_pretrained.")
-        if info.shape != (linear.out_features, linear.in_features):
+        if info.shape != shape:
             raise CheckpointError(
-                f"{name}.weight is {list(info.shape)}, but config.json makes it {[linear.out_features, linear.in_features]}; "
+                f"{name}.weight is {list(info.shape)}, but config.json makes it {list(shape)}; "
                 "download the model again."
             )
-        if info.dtype not in (*HEADER_DTYPES.values(), "F32", "F64"):
+        if info.dtype not in (*VALUE_HEADERS.values(), "F32", "F64"):
             raise CheckpointError(
                 f"{name}.weight is stored as {info.dtype}, which needs scales to be understood; pack a model whose weights "
                 "are 16-bit or float32."
@@ -274,21 +291,6 @@ def _tensors(infos: dict[str, TensorInfo]) -> Iterator[tuple[str, Tensor]]:
         with checkpoint.open_tensors(file) as reader:
             for name in names:
                 yield name, reader.get_tensor(name)
-
-
-def _arrays(name: str, infos: dict[str, TensorInfo]) -> list[Tensor]:
-    arrays = []
-    for array in ARRAY_NAMES:
-        with checkpoint.open_tensors(infos[f"{name}.{array}"].file) as reader:
-            arrays.append(reader.get_tensor(f"{name}.{array}"))
-    return arrays
-
-
-def _matrix(name: str, linear: nn.Linear, arrays: list[Tensor]) -> MackoMatrix:
-    values, deltas, row_offsets = arrays
-    matrix = MackoMatrix(values, deltas, row_offsets, (linear.out_features, linear.in_features))
-    canonical.validate(matrix, name)
-    return matrix
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
@@ -311,8 +313,7 @@ def _pack_layer(name: str, weight: Tensor) -> tuple[LayerReport, dict[str, Tenso
     if matrix.nbytes >= weight.nbytes:
         return _layer_report(weight, None), {f"{name}.weight": weight}
     arrays = (matrix.values, matrix.deltas, matrix.row_offsets)
-    stored = {f"{name}.{array}": tensor for array, tensor in zip(ARRAY_NAMES, arrays, strict=True)}
-    return _layer_report(matrix.values, matrix), stored
+    return _layer_report(matrix.values, matrix), dict(zip(array_keys(name), arrays, strict=True))
 
 
 def _layer_report(values: Tensor, matrix: MackoMatrix | None) -> LayerReport:
@@ -339,13 +340,9 @@ def _write_packed_surroundings(source: Path, target: Path, skeleton: PreTrainedM
     for part in (config, *(value for key, value in config.items() if key.endswith("_config") and value)):
         if part is config or "dtype" in part:
             part["dtype"] = report.value_dtype
-    config["quantization_config"] = {
-        "quant_method": checkpoint.QUANT_METHOD,
-        "format_version": FORMAT_VERSION,
-        "delta_bits": DELTA_BITS,
-        "value_dtype": report.value_dtype,
-        "modules_to_not_convert": [name for name in all_linears if name not in packed],
-    }
+    _forget_named_weights(config)
+    dense = [name for name in all_linears if name not in packed]
+    config["quantization_config"] = PackedConfig(report.value_dtype, dense).entries()
     checkpoint.write_json(target / checkpoint.CONFIG_FILE, config)
     checkpoint.copy_side_files(source, target)
     provenance = checkpoint.read_provenance(source)

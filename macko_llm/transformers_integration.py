@@ -9,14 +9,11 @@ from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from macko_llm import checkpoint, models
-from macko_llm.errors import FormatError, UsageError
-from macko_llm.format import DELTA_BITS, FORMAT_VERSION, VALUE_DTYPES, MackoMatrix
-from macko_llm.layouts import canonical
-from macko_llm.linear import ARRAY_NAMES, MackoLinear, arrange_group
-
-HEADER_DTYPES = {"float16": "F16", "bfloat16": "BF16"}
-"""What safetensors calls the dtypes of the values."""
+from macko_llm import checkpoint, models, packed_checkpoint
+from macko_llm.dtypes import VALUE_DTYPES
+from macko_llm.errors import UsageError
+from macko_llm.linear import MackoLinear, arrange_group
+from macko_llm.packed_checkpoint import ARRAY_NAMES, PackedConfig
 
 
 @register_quantization_config(checkpoint.QUANT_METHOD)
@@ -24,40 +21,27 @@ class MackoConfig(QuantizationConfigMixin):
     """`quantization_config` of a packed checkpoint (docs/format.md).
 
     Args:
-        value_dtype: "float16" or "bfloat16".
-        modules_to_not_convert: names of the linear layers that stay dense.
-        format_version: refused when newer than this package.
-        delta_bits: bits of a delta; 4 in this version.
+        value_dtype, modules_to_not_convert, format_version, delta_bits: see `PackedConfig`.
         unknown: keys of a later minor version, ignored.
 
     Raises:
         FormatError: this package cannot read such a checkpoint.
     """
 
+    value_dtype: str
+    modules_to_not_convert: list[str]
+
     def __init__(
         self,
-        value_dtype: str = "float16",
+        value_dtype: str = PackedConfig.value_dtype,
         modules_to_not_convert: list[str] | None = None,
-        format_version: int = FORMAT_VERSION,
-        delta_bits: int = DELTA_BITS,
+        format_version: int = PackedConfig.format_version,
+        delta_bits: int = PackedConfig.delta_bits,
         **unknown: Any,
     ) -> None:
         del unknown
-        if not isinstance(format_version, int) or not 1 <= format_version <= FORMAT_VERSION:
-            raise FormatError(
-                f"The checkpoint has MACKO format version {format_version} and this package reads {FORMAT_VERSION}; "
-                "update macko-llm."
-            )
-        if delta_bits != DELTA_BITS or value_dtype not in VALUE_DTYPES:
-            raise FormatError(
-                f"The checkpoint has {delta_bits}-bit deltas and {value_dtype} values; this package reads {DELTA_BITS}-bit "
-                f"deltas and {' or '.join(VALUE_DTYPES)} values, so update macko-llm or pack the model again."
-            )
-        self.quant_method = checkpoint.QUANT_METHOD  # type: ignore[assignment]
-        self.format_version = format_version
-        self.delta_bits = delta_bits
-        self.value_dtype = value_dtype
-        self.modules_to_not_convert = list(modules_to_not_convert or ())
+        config = PackedConfig(value_dtype, modules_to_not_convert, format_version, delta_bits)
+        self.__dict__.update(config.entries())
 
 
 @register_quantizer(checkpoint.QUANT_METHOD)
@@ -75,26 +59,32 @@ class MackoQuantizer(HfQuantizer):
             raise UsageError("A packed model loads from its safetensors files; pass from_pretrained its folder.")
         self._infos = infos = checkpoint.tensor_infos([Path(file) for file in checkpoint_files])
         self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
-        linears = {name: module for name, module in model.named_modules() if models.is_plain_linear(module)}
-        for name in check_headers(linears, infos, self.quantization_config.value_dtype):
-            padded = infos[f"{name}.{ARRAY_NAMES[0]}"].shape[0]
+        linears = models.prunable_linears(model)
+        shapes = {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
+        for name in packed_checkpoint.check_headers(shapes, infos, self.quantization_config.value_dtype):
+            padded = infos[packed_checkpoint.array_keys(name)[0]].shape[0]
             model.set_submodule(name, _placeholder(linears[name], padded, self._value_dtype))
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        places = set(map(str, getattr(model, "hf_device_map", {}).values()))
+        if len(places) <= 1:  # dispatching to several makes new parameters, without transformers' mark
+            packed_checkpoint.check_complete(_not_loaded(model))
         for name, parameter in model.named_parameters():
             dtype = self._dtypes.get(name, parameter.dtype)
             if parameter.dtype != dtype:  # a renamed tensor of a quantized model may be left as it was stored
                 parameter.data = parameter.data.to(dtype)
         # Packed weights cannot be trained, and the gradients of all others would have to pass through them.
         model.requires_grad_(False)
-        offloads = {"cpu", "disk"} & set(map(str, getattr(model, "hf_device_map", {}).values()))
         for name, layer in _packed_layers(model).items():
             if not layer.weight_values.is_meta:
                 _keep_in_own_memory(layer)
                 layer.validate(name)
-            elif offloads:  # else `loading` fills it; what offloading brings is validated again before each product
-                canonical.validate(_stored_matrix(name, layer, self._infos), name)
+            elif {
+                "cpu",
+                "disk",
+            } & places:  # else `loading` fills it; what offloading brings is validated again before each product
+                packed_checkpoint.read_matrix(name, (layer.out_features, layer.in_features), self._infos)
         for group in layer_groups(model):
             arrange_group(list(group.values()))
         return model
@@ -135,53 +125,17 @@ def fuse_projections(model: nn.Module) -> None:
             arrange_group(list(group.values()))
 
 
-def check_headers(
-    linears: dict[str, nn.Linear], infos: dict[str, checkpoint.TensorInfo], value_dtype: str
-) -> list[str]:
-    """Compare what the files say of the packed matrices with the model, before anything is allocated for them.
-
-    Args:
-        linears: the model's linear layers by name.
-        infos: the tensors of the checkpoint.
-        value_dtype: "float16" or "bfloat16", as the config says.
-
-    Returns:
-        The names of the packed layers.
-
-    Raises:
-        FormatError: an array is missing, has another shape or dtype, or belongs to no layer.
-    """
-    packed = dict.fromkeys(key.rpartition(".")[0] for key in infos if key.rpartition(".")[2] in ARRAY_NAMES)
-    for name in packed:
-        if name not in linears:
-            raise FormatError(f"The checkpoint packs {name}, which its config.json does not have; download it again.")
-        _check_layer_headers(name, linears[name], infos, value_dtype)
-    return list(packed)
-
-
 def _packed_layers(model: nn.Module) -> dict[str, MackoLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, MackoLinear)}
 
 
-def _check_layer_headers(
-    name: str, linear: nn.Linear, infos: dict[str, checkpoint.TensorInfo], value_dtype: str
-) -> None:
-    values, deltas, row_offsets = (infos.get(f"{name}.{array}") for array in ARRAY_NAMES)
-    if values is None or deltas is None or row_offsets is None:
-        raise FormatError(f"The checkpoint lacks an array of {name}; download or pack the model again.")
-    padded = values.shape[0] if len(values.shape) == 1 else -1
-    consistent = (
-        (values.dtype, deltas.dtype, row_offsets.dtype) == (HEADER_DTYPES[value_dtype], "U8", "I32")
-        and padded % 8 == 0
-        and deltas.shape == (padded // 2,)
-        and row_offsets.shape == (linear.out_features + 1,)
-    )
-    if not consistent:
-        raise FormatError(
-            f"The arrays of {name} ({values.dtype} {list(values.shape)}, {deltas.dtype} {list(deltas.shape)}, "
-            f"{row_offsets.dtype} {list(row_offsets.shape)}) do not fit its {linear.out_features} x {linear.in_features} "
-            f"matrix of {value_dtype}; download or pack the model again."
-        )
+def _not_loaded(model: PreTrainedModel) -> list[str]:
+    """Parameters that transformers started from random values; it marks those that it read."""
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if not parameter.is_meta and not getattr(parameter, "_is_hf_initialized", False)
+    ]
 
 
 def _keep_in_own_memory(layer: MackoLinear) -> None:
@@ -190,15 +144,6 @@ def _keep_in_own_memory(layer: MackoLinear) -> None:
         array = getattr(layer, name)
         if array.device.type == "cpu":
             setattr(layer, name, nn.Parameter(array.clone(), requires_grad=False))
-
-
-def _stored_matrix(name: str, layer: MackoLinear, infos: dict[str, checkpoint.TensorInfo]) -> MackoMatrix:
-    arrays = []
-    for array in ARRAY_NAMES:
-        with checkpoint.open_tensors(infos[f"{name}.{array}"].file) as reader:
-            arrays.append(reader.get_tensor(f"{name}.{array}"))
-    values, deltas, row_offsets = arrays
-    return MackoMatrix(values, deltas, row_offsets, (layer.out_features, layer.in_features))
 
 
 def _placeholder(linear: nn.Linear, padded: int, dtype: torch.dtype) -> MackoLinear:
