@@ -1,5 +1,6 @@
 """The "macko" quantization method of transformers: packed checkpoints load with plain `from_pretrained`."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,7 @@ class MackoQuantizer(HfQuantizer):
         if not checkpoint_files:
             raise UsageError("A packed model loads from its safetensors files; pass from_pretrained its folder.")
         infos = checkpoint.tensor_infos([Path(file) for file in checkpoint_files])
+        self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
         linears = models.prunable_linears(model)
         shapes = {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
@@ -76,7 +78,7 @@ class MackoQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
-        packed_checkpoint.check_complete(_not_loaded(model))
+        packed_checkpoint.check_complete(self._not_stored(model))
         for name, parameter in model.named_parameters():
             dtype = self._dtypes.get(name, parameter.dtype)
             if parameter.dtype != dtype:  # a renamed tensor of a quantized model may be left as it was stored
@@ -90,6 +92,13 @@ class MackoQuantizer(HfQuantizer):
         for group in layer_groups(model):
             arrange_group(list(group.values()))
         return model
+
+    def _not_stored(self, model: PreTrainedModel) -> Iterator[str]:
+        """Parameters that transformers started from random values (it marks those that it read), or took in another shape."""
+        for name, parameter in model.named_parameters():
+            random = not parameter.is_meta and not getattr(parameter, "_is_hf_initialized", False)
+            if random or parameter.shape != self._shapes.get(name, parameter.shape):
+                yield name
 
     @property
     def _value_dtype(self) -> torch.dtype:
@@ -129,15 +138,6 @@ def fuse_projections(model: nn.Module) -> None:
 
 def _packed_layers(model: nn.Module) -> dict[str, MackoLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, MackoLinear)}
-
-
-def _not_loaded(model: PreTrainedModel) -> list[str]:
-    """Parameters that transformers started from random values; it marks those that it read."""
-    return [
-        name
-        for name, parameter in model.named_parameters()
-        if not parameter.is_meta and not getattr(parameter, "_is_hf_initialized", False)
-    ]
 
 
 def _placeholder(linear: nn.Linear, padded: int, dtype: torch.dtype) -> MackoLinear:
