@@ -1,5 +1,6 @@
 """The "macko" quantization method of transformers: packed checkpoints load with plain `from_pretrained`."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,7 @@ class MackoQuantizer(HfQuantizer):
         if not checkpoint_files:
             raise UsageError("A packed model loads from its safetensors files; pass from_pretrained its folder.")
         self._infos = infos = checkpoint.tensor_infos([Path(file) for file in checkpoint_files])
+        self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
         linears = models.prunable_linears(model)
         shapes = {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
@@ -69,7 +71,7 @@ class MackoQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         places = set(map(str, getattr(model, "hf_device_map", {}).values()))
         if len(places) <= 1:  # dispatching to several makes new parameters, without transformers' mark
-            packed_checkpoint.check_complete(_not_loaded(model))
+            packed_checkpoint.check_complete(self._not_stored(model))
         for name, parameter in model.named_parameters():
             dtype = self._dtypes.get(name, parameter.dtype)
             if parameter.dtype != dtype:  # a renamed tensor of a quantized model may be left as it was stored
@@ -83,11 +85,18 @@ class MackoQuantizer(HfQuantizer):
             elif {
                 "cpu",
                 "disk",
-            } & places:  # else `loading` fills it; what offloading brings is validated again before each product
+            } & places:  # else `loading` fills it; offloaded arrays are validated before each product too
                 packed_checkpoint.read_matrix(name, (layer.out_features, layer.in_features), self._infos)
         for group in layer_groups(model):
             arrange_group(list(group.values()))
         return model
+
+    def _not_stored(self, model: PreTrainedModel) -> Iterator[str]:
+        """Parameters that transformers started from random values (it marks those that it read), or took in another shape."""
+        for name, parameter in model.named_parameters():
+            random = not parameter.is_meta and not getattr(parameter, "_is_hf_initialized", False)
+            if random or parameter.shape != self._shapes.get(name, parameter.shape):
+                yield name
 
     @property
     def _value_dtype(self) -> torch.dtype:
@@ -127,15 +136,6 @@ def fuse_projections(model: nn.Module) -> None:
 
 def _packed_layers(model: nn.Module) -> dict[str, MackoLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, MackoLinear)}
-
-
-def _not_loaded(model: PreTrainedModel) -> list[str]:
-    """Parameters that transformers started from random values; it marks those that it read."""
-    return [
-        name
-        for name, parameter in model.named_parameters()
-        if not parameter.is_meta and not getattr(parameter, "_is_hf_initialized", False)
-    ]
 
 
 def _keep_in_own_memory(layer: MackoLinear) -> None:
