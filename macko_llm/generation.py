@@ -15,7 +15,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from macko_llm.defaults import MAX_NEW_TOKENS, RUN_AHEAD
 from macko_llm.engine import Engine, make_engine
@@ -236,6 +236,27 @@ class _Writer:
         return step
 
 
+def check_prompts(
+    prompts: Sequence[Tensor | Sequence[int]], max_new_tokens: int, config: PretrainedConfig
+) -> list[list[int]]:
+    """Refuse what `stream` would refuse of these prompts, for which a model's config is enough.
+
+    Returns:
+        Their tokens.
+
+    Raises:
+        UsageError: no prompt, no new tokens wanted, or more tokens together than the model has positions.
+        CheckpointError: a token that the model does not know: the tokenizer belongs to another model.
+    """
+    if not prompts:
+        raise UsageError("There is no prompt; give at least one.")
+    ids = [_token_list(prompt) for prompt in prompts]
+    for prompt in ids:
+        _check_length(len(prompt), max_new_tokens, max_positions(config))
+        check_token_ids(prompt, config, "The prompt")
+    return ids
+
+
 def _start(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -246,12 +267,7 @@ def _start(
     stop: Sequence[str],
 ) -> Iterator[list[Step | None]]:
     """Check everything now; the steps of all texts, position by position, None where a text has ended."""
-    if not prompts:
-        raise UsageError("There is no prompt; give at least one.")
-    ids = [_token_list(prompt) for prompt in prompts]
-    for prompt in ids:
-        _check_length(len(prompt), max_new_tokens, max_positions(model.config))
-        check_token_ids(prompt, model.config, "The prompt")
+    ids = check_prompts(prompts, max_new_tokens, model.config)
     ends = frozenset(stop_token_ids(model, tokenizer) if stop_ids is None else stop_ids)
     writers = [_Writer(tokenizer, prompt, max_new_tokens, ends, stop) for prompt in ids]
     return _write(writers, _token_rows(model, ids, max_new_tokens, sampling))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from macko_llm.defaults import EVALUATION_SEQLEN
 from macko_llm.errors import CalibrationError, NonFiniteError, UsageError
@@ -76,47 +76,77 @@ def windows(token_ids: Tensor, seqlen: int, stride: int) -> Tensor:
     return token_ids.unfold(0, seqlen, stride)
 
 
-def evaluate(
-    model: PreTrainedModel,
+@dataclass(frozen=True)
+class TextWindows:
+    """A text as it will be scored.
+
+    Attributes:
+        batches: [windows, seqlen] int64.
+        stride: tokens from one window's start to the next.
+    """
+
+    batches: Tensor
+    stride: int
+
+    @property
+    def seqlen(self) -> int:
+        """Tokens in a window."""
+        return self.batches.shape[1]
+
+
+def cut_text(
     tokenizer: PreTrainedTokenizerBase,
     text: str,
+    config: PretrainedConfig,
     *,
-    dataset: str,
     seqlen: int = EVALUATION_SEQLEN,
     stride: int | None = None,
     limit: int | None = None,
-    progress: Progress = no_progress,
+) -> TextWindows:
+    """Make windows of a text, for which a model's weights are not needed.
+
+    Args:
+        tokenizer: the model's tokenizer; its special tokens (BOS) are added once, to the whole text.
+        text: what to predict.
+        config: the model's.
+        seqlen: tokens in a window; at most the model's positions are used.
+        stride: from one window's start to the next; None is seqlen: no overlap.
+        limit: only the first windows.
+
+    Raises:
+        UsageError: seqlen, stride or limit outside its range.
+        CalibrationError: the text is shorter than one window.
+        CheckpointError: a token that the model does not know: the tokenizer belongs to another model.
+    """
+    if limit is not None and limit < 1:
+        raise UsageError(f"A limit of {limit} windows leaves nothing to evaluate; use --limit 1 or more.")
+    seqlen = min(seqlen, max_positions(config) or seqlen)
+    stride = seqlen if stride is None else stride
+    # verbose=False: the text is cut into windows below, so that it is longer than the model reads is no news.
+    token_ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+    batches = windows(token_ids, seqlen, stride)[:limit]
+    check_token_ids(token_ids.tolist(), config, "The text")
+    return TextWindows(batches, stride)
+
+
+def evaluate(
+    model: PreTrainedModel, text: TextWindows, *, dataset: str, progress: Progress = no_progress
 ) -> PerplexityReport:
-    """Perplexity of `text` under `model`.
+    """Perplexity of a text under `model`.
 
     The first window scores all its seqlen - 1 predicted tokens, each later one its last min(stride, seqlen - 1), so
     that with a stride below seqlen no token is scored twice. Losses are fp32, their sum is float64.
 
     Args:
         model: a causal language model in eval mode, dense or packed.
-        tokenizer: the model's tokenizer; its special tokens (BOS) are added once, to the whole text.
         text: what to predict.
         dataset: the text's name, for the report.
-        seqlen: tokens in a window; at most the model's positions are used, and the report says how many.
-        stride: from one window's start to the next; None is seqlen: no overlap.
-        limit: evaluate only the first windows.
         progress: called with (what, windows done, windows to do).
 
     Raises:
-        UsageError: seqlen, stride or limit outside its range.
-        CalibrationError: the text is shorter than one window.
-        CheckpointError: a token that the model does not know: the tokenizer belongs to another model.
         NonFiniteError: a loss is NaN or infinite.
     """
-    if limit is not None and limit < 1:
-        raise UsageError(f"A limit of {limit} windows leaves nothing to evaluate; use --limit 1 or more.")
-    seqlen = min(seqlen, max_positions(model.config) or seqlen)
-    stride = seqlen if stride is None else stride
-    # verbose=False: the text is cut into windows below, so that it is longer than the model reads is no news.
-    token_ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
-    batches = windows(token_ids, seqlen, stride)[:limit]
-    check_token_ids(token_ids.tolist(), model.config, "The text")
-
+    batches, seqlen, stride = text.batches, text.seqlen, text.stride
     total, scored = 0.0, 0
     what = f"perplexity on {dataset}"
     progress(what, 0, len(batches))

@@ -1,6 +1,7 @@
 """Every error that a user can run into: one sentence on stderr, the right exit code, and nothing left behind."""
 
 import re
+import shutil
 import warnings
 from pathlib import Path
 
@@ -89,7 +90,7 @@ WANDA = "--calibration text.txt --nsamples 2 --seqlen 16"
         ("generate t5 --prompt Hi", FAILED_JOB, "tokenizer|not a causal language model"),
         (f"prune gpt2 -o out {WANDA}", FAILED_JOB, "Conv1D layer, as in GPT-2"),
         (f"prune mixtral -o out {WANDA}", FAILED_JOB, "several experts"),
-        ("generate no-weights --prompt Hi", FAILED_JOB, "missing, corrupt or truncated"),
+        ("generate no-weights --prompt Hi --max-new-tokens 2", FAILED_JOB, "missing, corrupt or truncated"),
         ("pack no-weights -o out", FAILED_JOB, "no safetensors weights"),
         (f"prune no-tokenizer -o out {WANDA}", FAILED_JOB, "no usable tokenizer"),
         ("generate no-tokenizer --prompt Hi", FAILED_JOB, "no usable tokenizer"),
@@ -168,13 +169,13 @@ WANDA = "--calibration text.txt --nsamples 2 --seqlen 16"
         # Damage.
         (f"prune cut-dense -o out {WANDA}", FAILED_JOB, "corrupt or truncated"),
         ("pack cut-dense -o out", FAILED_JOB, r"cut-dense/model\.safetensors is corrupt or truncated"),
-        ("generate cut-dense --prompt Hi", FAILED_JOB, "corrupt or truncated"),
-        ("generate cut-packed --prompt Hi", FAILED_JOB, "corrupt or truncated"),
+        ("generate cut-dense --prompt Hi --max-new-tokens 2", FAILED_JOB, "corrupt or truncated"),
+        ("generate cut-packed --prompt Hi --max-new-tokens 2", FAILED_JOB, "corrupt or truncated"),
         ("eval-perplexity cut-packed --dataset text.txt", FAILED_JOB, "corrupt or truncated"),
         ("inspect cut-packed", FAILED_JOB, "corrupt or truncated"),
         ("unpack cut-packed -o out", FAILED_JOB, "corrupt or truncated"),
         ("inspect bad", FAILED_JOB, f"lacks an array of {UP}"),
-        ("generate bad --prompt Hi", FAILED_JOB, f"lacks an array of {UP}"),
+        ("generate bad --prompt Hi --max-new-tokens 2", FAILED_JOB, f"lacks an array of {UP}"),
     ],
 )
 def test_an_error(call: str, exit_code: int, words: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,6 +193,32 @@ def test_an_error(call: str, exit_code: int, words: str, folder: Path, monkeypat
     assert re.search(words, sentence), sentence
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()} == before
     assert not (folder / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        ("generate MODEL --prompt Hi --max-new-tokens 0", "--max-new-tokens 1 or more"),
+        ("generate MODEL --prompt Hi --max-new-tokens 1000", "more than the model's 64 positions"),
+        ("eval-perplexity MODEL --dataset text.txt --limit 0", "--limit 1 or more"),
+        ("eval-perplexity MODEL --dataset text.txt --seqlen 1", "--seqlen 2 or more"),
+        ("eval-perplexity MODEL --dataset text.txt --seqlen 8 --stride 9", "--stride from 1 to 8"),
+        ("bench quality MODEL --dataset text.txt --calibration text.txt --sparsity 1.5", r"sparsity 1\.5 is outside"),
+        ("bench quality MODEL --dataset text.txt --calibration text.txt --limit 0", "--limit 1 or more"),
+    ],
+)
+def test_a_wrong_setting_is_refused_before_weights_are_read(
+    call: str, words: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model's weights cannot be read at all, and nobody notices."""
+    monkeypatch.chdir(folder)
+    model = shutil.copytree(folder / "dense", tmp_path / "model")
+    for file in model.glob("*.safetensors"):
+        file.write_bytes(b"no weights")
+    with quiet_transformers():
+        result = CliRunner().invoke(app, call.replace("MODEL", str(model)).split())
+    assert result.exit_code == WRONG_CALL, result.output
+    assert re.search(words, result.stderr.splitlines()[-1]), result.stderr
 
 
 def test_our_warnings_are_sentences_and_those_of_libraries_are_not_shown(capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,7 +27,7 @@ from macko_llm.demo.run import MODEL_FOLDER
 from macko_llm.errors import CheckpointError, NonFiniteError, UsageError
 from macko_llm.generation import Generation, batch_tokens_per_second, generate, generate_batch, stop_token_ids, stream
 from macko_llm.models import load_model, load_tokenizer
-from macko_llm.perplexity import evaluate
+from macko_llm.perplexity import cut_text, evaluate
 from macko_llm.sampling import Sampling
 from macko_llm.text import encode_prompt
 
@@ -65,7 +65,8 @@ def test_no_library_warns_of_the_bundled_model():
         model = load_model(MODEL_FOLDER, device="cpu")
         tokenizer = load_tokenizer(MODEL_FOLDER)
         generate(model, tokenizer, encode_prompt(tokenizer, "Once upon a time"), max_new_tokens=4)
-        evaluate(model, tokenizer, "Once upon a time " * 40, dataset="none", seqlen=32)
+        text = cut_text(tokenizer, "Once upon a time " * 40, model.config, seqlen=32)
+        evaluate(model, text, dataset="none")
     assert said == []
 
 

@@ -3,6 +3,7 @@
 import logging
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,11 +13,21 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from macko_llm import perplexity
 from macko_llm.errors import CalibrationError, CheckpointError, NonFiniteError, UsageError
-from macko_llm.perplexity import evaluate, token_losses, windows
+from macko_llm.perplexity import PerplexityReport, token_losses, windows
+from macko_llm.progress import Progress, no_progress
 
 WORDS = [f"w{i}" for i in range(30)]
 POSITIONS = 24
+
+
+def evaluate(
+    model: Any, tokenizer: Any, text: str, *, dataset: str, progress: Progress = no_progress, **cut: Any
+) -> PerplexityReport:
+    """Cut a text and score it."""
+    text_windows = perplexity.cut_text(tokenizer, text, model.config, **cut)
+    return perplexity.evaluate(model, text_windows, dataset=dataset, progress=progress)
 
 
 def word_tokenizer(words, **special):

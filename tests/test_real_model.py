@@ -49,14 +49,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _perplexity(model: Path, text: Path = VALID, limit: int | None = None, dtype: str = "float32") -> float:
-    report = perplexity.evaluate(
-        macko_llm.load(model, dtype=dtype, device="cpu"),
-        models.load_tokenizer(MODEL),
-        calibration.evaluation_text(str(text)),
-        dataset=text.name,
-        seqlen=SEQLEN,
-        limit=limit,
-    )
+    loaded = macko_llm.load(model, dtype=dtype, device="cpu")
+    words = calibration.evaluation_text(str(text))
+    windows = perplexity.cut_text(models.load_tokenizer(MODEL), words, loaded.config, seqlen=SEQLEN, limit=limit)
+    report = perplexity.evaluate(loaded, windows, dataset=text.name)
     assert report.windows == limit or report.windows >= WINDOWS
     return report.perplexity
 

@@ -84,9 +84,14 @@ def measure_chain(
     Raises:
         MackoError: whatever the steps raise.
     """
-    text = calibration.evaluation_text(dataset)
     if recipe.dtype == "auto":
         recipe = replace(recipe, dtype="float16")
+    for sparsity in sparsities:
+        replace(recipe, sparsity=sparsity)  # refuses one that makes no sense, before any work
+    text = calibration.evaluation_text(dataset)
+    perplexity.cut_text(
+        models.load_tokenizer(model), text, models.load_config(model), seqlen=seqlen, limit=limit
+    )  # refuses as well
     measurements: list[Measurement] = []
     windows = used_seqlen = 0
 
@@ -94,9 +99,8 @@ def measure_chain(
         nonlocal windows, used_seqlen
         loaded = load(folder, device=device)
         tokenizer = models.load_tokenizer(folder)
-        report = perplexity.evaluate(
-            loaded, tokenizer, text, dataset=dataset, seqlen=seqlen, limit=limit, progress=progress
-        )
+        windows_of_text = perplexity.cut_text(tokenizer, text, loaded.config, seqlen=seqlen, limit=limit)
+        report = perplexity.evaluate(loaded, windows_of_text, dataset=dataset, progress=progress)
         windows, used_seqlen = report.windows, report.seqlen
         ids = encode_prompt(tokenizer, prompt)
         progress(f"generating with {name}", 0, SPEED_RUNS)

@@ -42,10 +42,10 @@ def eval_perplexity(
     with progress_bars() as progress:
         text = calibration.evaluation_text(dataset)
         tokenizer = models.load_tokenizer(folder, trust_remote_code=trust_remote_code)
+        config = models.load_config(folder, trust_remote_code=trust_remote_code)
+        windows = perplexity.cut_text(tokenizer, text, config, seqlen=seqlen, stride=stride, limit=limit)
         loaded = load(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-        report = perplexity.evaluate(
-            loaded, tokenizer, text, dataset=dataset, seqlen=seqlen, stride=stride, limit=limit, progress=progress
-        )
+        report = perplexity.evaluate(loaded, windows, dataset=dataset, progress=progress)
     if as_json:
         print_json(asdict(report))
     else:
