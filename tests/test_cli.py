@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -319,6 +320,25 @@ def test_the_doctor_sees_gpus_and_what_they_lack(
         assert said[-1] == f"! {advice}"
         assert re.search(words, advice)
         assert "MACKO_CUDA=on pip install" in advice
+
+
+@pytest.mark.parametrize("command", ["", "bench", *COMMANDS])
+def test_h_is_help(command: str) -> None:
+    assert macko(*command.split(), "-h").stdout == macko(*command.split(), "--help").stdout != ""
+
+
+@pytest.mark.parametrize("form", [["--output=~/out"], ["-o", "~/out"], ["-o~/out"]], ids=str)
+def test_a_tilde_is_the_home_folder(
+    form: list[str], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shell replaces it only where a word begins with it."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folder / "packed", tmp_path / "packed")
+    macko("unpack", "~/packed", *form)
+    assert (tmp_path / "out" / "config.json").is_file()
+    assert not (tmp_path / "~").exists()
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from macko_llm.cli.console import plain_errors, print_json, progress_bars
-from macko_llm.cli.options import DeviceOption, JsonOption
+from macko_llm.cli.options import DeviceOption, JsonOption, expanded_path
 from macko_llm.cli.reports import print_quality
 from macko_llm.recipe import PruneRecipe
 
@@ -31,7 +31,10 @@ def quality(
     seed: Annotated[int, typer.Option(help="Of the calibration draw.")] = PruneRecipe.seed,
     limit: Annotated[int | None, typer.Option(metavar="WINDOWS", help="Evaluate at most this many windows.")] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="OUT", help="Keep the checkpoints in this folder.")
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="OUT", parser=expanded_path, help="Keep the checkpoints in this folder."
+        ),
     ] = None,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,

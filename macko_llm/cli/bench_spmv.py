@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from macko_llm.cli.console import gigabytes_per_second, megabytes, plain_errors, print_json, print_table, progress_bars
-from macko_llm.cli.options import DeviceOption, JsonOption, parse_list, parse_sparsity
+from macko_llm.cli.options import DeviceOption, JsonOption, expanded_path, parse_list, parse_sparsity
 from macko_llm.errors import UsageError
 
 if TYPE_CHECKING:
@@ -47,7 +47,8 @@ def spmv(
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
     plot: Annotated[
-        Path | None, typer.Option(metavar="FILE.png", help="Draw the speeds too (needs `macko-llm[plot]`).")
+        Path | None,
+        typer.Option(metavar="FILE.png", parser=expanded_path, help="Draw the speeds too (needs `macko-llm[plot]`)."),
     ] = None,
 ) -> None:
     """Time single layers: dense, sparse CSR and packed, with the bandwidth reached and the error of each.

@@ -7,14 +7,21 @@ from typing import Annotated
 import typer
 
 from macko_llm.cli.console import plain_errors, print_json, progress_bars
-from macko_llm.cli.options import JsonOption
+from macko_llm.cli.options import JsonOption, expanded_path
 from macko_llm.cli.reports import print_quality
 
 
 @plain_errors
 def demo(
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="OUT", help="Keeps the models and texts, to try more with them.")
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="OUT",
+            parser=expanded_path,
+            help="Keeps the models and texts, to try more with them.",
+        ),
     ] = Path("macko-demo"),
     as_json: JsonOption = False,
 ) -> None:

@@ -53,6 +53,7 @@ app = typer.Typer(
     cls=PlainGroup,
     help="Prune language models without structure, store them sparse, run them faster and smaller than dense.",
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="markdown",
 )
 

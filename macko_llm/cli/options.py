@@ -10,10 +10,18 @@ from macko_llm.errors import UsageError
 
 Value = TypeVar("Value")
 
+
+def expanded_path(text: str | Path) -> Path:
+    """A path as the shell would have written it: `--output=~/out` reaches a program with the tilde in it."""
+    return Path(text).expanduser()
+
+
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A folder or a hub id, dense or packed.")]
 DenseArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A folder or a hub id of a dense model.")]
 PackedArgument = Annotated[str, typer.Argument(metavar="PACKED", help="A folder or a hub id of a packed model.")]
-OutputOption = Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Folder to write.")]
+OutputOption = Annotated[
+    Path, typer.Option("--output", "-o", metavar="OUT", parser=expanded_path, help="Folder to write.")
+]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace a model that lies in the output folder.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
 DeviceOption = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")]

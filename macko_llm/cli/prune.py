@@ -14,6 +14,7 @@ from macko_llm.cli.options import (
     OutputOption,
     OverwriteOption,
     TrustOption,
+    expanded_path,
 )
 from macko_llm.defaults import CALIBRATION_SEQLEN
 from macko_llm.recipe import METHODS, PruneRecipe, load_recipe, make_recipe
@@ -51,7 +52,8 @@ def prune(
     ] = None,
     device: DeviceOption = "auto",
     recipe: Annotated[
-        Path | None, typer.Option(metavar="FILE.toml", help="Settings from a file; flags override it.")
+        Path | None,
+        typer.Option(metavar="FILE.toml", parser=expanded_path, help="Settings from a file; flags override it."),
     ] = None,
     trust_remote_code: TrustOption = False,
     overwrite: OverwriteOption = False,
