@@ -137,7 +137,7 @@ class MackoLinear(nn.Module):
 
     def _hold(self, layout: Layout) -> None:
         """Make a valid layout the weight."""
-        if not isinstance(layout, Canonical):
+        if layout.buffer is not None:
             for name in ARRAY_NAMES:
                 self._parameters[name] = None
             self._arranged, self.weight_layout = layout, layout.buffer
@@ -145,14 +145,18 @@ class MackoLinear(nn.Module):
         self._arranged = self.weight_layout = None
         # The arrays bear the mark, not the layer: it must not keep those alive that are offloaded after each forward.
         self._validated = object()
-        for name, array in zip(ARRAY_NAMES, (layout.values, layout.deltas, layout.row_offsets), strict=True):
+        matrix = layout.canonical()
+        for name, array in zip(ARRAY_NAMES, (matrix.values, matrix.deltas, matrix.row_offsets), strict=True):
             if self._parameters.get(name) is not array:
                 self._parameters[name] = _constant(array)
             held = self._parameters[name]
             held.macko_validated = self._validated, _version(held)  # type: ignore[union-attr,arg-type]
 
     def _is_validated(self) -> bool:
-        """Whether the canonical arrays are those that were validated, and unchanged."""
+        """Whether the canonical arrays are those that were validated, and unchanged.
+
+        A compiler cannot look: what it compiles is for the arrays that are there, and writing to them later goes unseen.
+        """
         if torch.compiler.is_compiling():
             return self._validated is not None
         for name in ARRAY_NAMES:
@@ -169,17 +173,16 @@ class MackoLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MackoLinear":
         self.restore()
-        arrays = {name: self._parameters.pop(name) for name in ARRAY_NAMES}
-        super()._apply(fn, recurse)
-        rest = dict(self._parameters)
-        self._parameters.clear()
-        for name, array in arrays.items():
-            self._parameters[name] = _constant(_moved(array, fn))  # type: ignore[arg-type]
-        self._parameters.update(rest)
-        if not self._is_abstract():
-            # to_empty() brings anything at all; whoever multiplies it is told.
-            with contextlib.suppress(FormatError):
-                self.arrange()
+        arrays = {name: _constant(_moved(getattr(self, name), fn)) for name in ARRAY_NAMES}
+        for name in ARRAY_NAMES:
+            self._parameters[name] = None  # which torch's own _apply passes by
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            self._parameters.update(arrays)  # also where the bias did not fit
+        # to_empty() brings anything at all; whoever multiplies it is told.
+        with contextlib.suppress(FormatError):
+            self.arrange()
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -214,13 +217,8 @@ class MackoLinear(nn.Module):
     def extra_repr(self) -> str:
         """What `print(model)` says of the layer."""
         weight = self._arranged or self._canonical()
-        holds = (
-            f"delta_bits={weight.plan.delta_bits}"
-            if isinstance(weight, SlicedMatrix)
-            else f"entries={self.weight_values.numel()}"
-        )
         return (
-            f"in_features={self.in_features}, out_features={self.out_features}, {holds}, "
+            f"in_features={self.in_features}, out_features={self.out_features}, {weight.summary}, "
             f"dtype={weight.dtype}, bias={self.bias is not None}"
         )
 
@@ -238,10 +236,12 @@ def arrange_group(layers: Sequence[MackoLinear]) -> None:
     """
     if (len(layers) == 1 and layers[0].is_arranged) or group_of(layers) is not None:
         return
-    if any(not layer.is_arranged and layer._is_abstract() for layer in layers):
-        return
     for layer in layers:
-        if not layer.is_arranged and not layer._is_validated():
+        if layer.is_arranged:
+            continue
+        if layer._is_abstract() or not layer.weight_values.is_cuda:  # nothing suits it better than its arrays
+            return
+        if not layer._is_validated():
             layer.validate("a packed layer")
     members = sliced.arrange_group([layer.matrix for layer in layers])
     if members is not None:

@@ -130,7 +130,11 @@ def runs_on(device: torch.device) -> bool:
     """Whether the CUDA kernels run on a device; warns once of a GPU on which they should and do not."""
     if device.type != "cuda":
         return False
-    return _probe(torch.cuda.current_device() if device.index is None else device.index)
+    return _probe(_index(device))
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 @lru_cache
@@ -153,15 +157,17 @@ def why_not_on(index: int) -> str | None:
         return "the native library was built without them"
     if torch.version.cuda is None:
         return "this torch is not built for CUDA"
-    weight = torch.zeros(1, 8, dtype=torch.float16, device=torch.device("cuda", index))
-    weight[0, 3] = 1
-    counts = torch.full((1,), -1, dtype=torch.int32, device=weight.device)
     try:
+        weight = torch.ones(1, 8, dtype=torch.float16, device=torch.device("cuda", index))
+        counts = torch.zeros(1, dtype=torch.int32, device=weight.device)
         call_cuda("macko_cuda_row_entries", (weight, counts), _address(weight), *weight.shape, _address(counts))
+        found = int(counts)
     except NativeError:
         text: str = library().macko_cuda_error().decode()
         return text
-    return None if int(counts) == 1 else "they compute nonsense there"
+    except RuntimeError as error:  # torch itself cannot use the GPU, or the kernel broke
+        return str(error).partition("\n")[0]
+    return None if found == weight.numel() else "they compute nonsense there"
 
 
 def cpu_pack(weight: torch.Tensor) -> MackoMatrix:
@@ -318,11 +324,9 @@ class OnGpu(Protocol):
         """Of its SlicedStruct."""
 
 
-@lru_cache
 def sliced_max_cols(device: torch.device) -> int:
     """The most columns that a sliced matrix may have on a GPU, whose shared memory must hold x."""
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return int(library().macko_cuda_sliced_max_cols(index))
+    return int(library().macko_cuda_sliced_max_cols(_index(device)))
 
 
 def cuda_sliced_entries(weight: torch.Tensor, counts: dict[int, torch.Tensor]) -> None:

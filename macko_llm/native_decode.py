@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from macko_llm.dtypes import CODES
-from macko_llm.native import OnGpu, call_cuda
-from macko_llm.native import sliced_max_cols as plain_max_cols
+from macko_llm.native import OnGpu, call_cuda, sliced_max_cols
 
 _INT32, _INT64, _FLOAT, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 _PLAIN, _RMS_NORM, _SILU_GATE = 0, 1, 2
@@ -153,9 +152,9 @@ def argmax(logits: Tensor, tokens: Tensor, scratch: Tensor) -> None:
     call_cuda("macko_cuda_argmax", (logits, tokens, scratch), *pointers, texts, vocabulary, CODES[logits.dtype])
 
 
-def sliced_max_cols(device: torch.device) -> int:
+def transformed_max_cols(device: torch.device) -> int:
     """Columns for which a product with a transform finds room in the shared memory of a GPU."""
-    return plain_max_cols(device) // 2
+    return sliced_max_cols(device) // 2
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

@@ -3,7 +3,7 @@
 import copy
 import io
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -426,3 +426,37 @@ def test_second_derivatives_and_a_bias_that_learns() -> None:
         assert own.grad is not None
     torch.testing.assert_close(x.grad, twin.grad)
     torch.testing.assert_close(bias.grad, twin_bias.grad)
+
+
+def test_a_move_that_fails_loses_nothing() -> None:
+    """As where memory runs out: before the first array, between two, at the bias."""
+    for calls_that_work in range(4):
+        layer, _ = make()
+        left = iter(range(calls_that_work))
+
+        def move(tensor: Tensor, left: Iterator[int] = left) -> Tensor:
+            if next(left, None) is None:
+                raise torch.OutOfMemoryError("no memory is left")
+            return tensor.clone()
+
+        x = torch.randn(1, COLS)
+        expected = layer(x)
+        state = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+        with pytest.raises(torch.OutOfMemoryError):
+            layer._apply(move)
+        assert list(layer.state_dict()) == list(state)
+        assert all(torch.equal(tensor, state[name]) for name, tensor in layer.state_dict().items())
+        assert torch.equal(layer(x), expected)
+
+
+def test_moves_on_a_cpu_check_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cast touches every layer of a model, and whether its arrays are valid matters when one is multiplied."""
+    layer, _ = make()
+    expected = layer(torch.ones(1, COLS))
+    checked: list[Tensor] = []
+    spans = native.cpu_row_spans
+    monkeypatch.setattr(native, "cpu_row_spans", lambda *arrays: [checked.append(arrays[0]), spans(*arrays)][1])
+    layer.float().half().cpu()
+    assert not checked
+    assert torch.equal(layer(torch.ones(1, COLS)), expected)
+    assert len(checked) == 1

@@ -287,6 +287,17 @@ def test_a_torch_of_another_vendor_runs_no_kernels(monkeypatch: pytest.MonkeyPat
     assert native.why_not_on.__wrapped__(0) == "this torch is not built for CUDA"
 
 
+def test_a_gpu_that_torch_itself_cannot_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nMore advice.")
+
+    monkeypatch.setattr(native, "has_cuda", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch, "ones", fail)
+    reason = "CUDA error: no kernel image is available for execution on the device"
+    assert native.why_not_on.__wrapped__(0) == reason
+
+
 def test_values_that_have_been_cast_are_refused() -> None:
     matrix = canonical.pack(torch.eye(8, dtype=torch.float16))
     cast = MackoMatrix(matrix.values.float(), matrix.deltas, matrix.row_offsets, matrix.shape)

@@ -86,23 +86,17 @@ def measure_chain(
     """
     if recipe.dtype == "auto":
         recipe = replace(recipe, dtype="float16")
-    for sparsity in sparsities:
-        replace(recipe, sparsity=sparsity)  # refuses one that makes no sense, before any work
+    # What makes no sense is refused before any work.
+    recipes = [replace(recipe, sparsity=sparsity) for sparsity in sparsities]
+    tokenizer = models.load_tokenizer(model)
     text = calibration.evaluation_text(dataset)
-    perplexity.cut_text(
-        models.load_tokenizer(model), text, models.load_config(model), seqlen=seqlen, limit=limit
-    )  # refuses as well
+    windows = perplexity.cut_text(tokenizer, text, models.load_config(model), seqlen=seqlen, limit=limit)
+    ids = encode_prompt(tokenizer, prompt)
     measurements: list[Measurement] = []
-    windows = used_seqlen = 0
 
     def measure(name: str, folder: Path, sparsity: float) -> None:
-        nonlocal windows, used_seqlen
         loaded = load(folder, device=device)
-        tokenizer = models.load_tokenizer(folder)
-        windows_of_text = perplexity.cut_text(tokenizer, text, loaded.config, seqlen=seqlen, limit=limit)
-        report = perplexity.evaluate(loaded, windows_of_text, dataset=dataset, progress=progress)
-        windows, used_seqlen = report.windows, report.seqlen
-        ids = encode_prompt(tokenizer, prompt)
+        report = perplexity.evaluate(loaded, windows, dataset=dataset, progress=progress)
         progress(f"generating with {name}", 0, SPEED_RUNS)
         speeds = []
         for run in range(SPEED_RUNS):
@@ -120,24 +114,17 @@ def measure_chain(
             )
         )
 
-    def prune(name: str, method: str, sparsity: float) -> Path:
+    def prune(name: str, how: PruneRecipe) -> Path:
         target = workdir / name
-        prune_checkpoint(
-            model,
-            target,
-            replace(recipe, method=method, sparsity=sparsity),
-            device=device,
-            overwrite=True,
-            progress=progress,
-        )
+        prune_checkpoint(model, target, how, device=device, overwrite=True, progress=progress)
         return target
 
     # A sparsity of 0 removes nothing: the dense model, in the dtype of the others.
-    measure("dense", prune("dense", "magnitude", 0.0), 0.0)
-    for sparsity in sparsities:
-        percent = f"{sparsity * 100:g}"
+    measure("dense", prune("dense", replace(recipe, method="magnitude", sparsity=0.0)), 0.0)
+    for how in recipes:
+        percent = f"{how.sparsity * 100:g}"
         for method in ("magnitude", "wanda"):
-            measure(f"{method} {percent}%", prune(f"{method}-{percent}", method, sparsity), sparsity)
+            measure(f"{method} {percent}%", prune(f"{method}-{percent}", replace(how, method=method)), how.sparsity)
         packed = workdir / f"packed-{percent}"
         report = packing.pack_checkpoint(workdir / f"wanda-{percent}", packed, overwrite=True, progress=progress)
         measure(f"packed {percent}%", packed, report.sparsity)
@@ -147,8 +134,8 @@ def measure_chain(
         model=str(model),
         recipe=recipe,
         dataset=dataset,
-        seqlen=used_seqlen,
-        windows=windows,
+        seqlen=windows.seqlen,
+        windows=len(windows.batches),
         device=device_name,
         threads=torch.get_num_threads(),
         measurements=measurements,

@@ -62,7 +62,7 @@ def why_not(model: PreTrainedModel) -> str | None:
     widest = max(config.hidden_size, config.intermediate_size, config.num_attention_heads * head_dim)
     if any(width % 8 for width in (config.hidden_size, config.intermediate_size)):
         return "its hidden or intermediate size is no multiple of 8"
-    if widest > min(native_decode.DENSE_MAX_COLS, native_decode.sliced_max_cols(device)):
+    if widest > min(native_decode.DENSE_MAX_COLS, native_decode.transformed_max_cols(device)):
         return f"a row of {widest} values does not fit the GPU's shared memory twice"
     if config.hidden_act != "silu":
         return f"its activation is {config.hidden_act}, not silu"

@@ -40,6 +40,11 @@ class Canonical(MackoMatrix, Layout):
         """None: a layer has these arrays as they are."""
         return
 
+    @property
+    def summary(self) -> str:  # type: ignore[override]
+        """See Layout."""
+        return f"entries={self.values.numel()}"
+
     def canonical(self) -> MackoMatrix:
         """See Layout."""
         return self

@@ -17,11 +17,13 @@ class Layout(ABC):
         shape: (rows, cols) of the dense matrix.
         dtype: of its values, float16 or bfloat16.
         buffer: what a layer that is multiplied in this layout keeps; None where it is the layer's canonical arrays.
+        summary: what a layer prints of it.
     """
 
     shape: tuple[int, int]
     dtype: torch.dtype
     buffer: Tensor | None
+    summary: str
 
     @abstractmethod
     def canonical(self) -> MackoMatrix:

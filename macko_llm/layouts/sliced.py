@@ -72,6 +72,11 @@ class SlicedMatrix(Layout):
         return self.data
 
     @property
+    def summary(self) -> str:  # type: ignore[override]
+        """See Layout."""
+        return f"delta_bits={self.plan.delta_bits}"
+
+    @property
     def members(self) -> "list[SlicedMatrix]":
         """Views of the group's members."""
         return [SlicedMatrix(self.data, self.plan, member) for member in range(len(self.plan.member_rows))]
