@@ -84,12 +84,13 @@ def test_memory_never_passes_what_the_model_takes(kind: str, folders: dict[str, 
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before, requested = torch.cuda.memory_allocated(), requested_bytes()
+    reserved = torch.cuda.memory_reserved()  # more than is allocated where other tests' graphs keep their pools
     model = loading.load(folders[kind], device="cuda")
     peak, final = torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before
     assert final > 300 * MEBIBYTE
     assert abs(requested_bytes() - requested - models.memory_bytes(model)) < MEBIBYTE  # no scratch memory stays
     assert peak <= PEAK * final + MEBIBYTE
-    assert torch.cuda.memory_reserved() - before <= 1.1 * final + 64 * MEBIBYTE
+    assert torch.cuda.memory_reserved() - reserved <= 1.1 * final + 64 * MEBIBYTE
 
 
 def test_layers_that_no_layout_suits_keep_arrays_of_their_own(tmp_path: Path) -> None:
