@@ -4,7 +4,7 @@ import json
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ else:
 
 METHODS = ("wanda", "magnitude")
 UNSTRUCTURED = "unstructured"
+REGEX_PREFIX = "re:"
+"""Begins a pattern of layer names that is a regular expression."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class PruneRecipe:
         method: "wanda" (Sun et al., 2024, arXiv 2306.11695) or "magnitude".
         sparsity: share of the weights of every output row that is removed, in [0, 1).
         pattern: "unstructured", or "n:m": the n lowest of every m consecutive columns go. n:m fixes the sparsity to n / m.
+        targets: patterns of the layers to prune (`macko_llm.pruning.selection.fits`); none means every linear of the blocks.
+        ignore: patterns of layers to leave dense; they win over `targets`.
         calibration: "c4", "wikitext2", or a path; see `macko_llm.calibration`.
         nsamples: calibration sequences.
         seqlen: tokens in each of them; None means 2048, or the model's longest context where that is shorter.
@@ -40,6 +44,8 @@ class PruneRecipe:
     method: str = "wanda"
     sparsity: float = 0.5
     pattern: str = UNSTRUCTURED
+    targets: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
     calibration: str = "c4"
     nsamples: int = 128
     seqlen: int | None = None
@@ -58,6 +64,8 @@ class PruneRecipe:
             raise UsageError(f"seqlen is {self.seqlen}; a calibration sequence has at least 1 token.")
         if not self.calibration:
             raise UsageError("The calibration source is empty; use c4, wikitext2 or a path.")
+        for pattern in (*self.targets, *self.ignore):
+            _check_layer_pattern(pattern)
         fixed = _pattern_sparsity(self.pattern)
         if fixed is not None:
             if self.sparsity not in (fixed, PruneRecipe.sparsity):
@@ -68,6 +76,15 @@ class PruneRecipe:
     def group(self) -> tuple[int, int] | None:
         """(n, m) of an n:m pattern, None for an unstructured one."""
         return _parse_pattern(self.pattern)
+
+    def settings(self) -> dict[str, Any]:
+        """The settings that say something, by name, as TOML and JSON have them."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in values.items()
+            if value not in (None, ())
+        }
 
 
 def load_recipe(path: Path) -> dict[str, Any]:
@@ -104,11 +121,12 @@ def make_recipe(file_values: Mapping[str, Any], flags: Mapping[str, Any]) -> Pru
 
 def to_toml(recipe: PruneRecipe) -> str:
     """The recipe as the TOML that `load_recipe` reads back."""
-    settings = {name: value for name, value in asdict(recipe).items() if value is not None}
-    return "".join(f"{name} = {_toml_value(value)}\n" for name, value in settings.items())
+    return "".join(f"{name} = {_toml_value(value)}\n" for name, value in recipe.settings().items())
 
 
-def _toml_value(value: str | float) -> str:
+def _toml_value(value: str | float | list[str]) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_toml_value, value))}]"
     if isinstance(value, str):
         # JSON's escapes are TOML's too, but for DEL, which JSON leaves bare.
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007F")
@@ -118,6 +136,12 @@ def _toml_value(value: str | float) -> str:
 def _check_types(recipe: PruneRecipe) -> None:
     kinds: dict[str, tuple[type, ...]] = {"sparsity": (float, int), "nsamples": (int,), "seed": (int,)}
     kinds["seqlen"] = (int, type(None))
+    for name in ("targets", "ignore"):
+        value = getattr(recipe, name)
+        if not isinstance(value, (list, tuple)) or not all(isinstance(part, str) for part in value):
+            raise UsageError(f'{name} is {value!r}; it must be a list of layer names, such as ["down_proj"].')
+        object.__setattr__(recipe, name, tuple(value))
+        kinds[name] = (tuple,)
     for field in fields(recipe):
         value = getattr(recipe, field.name)
         allowed = kinds.get(field.name, (str,))
@@ -131,6 +155,18 @@ def _check_keys(values: Mapping[str, Any], where: str) -> None:
     unknown = [name for name in values if name not in known]
     if unknown:
         raise UsageError(f"{where} sets {unknown[0]!r}, which is not a setting; the settings are {', '.join(known)}.")
+
+
+def _check_layer_pattern(pattern: str) -> None:
+    if not pattern:
+        raise UsageError("The name of a layer is empty; write for example down_proj.")
+    if pattern.startswith(REGEX_PREFIX):
+        try:
+            re.compile(pattern.removeprefix(REGEX_PREFIX))
+        except re.error as error:
+            raise UsageError(
+                f"{pattern!r} is no regular expression ({error}); write for example {REGEX_PREFIX}.*down_proj."
+            ) from error
 
 
 def _parse_pattern(pattern: str) -> tuple[int, int] | None:

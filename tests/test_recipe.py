@@ -88,11 +88,17 @@ def test_a_missing_or_damaged_file_is_named(tmp_path: Path) -> None:
         load_recipe(damaged)
 
 
+def _is_no_regex(pattern: str) -> bool:
+    return not pattern.startswith("re:")
+
+
 _RECIPES = st.builds(
     PruneRecipe,
     method=st.sampled_from(["wanda", "magnitude"]),
     sparsity=st.floats(0, 1, exclude_max=True),
     calibration=st.text(st.characters(exclude_categories=["Cs"]), min_size=1),
+    targets=st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(_is_no_regex)),
+    ignore=st.lists(st.sampled_from(["lm_head", "re:.*down_proj", 'a"b'])),
     nsamples=st.integers(1, 10**6),
     seqlen=st.none() | st.integers(1, 10**6),
     seed=st.integers(-(10**9), 10**9),

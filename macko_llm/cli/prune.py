@@ -34,6 +34,17 @@ def prune(
         float | None, typer.Option(help=_help("Share of each row to remove, in [0, 1).", "sparsity"))
     ] = None,
     pattern: Annotated[str | None, typer.Option(help=_help("unstructured, 2:4 or 4:8.", "pattern"))] = None,
+    targets: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="LAYERS",
+            help="Prune these layers alone: a name or the end of one, with * as in a shell, or re: and a regular expression; "
+            "may be given several times.",
+        ),
+    ] = None,
+    ignore: Annotated[
+        list[str] | None, typer.Option(metavar="LAYERS", help="Leave these layers dense; wins over --targets.")
+    ] = None,
     calibration: Annotated[
         str | None,
         typer.Option(
@@ -69,12 +80,16 @@ def prune(
 
         macko prune ./model -o pruned --sparsity 0.6 --calibration my-texts.jsonl
 
+        macko prune ./model -o pruned --ignore down_proj --ignore "model.layers.0.*"
+
         macko prune ./model -o pruned --recipe configs/llama2-7b-wanda-50.toml
     """
     flags = {
         "method": method,
         "sparsity": sparsity,
         "pattern": pattern,
+        "targets": targets or None,
+        "ignore": ignore or None,
         "calibration": calibration,
         "nsamples": nsamples,
         "seqlen": seqlen,

@@ -1,7 +1,7 @@
 """Pruning a model, block by block, and a checkpoint, folder to folder."""
 
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -17,6 +17,7 @@ from macko_llm.errors import CalibrationError, CheckpointError, NonFiniteError, 
 from macko_llm.progress import Progress, no_progress
 from macko_llm.pruning.replay import first_hidden_states, record_block_arguments, run_block, watched_inputs
 from macko_llm.pruning.scores import magnitude_scores, removed_per_row, select, squared_norms, wanda_scores
+from macko_llm.pruning.selection import chosen_linears
 from macko_llm.recipe import PruneRecipe
 
 # Scores are held for as many rows at once as have about this many weights (64 MiB of fp32).
@@ -77,7 +78,7 @@ def plan(
         UsageError, CheckpointError, CalibrationError: as `prune_checkpoint`, for what shows without weights and text.
     """
     _, skeleton, recipe = _prepare(model, Path(target), recipe, trust_remote_code, overwrite)
-    layers = _shapes(_distinct_linears(skeleton))
+    layers = _shapes(chosen_linears(skeleton, recipe))
     removed = sum(rows * removed_per_row(cols, recipe.sparsity, recipe.group) for rows, cols in layers.values())
     return PrunePlan(recipe, layers, removed / sum(rows * cols for rows, cols in layers.values()))
 
@@ -152,13 +153,14 @@ def prune_model(
         progress: called with (what, done, total).
 
     Raises:
-        UsageError: sizes that do not fit the pattern, sequences longer than the model takes, no tokens for Wanda.
+        UsageError: sizes that do not fit the pattern, layer names that fit nothing, sequences longer than the model takes, no
+            tokens for Wanda.
         CheckpointError: blocks of an unsupported kind.
         CalibrationError: token ids outside the vocabulary, or a linear that no token reaches.
         NonFiniteError: NaN or infinity in weights or activations.
     """
     started = time.perf_counter()
-    layers = _distinct_linears(model)
+    layers = chosen_linears(model, recipe)
     _check_group(_shapes(layers), recipe)
     for name, linear in layers.items():
         if not linear.weight.isfinite().all():
@@ -249,14 +251,6 @@ def _remove_lowest(weight: torch.Tensor, statistic: torch.Tensor | None, recipe:
         rows.masked_fill_(select(scores, recipe.sparsity, recipe.group) | (rows == 0), 0.0)
 
 
-def _distinct_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
-    """The linears to prune, one for each weight: where several share it, the first."""
-    distinct: dict[int, tuple[str, nn.Linear]] = {}
-    for name, linear in models.prunable_linears(model).items():
-        distinct.setdefault(id(linear.weight), (name, linear))
-    return dict(distinct.values())
-
-
 def _shapes(layers: dict[str, nn.Linear]) -> dict[str, tuple[int, int]]:
     return {name: (linear.weight.shape[0], linear.weight.shape[1]) for name, linear in layers.items()}
 
@@ -275,7 +269,7 @@ def _prepare(
     if method is not None:
         raise UsageError(f"{folder} is quantized with {method}; prune the model it was made from.")
     skeleton = models.skeleton(folder, trust_remote_code=trust_remote_code)
-    _check_group(_shapes(_distinct_linears(skeleton)), recipe)
+    _check_group(_shapes(chosen_linears(skeleton, recipe)), recipe)
     if recipe.method == "wanda":
         recipe = _fill_gaps(recipe, skeleton.config)
     return folder, skeleton, recipe
@@ -345,9 +339,10 @@ def _save(model: PreTrainedModel, source: Path, folder: Path) -> None:
 
 
 def _provenance(model: str | Path, recipe: PruneRecipe, report: PruneReport) -> dict[str, object]:
-    settings = {name: value for name, value in asdict(recipe).items() if value is not None}
+    settings = recipe.settings()
     if report.calibration_sha256 is None:  # calibration settings that were not used would only mislead
-        settings = {name: settings[name] for name in ("method", "sparsity", "pattern", "dtype")}
+        used = ("method", "sparsity", "pattern", "targets", "ignore", "dtype")
+        settings = {name: value for name, value in settings.items() if name in used}
     return {
         **settings,
         "model": Path(model).resolve().name if Path(model).is_dir() else str(model),
