@@ -11,9 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from macko_llm.errors import CheckpointError, UsageError
 from macko_llm.version import __version__
@@ -24,7 +22,8 @@ WEIGHTS_FILE = "model.safetensors"
 PROVENANCE_FILE = "macko.json"
 QUANT_METHOD = "macko"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
-_LENGTH_BYTES = 8  # of the header's length, at the start of a safetensors file
+LENGTH_BYTES = 8
+"""Of the header's length, at the start of a safetensors file."""
 _NEEDED_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken"]
 
 
@@ -249,11 +248,11 @@ def tensor_infos(files: list[Path]) -> dict[str, TensorInfo]:
     infos: dict[str, TensorInfo] = {}
     for file in files:
         with open_tensors(file), file.open("rb") as stream:  # opening as safetensors checks all that is relied on here
-            size = int.from_bytes(stream.read(_LENGTH_BYTES), "little")
+            size = int.from_bytes(stream.read(LENGTH_BYTES), "little")
             header = json.loads(stream.read(size))
         header.pop("__metadata__", None)
         for name, entry in header.items():
-            offset = _LENGTH_BYTES + size + entry["data_offsets"][0]
+            offset = LENGTH_BYTES + size + entry["data_offsets"][0]
             infos[name] = TensorInfo(file, entry["dtype"], tuple(entry["shape"]), offset)
     return infos
 
@@ -268,56 +267,6 @@ def open_tensors(file: Path) -> Iterator[Any]:
         raise CheckpointError(
             f"{file} is corrupt or truncated ({error}); download or write the model again."
         ) from error
-
-
-class ShardWriter:
-    """Collects tensors into safetensors shards of a folder, at most one shard in memory.
-
-    Args:
-        folder: where the shards go.
-        max_shard_bytes: a shard is written before it would pass this size (a larger single tensor gets its own).
-    """
-
-    def __init__(self, folder: Path, max_shard_bytes: int) -> None:
-        self._folder = folder
-        self._max_shard_bytes = max_shard_bytes
-        self._pending: dict[str, torch.Tensor] = {}
-        self._pending_bytes = 0
-        self._shards: list[list[str]] = []
-        self._total_bytes = 0
-
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Append one tensor, on the CPU or not."""
-        if self._pending and self._pending_bytes + tensor.nbytes > self._max_shard_bytes:
-            self._flush()
-        self._pending[name] = tensor.cpu().contiguous()
-        self._pending_bytes += tensor.nbytes
-        self._total_bytes += tensor.nbytes
-
-    def close(self) -> None:
-        """Write what is left, give the shards their final names, and write the index if there is more than one."""
-        if self._pending or not self._shards:
-            self._flush()
-        count = len(self._shards)
-        weight_map: dict[str, str] = {}
-        for number, names in enumerate(self._shards, start=1):
-            final = WEIGHTS_FILE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
-            self._shard_path(number).rename(self._folder / final)
-            weight_map.update(dict.fromkeys(names, final))
-        if count > 1:
-            index = {"metadata": {"total_size": self._total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-            write_json(self._folder / INDEX_FILE, index)
-
-    def _flush(self) -> None:
-        self._shards.append(list(self._pending))
-        try:
-            save_file(self._pending, self._shard_path(len(self._shards)), metadata={"format": "pt"})
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"A shard could not be written ({error}); free some space on the disk.") from error
-        self._pending, self._pending_bytes = {}, 0
-
-    def _shard_path(self, number: int) -> Path:
-        return self._folder / f"shard-{number:05d}.part"
 
 
 def parse_size(text: str) -> int:

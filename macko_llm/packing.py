@@ -1,7 +1,7 @@
 """Checkpoint to packed checkpoint and back, one tensor at a time."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from macko_llm import checkpoint, models, packed_checkpoint
-from macko_llm.checkpoint import ShardWriter, TensorInfo
+from macko_llm.checkpoint import TensorInfo
 from macko_llm.defaults import MAX_SHARD_SIZE
 from macko_llm.dtypes import VALUE_DTYPES, VALUE_HEADERS
 from macko_llm.errors import CheckpointError, NonFiniteError, UsageError
@@ -20,6 +20,7 @@ from macko_llm.format import MackoMatrix, check_packable
 from macko_llm.layouts import canonical
 from macko_llm.packed_checkpoint import ARRAY_NAMES, PackedConfig, array_keys, read_matrix
 from macko_llm.progress import Progress, no_progress
+from macko_llm.shards import ShardWriter
 from macko_llm.version import __version__
 
 
@@ -118,7 +119,7 @@ def pack_checkpoint(
     bytes_dense = bytes_packed = 0
     with ExitStack() as stack:
         partial = None if target is None else stack.enter_context(checkpoint.new_folder(target, overwrite=overwrite))
-        writer = None if partial is None else ShardWriter(partial, shard_bytes)
+        writer = None if partial is None else ShardWriter(partial, shard_bytes, _possible_names(infos, linears))
         for number, (key, tensor) in enumerate(_tensors(infos)):
             progress("packing", number, len(infos))
             tensor = _cast(tensor, VALUE_DTYPES[value_dtype], key)
@@ -167,7 +168,7 @@ def unpack_checkpoint(
     checkpoint.check_output(target, overwrite=overwrite, source=source)
     _, linears, infos = _read_packed(source, trust_remote_code)
     with checkpoint.new_folder(target, overwrite=overwrite) as partial:
-        writer = ShardWriter(partial, shard_bytes)
+        writer = ShardWriter(partial, shard_bytes, [*infos, *(f"{name}.weight" for name in linears)])
         for number, (key, tensor) in enumerate(_tensors(infos)):
             progress("unpacking", number, len(infos))
             name, _, array = key.rpartition(".")
@@ -305,6 +306,11 @@ def _cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
             "pack with --dtype bfloat16."
         )
     return cast
+
+
+def _possible_names(infos: Iterable[str], linears: Iterable[str]) -> list[str]:
+    """What the tensors of a packed checkpoint may be called: whether a layer is packed shows only when it is."""
+    return [*infos, *(key for name in linears for key in array_keys(name))]
 
 
 def _pack_layer(name: str, weight: Tensor) -> tuple[LayerReport, dict[str, Tensor]]:

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import assert_plain, truncate
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from macko_llm import __version__, checkpoint
 from macko_llm.errors import CheckpointError, UsageError
+from macko_llm.shards import ShardWriter
 
 
 def _model_folder(path: Path, content: str = "{}") -> Path:
@@ -215,63 +216,6 @@ def test_a_link_to_the_input_is_the_input(tmp_path: Path) -> None:
         checkpoint.check_output(tmp_path / "link", overwrite=True, source=source)
 
 
-# ShardWriter
-
-
-def _write(folder: Path, sizes: dict[str, int], max_shard_bytes: int) -> dict[str, torch.Tensor]:
-    tensors = {name: torch.full((size,), index, dtype=torch.uint8) for index, (name, size) in enumerate(sizes.items())}
-    writer = checkpoint.ShardWriter(folder, max_shard_bytes)
-    for name, tensor in tensors.items():
-        writer.add(name, tensor)
-    writer.close()
-    return tensors
-
-
-def test_one_shard_has_the_plain_name_and_no_index(tmp_path: Path) -> None:
-    tensors = _write(tmp_path, {"a": 10, "b": 20}, 30)
-    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
-    stored = load_file(tmp_path / "model.safetensors")
-    assert stored.keys() == tensors.keys()
-    assert all(torch.equal(stored[name], tensor) for name, tensor in tensors.items())
-
-
-def test_shards_stay_below_the_limit_and_are_indexed(tmp_path: Path) -> None:
-    sizes = {"d": 10, "c": 20, "huge": 95, "b": 25, "a": 1}
-    tensors = _write(tmp_path, sizes, 30)
-    shards = [["d", "c"], ["huge"], ["b", "a"]]
-    names = [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
-    assert sorted(path.name for path in tmp_path.iterdir()) == [*names, "model.safetensors.index.json"]
-    for name, keys in zip(names, shards, strict=True):
-        assert sorted(load_file(tmp_path / name)) == sorted(keys)
-    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
-    assert index == {
-        "metadata": {"total_size": sum(sizes.values())},
-        "weight_map": {key: name for name, keys in zip(names, shards, strict=True) for key in keys},
-    }
-    files = checkpoint.weight_files(tmp_path)
-    assert [file.name for file in files] == names
-    infos = checkpoint.tensor_infos(files)
-    assert {name: (info.dtype, info.shape) for name, info in infos.items()} == {
-        name: ("U8", (size,)) for name, size in sizes.items()
-    }
-    for name, info in infos.items():
-        assert torch.equal(load_file(info.file)[name], tensors[name])
-    assert checkpoint.folder_bytes(tmp_path) == sum(file.stat().st_size for file in files)
-
-
-def test_no_tensors_and_views_of_tensors(tmp_path: Path) -> None:
-    checkpoint.ShardWriter(tmp_path, 10).close()
-    assert load_file(tmp_path / "model.safetensors") == {}
-    writer = checkpoint.ShardWriter(tmp_path, 10_000)
-    matrix = torch.arange(12.0).reshape(3, 4)
-    writer.add("transposed", matrix.T)
-    writer.add("column", matrix[:, 1])
-    writer.close()
-    stored = load_file(tmp_path / "model.safetensors")
-    assert torch.equal(stored["transposed"], matrix.T)
-    assert torch.equal(stored["column"], matrix[:, 1])
-
-
 @pytest.mark.parametrize(
     ("text", "count"),
     [
@@ -317,11 +261,18 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
         assert_plain(str(caught.value))
 
 
+def _write_shards(folder: Path, sizes: dict[str, int], max_shard_bytes: int) -> None:
+    writer = ShardWriter(folder, max_shard_bytes, sizes)
+    for name, size in sizes.items():
+        writer.add(name, torch.zeros(size, dtype=torch.uint8))
+    writer.close()
+
+
 def test_missing_weights_are_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="has no safetensors weights") as caught:
         checkpoint.weight_files(tmp_path)
     assert_plain(str(caught.value))
-    _write(tmp_path, {"a": 10, "b": 20}, 15)
+    _write_shards(tmp_path, {"a": 10, "b": 20}, 15)
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"lacks model-00002-of-00002\.safetensors") as caught:
         checkpoint.weight_files(tmp_path)
@@ -333,7 +284,7 @@ def test_missing_weights_are_named(tmp_path: Path) -> None:
 
 
 def test_a_truncated_shard_among_whole_ones(tmp_path: Path) -> None:
-    _write(tmp_path, {"a": 300, "b": 300}, 400)
+    _write_shards(tmp_path, {"a": 300, "b": 300}, 400)
     truncate(tmp_path / "model-00002-of-00002.safetensors")
     with pytest.raises(CheckpointError, match="model-00002-of-00002"):
         checkpoint.tensor_infos(checkpoint.weight_files(tmp_path))

@@ -18,6 +18,7 @@ from macko_llm.dtypes import HEADERS, MODEL_DTYPES
 from macko_llm.errors import CheckpointError, MackoError
 from macko_llm.linear import MackoLinear
 from macko_llm.packing import pack_checkpoint
+from macko_llm.shards import ShardWriter
 
 TOKENS = random_tokens(2, 11)
 RENAMED = "gpt_neox"
@@ -270,7 +271,7 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
 
 def _write(folder: Path, tensors: dict[str, torch.Tensor]) -> Path:
     file = folder / "model.safetensors"
-    writer = checkpoint.ShardWriter(folder, 10**9)
+    writer = ShardWriter(folder, 10**9, tensors)
     for name, tensor in tensors.items():
         writer.add(name, tensor)
     writer.close()

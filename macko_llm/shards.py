@@ -1,0 +1,136 @@
+"""Writing safetensors shards tensor by tensor: nothing is held in memory, and a job that was cut off can go on."""
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from macko_llm.checkpoint import INDEX_FILE, LENGTH_BYTES, WEIGHTS_FILE, TensorInfo, write_json
+from macko_llm.dtypes import HEADERS
+from macko_llm.errors import CheckpointError
+
+_HEADER_NAMES = {dtype: header for header, dtype in HEADERS.items()}
+_METADATA = {"format": "pt"}  # transformers reads no shard without it
+_ENTRY_BYTES = 128  # of a tensor in a header, without its name: dtype, two dimensions, two offsets
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor that has been written: the number of its shard, and its entry in that shard's header."""
+
+    shard: int
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+class ShardWriter:
+    """Appends tensors to safetensors shards of a folder.
+
+    A shard's header comes first in the file, but is known last: room for it is left, and what is not needed stays blank, as
+    the format allows.
+
+    Args:
+        folder: where the shards go.
+        max_shard_bytes: a shard ends before its tensors would pass this size (a larger single tensor gets its own).
+        names: what the tensors may be called, more of them rather than fewer: they decide how much room is left.
+        written: `state()` of a writer of the same arguments that was cut off; what that had written later is overwritten.
+
+    Raises:
+        CheckpointError: a file cannot be written, or a tensor has a dtype that no checkpoint here has.
+    """
+
+    def __init__(
+        self, folder: Path, max_shard_bytes: int, names: Iterable[str], written: Mapping[str, Any] | None = None
+    ) -> None:
+        self._folder = folder
+        self._max_shard_bytes = max_shard_bytes
+        self._tensors = {name: _stored(entry) for name, entry in (written or {}).items()}
+        self._shard = max((stored.shard for stored in self._tensors.values()), default=1)
+        self._end = max((stored.end for stored in self._tensors.values() if stored.shard == self._shard), default=0)
+        longest = sum(len(json.dumps(name)) + _ENTRY_BYTES for name in {*names, *self._tensors})
+        self._data_begins = LENGTH_BYTES + -(-(longest + _ENTRY_BYTES) // 8) * 8
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all tensors so far."""
+        return sum(stored.end - stored.begin for stored in self._tensors.values())
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Append one tensor, on the CPU or not."""
+        if self._end and self._end + tensor.nbytes > self._max_shard_bytes:
+            self._shard, self._end = self._shard + 1, 0
+        data = tensor.detach().cpu().contiguous()
+        if data.dtype not in _HEADER_NAMES:
+            raise CheckpointError(f"{name} is {data.dtype}, which cannot be written; use a model of ordinary dtypes.")
+        entry = StoredTensor(
+            self._shard, _HEADER_NAMES[data.dtype], tuple(data.shape), self._end, self._end + data.nbytes
+        )
+        with _plain_errors(), self._open(self._shard) as file:
+            file.seek(self._data_begins + entry.begin)
+            file.write(memoryview(data.reshape(-1).view(torch.uint8).numpy().data))
+        self._tensors[name] = entry
+        self._end = entry.end
+
+    def state(self) -> dict[str, Any]:
+        """What has been written, as JSON has it."""
+        return {name: asdict(stored) for name, stored in self._tensors.items()}
+
+    def info(self, name: str) -> TensorInfo:
+        """Where a tensor that has been written lies, until the shards are closed."""
+        stored = self._tensors[name]
+        return TensorInfo(self._path(stored.shard), stored.dtype, stored.shape, self._data_begins + stored.begin)
+
+    def close(self) -> None:
+        """Write the headers, give the shards their final names, and write the index if there is more than one."""
+        files = {
+            number: WEIGHTS_FILE if self._shard == 1 else f"model-{number:05d}-of-{self._shard:05d}.safetensors"
+            for number in range(1, self._shard + 1)
+        }
+        with _plain_errors():
+            for number, final in files.items():
+                self._write_header(number)
+                self._path(number).rename(self._folder / final)
+            if len(files) > 1:
+                weight_map = {name: files[stored.shard] for name, stored in sorted(self._tensors.items())}
+                index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
+                write_json(self._folder / INDEX_FILE, index)
+
+    def _write_header(self, number: int) -> None:
+        header: dict[str, Any] = {"__metadata__": _METADATA}
+        for name, stored in self._tensors.items():
+            if stored.shard == number:
+                offsets = [stored.begin, stored.end]
+                header[name] = {"dtype": stored.dtype, "shape": list(stored.shape), "data_offsets": offsets}
+        room = self._data_begins - LENGTH_BYTES
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=True).encode().ljust(room)
+        assert len(text) == room, "the names given to the writer leave too little room for the header"
+        end = max((stored.end for stored in self._tensors.values() if stored.shard == number), default=0)
+        with self._open(number) as file:
+            file.write(room.to_bytes(LENGTH_BYTES, "little") + text)
+            file.truncate(self._data_begins + end)
+
+    def _open(self, number: int) -> BinaryIO:
+        """A shard, to write anywhere in it; what is there stays."""
+        return os.fdopen(os.open(self._path(number), os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666), "r+b")
+
+    def _path(self, number: int) -> Path:
+        return self._folder / f"shard-{number:05d}.part"
+
+
+def _stored(entry: Mapping[str, Any]) -> StoredTensor:
+    return StoredTensor(**{**entry, "shape": tuple(entry["shape"])})
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"A shard could not be written ({error}); free some space on the disk.") from error
