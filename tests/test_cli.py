@@ -191,6 +191,14 @@ def test_the_prompt_from_stdin() -> None:
             assert json.loads(piped.stdout)[key] == json.loads(given.stdout)[key]
 
 
+def test_prompts_from_files_come_after_those_given_as_text(folder: Path) -> None:
+    (folder / "owl.txt").write_bytes("Zwölf Eulen\nsaßen\n".encode())
+    (folder / "fox.txt").write_bytes(b"The fox")
+    long = ["--prompt", "Once", "--prompt", "Zwölf Eulen\nsaßen", "--prompt", "The fox", "--max-new-tokens", 5]
+    short = ["-f", "owl.txt", "-p", "Once", "--prompt-file", folder / "fox.txt", "-n", 5]
+    assert macko("generate", "packed", *short).stdout == macko("generate", "packed", *long).stdout
+
+
 def test_several_prompts() -> None:
     """Each text is what its prompt gives alone; the summary is about all of them."""
     call = ["generate", "packed", "--max-new-tokens", 12, "--dtype", "float32"]

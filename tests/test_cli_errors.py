@@ -128,7 +128,9 @@ WANDA = "--calibration text.txt --nsamples 2 --seqlen 16"
         ("eval-perplexity packed --dataset text.txt --stride 0", WRONG_CALL, "stride"),
         # Calls that the parser refuses.
         ("prune dense", WRONG_CALL, "Missing option '--output' / '-o'; see `macko prune --help`"),
-        ("generate packed", WRONG_CALL, "Missing option '--prompt'"),
+        ("generate packed", WRONG_CALL, "no prompt; give --prompt TEXT"),
+        ("generate packed -f nowhere.txt", WRONG_CALL, r"prompt file nowhere\.txt cannot be read \(No such file"),
+        ("generate packed -f thesis", WRONG_CALL, r"prompt file thesis cannot be read \(Is a directory"),
         ("prune dense -o out --sparsty 0.5", WRONG_CALL, "No such option: --sparsty"),
         ("prun dense -o out", WRONG_CALL, "No such command 'prun'"),
         ("bench", WRONG_CALL, "Missing command"),

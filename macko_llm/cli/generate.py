@@ -1,13 +1,15 @@
 """`macko generate`."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from macko_llm.cli.console import megabytes, plain_errors, print_json
-from macko_llm.cli.options import DeviceOption, DtypeOption, JsonOption, ModelArgument, TrustOption
+from macko_llm.cli.options import DeviceOption, DtypeOption, JsonOption, ModelArgument, TrustOption, expanded_path
 from macko_llm.defaults import MAX_NEW_TOKENS, TEMPERATURE
 from macko_llm.errors import UsageError
 
@@ -16,9 +18,22 @@ from macko_llm.errors import UsageError
 def generate(
     model: ModelArgument,
     prompt: Annotated[
-        list[str], typer.Option(help="Text to continue, or - to read it from stdin; several run at once.")
-    ],
-    max_new_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.")] = MAX_NEW_TOKENS,
+        list[str] | None,
+        typer.Option("--prompt", "-p", help="Text to continue, or - to read it from stdin; several run at once."),
+    ] = None,
+    prompt_file: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--prompt-file",
+            "-f",
+            metavar="FILE",
+            parser=expanded_path,
+            help="A UTF-8 file with a text to continue; may be given several times.",
+        ),
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", "-n", help="Stop after this many tokens.")
+    ] = MAX_NEW_TOKENS,
     temperature: Annotated[float, typer.Option(help="0 is greedy; above 0 tokens are drawn.")] = TEMPERATURE,
     top_k: Annotated[int | None, typer.Option(help="Draw among this many most probable tokens.")] = None,
     top_p: Annotated[
@@ -35,8 +50,8 @@ def generate(
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Continue a prompt; the text streams to stdout, a summary goes to stderr. Several prompts are
-    printed at the end, with --json as a list.
+    """Continue a prompt; the text streams to stdout, a summary goes to stderr. Several prompts, first those
+    of --prompt, then those of --prompt-file, are printed at the end, with --json as a list.
 
     Examples:
         macko generate ./packed --prompt "Once upon a time"
@@ -44,6 +59,8 @@ def generate(
         macko generate ./packed --prompt "Why is the sky blue?" --chat --temperature 0.7 --top-p 0.9 --seed 1
 
         macko generate ./packed --prompt "Q: How old is the sea? A:" --prompt "Q: And the sky? A:" --stop "Q:"
+
+        macko generate ./packed -f question.txt -n 200
 
         cat question.txt | macko generate ./packed --prompt -
     """
@@ -53,7 +70,7 @@ def generate(
     from macko_llm.text import encode_prompt
 
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    texts = _read_prompts(prompt)
+    texts = _read_prompts(prompt or (), prompt_file or ())
     folder = checkpoint.locate(model)
     tokenizer = models.load_tokenizer(folder, trust_remote_code=trust_remote_code)
     prompts = [encode_prompt(tokenizer, text, chat=chat, system_prompt=system_prompt) for text in texts]
@@ -96,18 +113,33 @@ def generate(
     )
 
 
-def _read_prompts(prompts: list[str]) -> list[str]:
+def _read_prompts(prompts: Sequence[str], files: Sequence[Path]) -> list[str]:
+    if not prompts and not files:
+        raise UsageError("There is no prompt; give --prompt TEXT, --prompt - for stdin, or --prompt-file FILE.")
     if prompts.count("-") > 1:
         raise UsageError("Only one prompt can come from stdin; use --prompt - once.")
-    return [_read_stdin() if prompt == "-" else prompt for prompt in prompts]
+    return [*(_read_stdin() if prompt == "-" else prompt for prompt in prompts), *map(_read_file, files)]
+
+
+# The end of the last line is the file's, not the prompt's.
 
 
 def _read_stdin() -> str:
     try:
-        # The end of the last line is the file's, not the prompt's.
         return sys.stdin.read().removesuffix("\n")
     except UnicodeDecodeError as error:
         raise UsageError(f"The prompt on stdin is not {error.encoding} text; convert it first.") from error
+
+
+def _read_file(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8").removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"The prompt in {file} is not UTF-8 text; convert it first.") from error
+    except OSError as error:
+        raise UsageError(
+            f"The prompt file {file} cannot be read ({error.strerror}); name a text file, or use --prompt - for stdin."
+        ) from error
 
 
 def _print_piece(piece: str) -> None:
