@@ -27,8 +27,13 @@ def encode_prompt(
 
     Raises:
         UsageError: a system prompt without chat, no chat template or one that refuses the roles, an empty prompt where
-            there is no BOS.
+            there is no BOS, lone surrogates, as which Python reads bytes that are not UTF-8.
     """
+    for given in (prompt, system_prompt or ""):
+        try:
+            given.encode()
+        except UnicodeEncodeError as error:
+            raise UsageError("The prompt holds bytes that are not UTF-8 text; convert it first.") from error
     if chat:
         text = _render_chat(tokenizer, prompt, system_prompt)
     elif system_prompt is not None:

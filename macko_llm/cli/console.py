@@ -1,5 +1,6 @@
 """How the command line talks: results on stdout, everything else on stderr, errors in one sentence."""
 
+import errno
 import functools
 import json
 import math
@@ -9,11 +10,12 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import typer
 
-from macko_llm.errors import MackoError, MackoWarning
+from macko_llm.errors import MackoError, MackoWarning, UsageError
 from macko_llm.progress import Progress
 
 Arguments = ParamSpec("Arguments")
@@ -23,6 +25,8 @@ DEBUG_VARIABLE = "MACKO_DEBUG"
 SECONDS_BETWEEN_LINES = 10.0
 PIPE_WIDTH = 160
 """Columns of a table that is not printed to a terminal, wide enough never to cut a name."""
+_OUTPUT_ERRORS = {errno.EPIPE, errno.ENOSPC, errno.EFBIG, errno.EBADF}
+"""What writing to stdout may fail with; the library's own files raise errors that name them."""
 
 
 def plain_errors(command: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
@@ -32,19 +36,13 @@ def plain_errors(command: Callable[Arguments, Result]) -> Callable[Arguments, Re
     def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         try:
             _quiet_libraries()
-            with _plain_warnings():
-                result = command(*args, **kwargs)
-            sys.stdout.flush()
-            return result
+            with written_output(), _plain_warnings():
+                return command(*args, **kwargs)
         except (typer.Exit, typer.Abort):
             raise
         except KeyboardInterrupt:
             print_error("Interrupted; nothing unfinished was left behind.")
             raise typer.Exit(130) from None
-        except BrokenPipeError:
-            # Whoever read the output has closed it; keep Python from complaining again at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(1) from None
         except Exception as error:
             if os.environ.get(DEBUG_VARIABLE, "") not in ("", "0"):
                 raise
@@ -52,6 +50,42 @@ def plain_errors(command: Callable[Arguments, Result]) -> Callable[Arguments, Re
             raise typer.Exit(error.exit_code if isinstance(error, MackoError) else 1) from None
 
     return run
+
+
+@contextmanager
+def written_output() -> Iterator[None]:
+    """Whatever is printed inside is written to stdout; where it cannot be, one sentence says so, and `typer.Exit` is raised.
+
+    Where stdout is closed, nothing is run at all. A reader who has gone is no error to speak of.
+    """
+    if sys.stderr is None:  # print would write to stdout instead
+        sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
+    if sys.stdout is None:
+        print_error("Standard output is closed; leave it open, or redirect it to a file or to /dev/null.")
+        raise typer.Exit(UsageError.exit_code)
+    try:
+        yield
+        sys.stdout.flush()
+    except Exception as error:
+        lost = _lost_output(error)
+        if lost is None:
+            raise
+        # Keep Python from complaining again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if lost.errno != errno.EPIPE:
+            print_error(f"The output cannot be written ({lost.strerror}); free some space, or redirect it elsewhere.")
+        raise typer.Exit(1) from None
+
+
+def _lost_output(error: Exception) -> OSError | None:
+    """Why something that was printed cannot be written, if that is so."""
+    try:
+        sys.stdout.flush()  # a command that fails may have printed something before
+    except OSError as lost:
+        return lost
+    if isinstance(error, OSError) and error.filename is None and error.errno in _OUTPUT_ERRORS:
+        return error
+    return None
 
 
 @contextmanager

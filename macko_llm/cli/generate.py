@@ -125,10 +125,14 @@ def _read_prompts(prompts: Sequence[str], files: Sequence[Path]) -> list[str]:
 
 
 def _read_stdin() -> str:
+    if sys.stdin is None:
+        raise UsageError("Standard input is closed; give the prompt as text, or pipe it in.")
     try:
         return sys.stdin.read().removesuffix("\n")
     except UnicodeDecodeError as error:
         raise UsageError(f"The prompt on stdin is not {error.encoding} text; convert it first.") from error
+    except OSError as error:
+        raise UsageError(f"Standard input cannot be read ({error.strerror or error}); pipe the prompt in.") from error
 
 
 def _read_file(file: Path) -> str:

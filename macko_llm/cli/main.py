@@ -12,7 +12,7 @@ import macko_llm
 from macko_llm.cli.bench_decode import decode
 from macko_llm.cli.bench_quality import quality
 from macko_llm.cli.bench_spmv import spmv
-from macko_llm.cli.console import print_error
+from macko_llm.cli.console import print_error, written_output
 from macko_llm.cli.demo import demo
 from macko_llm.cli.doctor import doctor
 from macko_llm.cli.eval_perplexity import eval_perplexity
@@ -34,7 +34,11 @@ class PlainGroup(typer.core.TyperGroup):
         if not standalone_mode:
             return run()
         try:
-            sys.exit(run() or 0)
+            with written_output():
+                code = run() or 0
+            sys.exit(code)
+        except typer.Exit as done:
+            sys.exit(done.exit_code)
         except typer.Abort:
             sys.exit(1)
         except Exception as error:
