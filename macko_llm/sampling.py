@@ -21,15 +21,18 @@ class Sampling:
         temperature: 0 takes the most probable token (greedy); above 0, logits are divided by it and one token is drawn.
         top_k: draw only among this many most probable tokens.
         top_p: of those, draw only among the fewest that together hold at least this probability, in (0, 1].
+        min_p: of those, draw only among the ones that are at least this many times as probable as the most probable, in
+            [0, 1] (Nguyen et al. 2024, arXiv 2407.01082).
         seed: makes the draw reproducible, in [0, 2**64); None draws differently each time.
 
     Raises:
-        UsageError: a value outside its range, or top_k or top_p at temperature 0, where nothing is drawn.
+        UsageError: a value outside its range, or top_k, top_p or min_p at temperature 0, where nothing is drawn.
     """
 
     temperature: float = TEMPERATURE
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -42,11 +45,13 @@ class Sampling:
             raise UsageError(f"top-k {self.top_k} leaves no token to choose; use at least 1.")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UsageError(f"top-p {self.top_p} is not a probability; use more than 0 and at most 1.")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise UsageError(f"min-p {self.min_p} is not a share of a probability; use 0 to 1.")
         if self.seed is not None and not 0 <= self.seed < 2**64:
             raise UsageError(f"The seed {self.seed} is not possible; use a whole number from 0 to 2**64 - 1.")
-        if self.temperature == 0 and (self.top_k is not None or self.top_p is not None):
+        if self.temperature == 0 and (self.top_k, self.top_p, self.min_p) != (None, None, None):
             raise UsageError(
-                "top-k and top-p do nothing at temperature 0, which is greedy; add --temperature 0.8, or drop them."
+                "top-k, top-p and min-p do nothing at temperature 0, which is greedy; add --temperature 0.8, or drop them."
             )
 
 
@@ -56,12 +61,12 @@ GREEDY = Sampling()
 def token_probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     """The probabilities from which a token is drawn at a temperature above 0.
 
-    Temperature, then top-k, then top-p, each as in transformers: tokens tied with the k-th are kept, and so is the token
-    that crosses top_p.
+    Temperature, then top-k, then top-p, then min-p, each as in transformers: tokens tied with the k-th are kept, and so is
+    the token that crosses top_p. (llama.cpp has the same order, but by default the temperature comes last.)
 
     Args:
         logits: [batch, vocabulary], floating point; -inf forbids a token, one at least is finite.
-        sampling: temperature, top_k and top_p are used.
+        sampling: temperature, top_k, top_p and min_p are used.
 
     Returns:
         [batch, vocabulary] fp32, rows sum to 1.
@@ -79,6 +84,9 @@ def token_probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
         mass_before = ranked.double().cumsum(dim=-1) - ranked
         drop = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, mass_before >= sampling.top_p)
         logits = logits.masked_fill(drop, -math.inf)
+    if sampling.min_p:
+        # The largest logit is still 0, so these are the logarithms of shares of its probability.
+        logits = logits.masked_fill(logits < math.log(sampling.min_p), -math.inf)
     return logits.softmax(dim=-1)
 
 

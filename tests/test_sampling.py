@@ -6,14 +6,16 @@ from itertools import accumulate
 
 import pytest
 import torch
-from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from transformers.generation import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from macko_llm.errors import UsageError
 from macko_llm.sampling import GREEDY, NOT_FINITE, Sampling, choose, token_probabilities, uniforms
 
 
-def naive_probabilities(logits, temperature, top_k, top_p):
-    """One row in plain Python: temperature, top-k with ties, then the fewest tokens that reach top_p."""
+def naive_probabilities(logits, temperature, top_k=None, top_p=None, min_p=None):
+    """One row in plain Python: temperature, top-k with ties, the fewest tokens that reach top_p, then min-p."""
     weight = {token: math.exp((logit - max(logits)) / temperature) for token, logit in enumerate(logits)}
     if top_k is not None:
         kth = sorted(weight.values(), reverse=True)[min(top_k, len(weight)) - 1]
@@ -26,6 +28,8 @@ def naive_probabilities(logits, temperature, top_k, top_p):
             kept[token] = w
             mass += w / total
         weight = kept
+    if min_p is not None:
+        weight = {token: w for token, w in weight.items() if w >= min_p * max(weight.values())}
     total = sum(weight.values())
     return [weight.get(token, 0.0) / total for token in range(len(logits))]
 
@@ -33,16 +37,33 @@ def naive_probabilities(logits, temperature, top_k, top_p):
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
 @pytest.mark.parametrize("top_k", [None, 1, 4, 1000])
 @pytest.mark.parametrize("top_p", [None, 0.2, 0.77, 0.999, 1.0])
-def test_probabilities_agree_with_naive_and_with_transformers(temperature, top_k, top_p):
+@pytest.mark.parametrize("min_p", [None, 0.0, 0.03, 0.4, 1.0])
+def test_probabilities_agree_with_naive_and_with_transformers(temperature, top_k, top_p, min_p):
     logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0)) * 2
-    probabilities = token_probabilities(logits, Sampling(temperature=temperature, top_k=top_k, top_p=top_p))
-    expected = torch.tensor([naive_probabilities(row, temperature, top_k, top_p) for row in logits.tolist()])
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    probabilities = token_probabilities(logits, sampling)
+    expected = torch.tensor([naive_probabilities(row, temperature, top_k, top_p, min_p) for row in logits.tolist()])
     torch.testing.assert_close(probabilities, expected, rtol=1e-4, atol=1e-6)
 
     scores = TemperatureLogitsWarper(temperature)(None, logits)
     scores = scores if top_k is None else TopKLogitsWarper(top_k)(None, scores)
     scores = scores if top_p is None else TopPLogitsWarper(top_p)(None, scores)
+    scores = scores if min_p is None else MinPLogitsWarper(min_p)(None, scores)
     torch.testing.assert_close(probabilities, scores.softmax(-1), rtol=1e-4, atol=1e-6)
+
+
+@given(
+    logits=st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=12),
+    temperature=st.floats(0.1, 5),
+    min_p=st.floats(0.001, 1),
+)
+def test_min_p_is_about_what_the_temperature_has_made_of_the_logits(logits, temperature, min_p):
+    shares = [math.exp((logit - max(logits)) / temperature) for logit in logits]
+    assume(all(abs(share / min_p - 1) > 1e-4 for share in shares))  # on the edge roundings decide
+    found = token_probabilities(torch.tensor([logits]), Sampling(temperature=temperature, min_p=min_p))[0]
+    assert (found > 0).tolist() == [share >= min_p for share in shares]
+    expected = torch.tensor(naive_probabilities(logits, temperature, min_p=min_p))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_the_token_that_crosses_top_p_is_kept():
@@ -75,14 +96,21 @@ SAMPLINGS = [
     Sampling(temperature=0.7, top_k=5),
     Sampling(temperature=1.5, top_p=0.8),
     Sampling(temperature=2.0, top_k=9, top_p=0.9),
+    Sampling(temperature=1.5, min_p=0.1),
+    Sampling(temperature=3.0, top_k=30, top_p=0.95, min_p=0.2),
 ]
+NARROWING = ("temperature", "top_k", "top_p", "min_p")
+
+
+def naive_of(logits, sampling):
+    return naive_probabilities(logits, *(getattr(sampling, name) for name in NARROWING))
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_draws_follow_the_probabilities(sampling):
     """20001 evenly spaced uniform numbers choose each token as often as plain Python's probabilities say."""
     logits = torch.randn(1, 40, generator=torch.Generator().manual_seed(1)) * 2
-    expected = naive_probabilities(logits[0].tolist(), sampling.temperature, sampling.top_k, sampling.top_p)
+    expected = naive_of(logits[0].tolist(), sampling)
     count = 20001
     even = (torch.arange(count, dtype=torch.float64) + 0.5) / count
     drawn = choose(logits.expand(count, 40), sampling, even)
@@ -96,10 +124,7 @@ def test_each_text_is_drawn_with_its_own_number(sampling):
     generator = torch.Generator().manual_seed(2)
     logits = torch.randn(200, 30, generator=generator)
     numbers = uniforms(Sampling(temperature=1.0, seed=2), 1, 200)[0]
-    steps = [
-        list(accumulate(naive_probabilities(row, sampling.temperature, sampling.top_k, sampling.top_p)))
-        for row in logits.tolist()
-    ]
+    steps = [list(accumulate(naive_of(row, sampling))) for row in logits.tolist()]
     expected = [bisect_right(row, u * row[-1]) for row, u in zip(steps, numbers.tolist(), strict=True)]
     assert choose(logits, sampling, numbers).tolist() == expected
 
@@ -162,10 +187,14 @@ def test_the_numbers_of_a_step_do_not_depend_on_the_steps_to_come(steps, batch):
         ({"temperature": 1.0, "top_p": 0.0}, "more than 0 and at most 1"),
         ({"temperature": 1.0, "top_p": 1.1}, "more than 0 and at most 1"),
         ({"temperature": 1.0, "top_p": math.nan}, "more than 0 and at most 1"),
+        ({"temperature": 1.0, "min_p": -0.1}, "use 0 to 1"),
+        ({"temperature": 1.0, "min_p": 1.1}, "use 0 to 1"),
+        ({"temperature": 1.0, "min_p": math.nan}, "use 0 to 1"),
         ({"seed": -1}, "seed -1"),
         ({"seed": 2**64}, "seed"),
         ({"top_k": 5}, "add --temperature"),
         ({"top_p": 0.9}, "add --temperature"),
+        ({"min_p": 0.1}, "add --temperature"),
     ],
 )
 def test_impossible_sampling(wrong, sentence):

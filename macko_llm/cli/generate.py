@@ -39,6 +39,9 @@ def generate(
     top_p: Annotated[
         float | None, typer.Option(help="Draw among the fewest tokens that hold this probability.")
     ] = None,
+    min_p: Annotated[
+        float | None, typer.Option(help="Draw no token below this share of the most probable one's probability.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Makes the draw reproducible.")] = None,
     stop: Annotated[
         list[str] | None, typer.Option(help="The text ends before this; may be given several times.")
@@ -69,7 +72,7 @@ def generate(
     from macko_llm.sampling import Sampling
     from macko_llm.text import encode_prompt
 
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
     texts = _read_prompts(prompt or (), prompt_file or ())
     folder = checkpoint.locate(model)
     tokenizer = models.load_tokenizer(folder, trust_remote_code=trust_remote_code)
