@@ -101,8 +101,8 @@ def stream(
     """Continue a prompt, one step a token; all arguments are checked at the call, the work begins at the first `next`.
 
     The texts of the steps, put together, are what decoding prompt and new tokens in one go (without special tokens,
-    spaces left alone) shows after the prompt. Greedy steps are the tokens of `model.generate(do_sample=False)`;
-    penalties and other logits processors of a generation config are not applied.
+    spaces left alone) shows after the prompt. Greedy steps are the tokens of `model.generate(do_sample=False)`, called with
+    the repetition penalty of `sampling`; the logits processors of a generation config are not applied.
 
     Args:
         model: any transformers causal language model, in eval mode.

@@ -1,4 +1,7 @@
-"""How the next token is chosen: the settings, the probabilities, and the draw, which keeps no state on the device."""
+"""How the next token is chosen: the settings, the probabilities, and the draw.
+
+The one state on the device is which tokens a text holds, and only a repetition penalty needs it.
+"""
 
 import math
 from dataclasses import dataclass
@@ -24,6 +27,9 @@ class Sampling:
         min_p: of those, draw only among the ones that are at least this many times as probable as the most probable, in
             [0, 1] (Nguyen et al. 2024, arXiv 2407.01082).
         seed: makes the draw reproducible, in [0, 2**64); None draws differently each time.
+        repetition_penalty: above 0; before all else, logits of the tokens that the prompt or the new text holds are divided
+            by it where they are positive and multiplied where they are negative (CTRL, Keskar et al. 2019, arXiv
+            1909.05858). 1 changes nothing, and more makes repetitions rarer, for greedy too.
 
     Raises:
         UsageError: a value outside its range, or top_k, top_p or min_p at temperature 0, where nothing is drawn.
@@ -34,6 +40,7 @@ class Sampling:
     top_p: float | None = None
     min_p: float | None = None
     seed: int | None = None
+    repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -49,6 +56,10 @@ class Sampling:
             raise UsageError(f"min-p {self.min_p} is not a share of a probability; use 0 to 1.")
         if self.seed is not None and not 0 <= self.seed < 2**64:
             raise UsageError(f"The seed {self.seed} is not possible; use a whole number from 0 to 2**64 - 1.")
+        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
+            raise UsageError(
+                f"The repetition penalty {self.repetition_penalty} is not possible; use 1 for none, or more, such as 1.1."
+            )
         if self.temperature == 0 and (self.top_k, self.top_p, self.min_p) != (None, None, None):
             raise UsageError(
                 "top-k, top-p and min-p do nothing at temperature 0, which is greedy; add --temperature 0.8, or drop them."
@@ -106,22 +117,56 @@ def uniforms(sampling: Sampling, steps: int, batch: int) -> Tensor | None:
     return torch.rand(steps, batch, dtype=torch.float64, generator=generator)
 
 
-def choose(logits: Tensor, sampling: Sampling, uniform: Tensor | None = None) -> Tensor:
+def tokens_of_prompts(ids: Tensor, padding: Tensor, vocabulary: int) -> Tensor:
+    """Which tokens each prompt holds, [batch, vocabulary] bool; never waits for the device.
+
+    Args:
+        ids: [batch, longest] int64, padded on the left.
+        padding: [batch] int64, how many of each row's ids are padding, which holds nothing.
+        vocabulary: how many tokens there are.
+    """
+    real = torch.arange(ids.shape[1], device=ids.device) >= padding[:, None]
+    seen = torch.zeros(ids.shape[0], vocabulary, dtype=torch.bool, device=ids.device)
+    return seen.scatter_(1, torch.where(real, ids, ids[:, -1:]), True)
+
+
+def penalized(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Logits after a repetition penalty, as in transformers.
+
+    Args:
+        logits: [batch, vocabulary], floating point.
+        seen: [batch, vocabulary] bool, the tokens to which the penalty applies.
+        penalty: above 0.
+
+    Returns:
+        [batch, vocabulary] fp32.
+    """
+    logits = logits.float()
+    return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
+def choose(logits: Tensor, sampling: Sampling, uniform: Tensor | None = None, seen: Tensor | None = None) -> Tensor:
     """Choose one token a text; never waits for the device, so that a CUDA graph can capture it.
 
     Args:
         logits: [batch, vocabulary], floating point.
         sampling: how to choose.
         uniform: [batch] float64 in [0, 1) on the device of the logits, a row of `uniforms`; None for greedy.
+        seen: [batch, vocabulary] bool on that device, the tokens of each text, to which the chosen ones are added; None
+            where there is no repetition penalty.
 
     Returns:
         [batch] int64, NOT_FINITE where the logits are NaN or infinite.
     """
+    if seen is not None:
+        logits = penalized(logits, seen, sampling.repetition_penalty)
     largest, token = logits.max(dim=-1)
     unusable = ~largest.isfinite()  # max hands NaN on, so it alone tells
     if uniform is not None:
         probabilities = token_probabilities(logits.masked_fill(unusable[:, None], 0), sampling)
         token = _draw(probabilities, uniform)
+    if seen is not None:
+        seen.scatter_(1, token[:, None], True)
     return token.masked_fill(unusable, NOT_FINITE)
 
 

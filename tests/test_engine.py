@@ -1,5 +1,6 @@
 """Engines: texts of different lengths at once against each alone, and every engine against the eager one."""
 
+import dataclasses
 import functools
 import gc
 import math
@@ -140,6 +141,43 @@ def test_the_fixed_step_draws_what_the_eager_engine_draws(model, sampling):
     prompts = prompts_of([3, 9])
     expected = run(eager(model, prompts, sampling), prompts, NEW)
     assert run(static(model, prompts, sampling), prompts, NEW) == expected
+
+
+PENALTIES = [Sampling(repetition_penalty=1.3), Sampling(temperature=1.2, top_k=40, seed=3, repetition_penalty=1.3)]
+
+
+@pytest.mark.parametrize("sampling", PENALTIES, ids=["greedy", "drawn"])
+def test_a_penalty_in_the_fixed_step_is_that_of_the_eager_engine(model, sampling):
+    """Texts of different lengths, through a cache that grows twice, and a second time, when all is forgotten."""
+    prompts = prompts_of(LENGTHS)
+    expected = run(eager(model, prompts, sampling), prompts, NEW)
+    engine = static(model, prompts, sampling)
+    assert run(engine, prompts, NEW) == expected
+    assert run(engine, prompts, NEW) == expected
+    assert expected != run(eager(model, prompts, dataclasses.replace(sampling, repetition_penalty=1.0)), prompts, NEW)
+
+
+def test_a_penalty_outlives_a_step_that_gives_up(model, monkeypatch):
+    """The eager engine goes on with what the fixed step has seen."""
+    prompts = prompts_of(LENGTHS)
+    expected = run(eager(model, prompts, PENALTIES[0]), prompts, NEW)
+    make_step = TransformersStep.__init__
+
+    def give_up(self, eager, capacity, token, old):
+        if old is not None:
+            raise NotSuitedError("it shall not grow")
+        make_step(self, eager, capacity, token, old)
+
+    monkeypatch.setattr(TransformersStep, "__init__", give_up)
+    with pytest.warns(MackoWarning, match="it shall not grow"):
+        assert run(static(model, prompts, PENALTIES[0]), prompts, NEW) == expected
+
+
+@pytest.mark.parametrize("make", [eager, static])
+def test_without_a_penalty_nothing_is_kept_for_it(model, make):
+    engine = make(model, prompts_of([4]))
+    engine.prefill(prompts_of([4]))
+    assert getattr(engine, "eager", engine).seen is None
 
 
 def test_the_fixed_step_says_that_logits_are_not_finite():

@@ -8,10 +8,25 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from transformers.generation import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers.generation import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from macko_llm.errors import UsageError
-from macko_llm.sampling import GREEDY, NOT_FINITE, Sampling, choose, token_probabilities, uniforms
+from macko_llm.sampling import (
+    GREEDY,
+    NOT_FINITE,
+    Sampling,
+    choose,
+    penalized,
+    token_probabilities,
+    tokens_of_prompts,
+    uniforms,
+)
 
 
 def naive_probabilities(logits, temperature, top_k=None, top_p=None, min_p=None):
@@ -174,6 +189,59 @@ def test_the_numbers_of_a_step_do_not_depend_on_the_steps_to_come(steps, batch):
     assert torch.equal(uniforms(sampling, steps, batch), uniforms(sampling, 200, batch)[:steps])
 
 
+# The repetition penalty
+
+
+@given(
+    logits=st.lists(st.floats(-50, 50, width=32) | st.just(-math.inf), min_size=8, max_size=8),
+    tokens=st.lists(st.integers(0, 7), min_size=1, max_size=10),
+    penalty=st.floats(0.1, 10),
+)
+def test_the_penalty_is_that_of_transformers(logits, tokens, penalty):
+    seen = torch.zeros(1, 8, dtype=torch.bool)
+    seen[0, tokens] = True
+    found = penalized(torch.tensor([logits]), seen, penalty)
+    naive = [
+        (logit / penalty if logit > 0 else logit * penalty) if token in tokens else logit
+        for token, logit in enumerate(logits)
+    ]
+    torch.testing.assert_close(found, torch.tensor([naive]))
+    theirs = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([tokens]), torch.tensor([logits]))
+    assert torch.equal(found, theirs)
+
+
+def test_the_penalty_is_computed_in_fp32():
+    logits = torch.tensor([[10.0, -3.0]], dtype=torch.float16)
+    found = penalized(logits, torch.tensor([[True, True]]), 1.3)
+    assert torch.equal(found, torch.tensor([[10.0, -3.0]]) * torch.tensor([1 / 1.3, 1.3]))
+
+
+def test_padding_holds_no_token():
+    """Neither that of the id 0, with which rows are padded, nor any other; and a real 0 counts."""
+    ids = torch.tensor([[0, 0, 3, 1], [4, 4, 0, 2], [5, 5, 5, 1]])
+    seen = tokens_of_prompts(ids, torch.tensor([2, 2, 0]), 6)
+    assert [row.nonzero().flatten().tolist() for row in seen] == [[1, 3], [0, 2], [1, 5]]
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_a_chosen_token_is_seen_from_then_on(temperature):
+    """Each token is taken once, in the order of the logits, where seen ones are as good as forbidden; texts apart."""
+    sampling = Sampling(temperature=temperature, top_k=1 if temperature else None, repetition_penalty=1e4)
+    logits = torch.tensor([[4.0, 3.0, 2.0, 1.0], [1.0, 2.0, 3.0, 4.0]])
+    seen = tokens_of_prompts(torch.tensor([[0], [0]]), torch.tensor([0, 0]), 4)
+    half = torch.full((2,), 0.5, dtype=torch.float64) if temperature else None
+    drawn = [choose(logits, sampling, half, seen).tolist() for _ in range(3)]
+    assert drawn == [[1, 3], [2, 2], [3, 1]]
+    assert seen.all()
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_logits_that_are_not_finite_choose_no_token_with_a_penalty_either(poison):
+    logits = torch.tensor([[0.0, poison, 1.0], [-math.inf, -math.inf, -math.inf], [0.0, 2.0, 1.0]])
+    seen = torch.tensor([[False, True, False]] * 3)
+    assert choose(logits, Sampling(repetition_penalty=1.5), None, seen).tolist() == [NOT_FINITE, NOT_FINITE, 1]
+
+
 # Impossible settings
 
 
@@ -195,6 +263,10 @@ def test_the_numbers_of_a_step_do_not_depend_on_the_steps_to_come(steps, batch):
         ({"top_k": 5}, "add --temperature"),
         ({"top_p": 0.9}, "add --temperature"),
         ({"min_p": 0.1}, "add --temperature"),
+        ({"repetition_penalty": 0.0}, "use 1 for none"),
+        ({"repetition_penalty": -1.1}, "use 1 for none"),
+        ({"repetition_penalty": math.nan}, "use 1 for none"),
+        ({"repetition_penalty": math.inf}, "use 1 for none"),
     ],
 )
 def test_impossible_sampling(wrong, sentence):

@@ -42,6 +42,9 @@ def generate(
     min_p: Annotated[
         float | None, typer.Option(help="Draw no token below this share of the most probable one's probability.")
     ] = None,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1, tokens of the prompt and the text so far become less probable.")
+    ] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Makes the draw reproducible.")] = None,
     stop: Annotated[
         list[str] | None, typer.Option(help="The text ends before this; may be given several times.")
@@ -72,7 +75,14 @@ def generate(
     from macko_llm.sampling import Sampling
     from macko_llm.text import encode_prompt
 
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
+    sampling = Sampling(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        seed=seed,
+        repetition_penalty=repetition_penalty,
+    )
     texts = _read_prompts(prompt or (), prompt_file or ())
     folder = checkpoint.locate(model)
     tokenizer = models.load_tokenizer(folder, trust_remote_code=trust_remote_code)

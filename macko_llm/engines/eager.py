@@ -10,7 +10,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from macko_llm.errors import UsageError
 from macko_llm.models import cache_argument
-from macko_llm.sampling import Sampling, choose, uniforms
+from macko_llm.sampling import Sampling, choose, tokens_of_prompts, uniforms
 
 
 class EagerEngine:
@@ -46,6 +46,8 @@ class EagerEngine:
         self.padding = padding.to(self.device)
         draws = uniforms(self.sampling, self.max_tokens - ids.shape[1], len(prompts))
         self.draws = None if draws is None else draws.to(self.device)
+        self.seen: Tensor | None = None
+        """The tokens of each text, [batch, vocabulary] bool, where a repetition penalty needs them."""
         self.cache = self.empty_cache()
         return self._next(ids.to(self.device))
 
@@ -71,8 +73,10 @@ class EagerEngine:
         self.length += ids.shape[1]
         logits = self.forward(ids, self.cache, **self._where(ids.shape[1]))
         draw = None if self.draws is None else self.draws[self.step].to(logits.device)
+        if self.step == 0 and self.sampling.repetition_penalty != 1:
+            self.seen = tokens_of_prompts(ids, self.padding, logits.shape[-1]).to(logits.device)
         self.step += 1
-        return choose(logits, self.sampling, draw).to(self.device)
+        return choose(logits, self.sampling, draw, self.seen).to(self.device)
 
     def _where(self, new: int) -> dict[str, Tensor]:
         """What says which slots hold a text and where in it the last `new` are; nothing where all begin in slot 0."""

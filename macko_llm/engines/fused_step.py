@@ -62,10 +62,10 @@ class FusedStep:
 
     def _rehearse(self) -> None:
         """Run once and undo it."""
-        changed = (self._decoder.token, self._decoder.slot, self._draw_index)
-        before = [tensor.clone() for tensor in changed]
+        changed = (self._decoder.token, self._decoder.slot, self._draw_index, self._eager.seen)
+        before = [(tensor, tensor.clone()) for tensor in changed if tensor is not None]
         _queue(self._launches)
-        for tensor, value in zip(changed, before, strict=True):
+        for tensor, value in before:
             tensor.copy_(value)
 
     @torch.inference_mode()
@@ -89,16 +89,16 @@ def _queue(launches: list[Launch]) -> None:
 # A function that knows no step: a step that were part of its own launches would stay in memory until Python looks for cycles.
 def _choice(decoder: Decoder, eager: EagerEngine, draw_index: Tensor) -> Launch:
     """Replaces the fed tokens by the next ones."""
-    draws, sampling = eager.draws, eager.sampling
-    if draws is None:
+    draws, seen, sampling = eager.draws, eager.seen, eager.sampling
+    if draws is None and seen is None:
         return Launch("rest", decoder.greedy)
 
-    def draw() -> None:
-        uniform = draws.index_select(0, draw_index)[0]
-        decoder.token.copy_(choose(decoder.logits, sampling, uniform))
+    def choice() -> None:
+        uniform = None if draws is None else draws.index_select(0, draw_index)[0]
+        decoder.token.copy_(choose(decoder.logits, sampling, uniform, seen))
         draw_index.add_(1)
 
-    return Launch("rest", draw)
+    return Launch("rest", choice)
 
 
 @dataclass

@@ -63,7 +63,7 @@ class TransformersStep:
         positions = (self.slot - eager.padding)[:, None]
         logits = eager.forward(ids, self.cache, attention_mask=self._mask(), position_ids=positions)
         draw = None if eager.draws is None else eager.draws.index_select(0, self.step)[0]
-        self.token.copy_(choose(logits, eager.sampling, draw))
+        self.token.copy_(choose(logits, eager.sampling, draw, eager.seen))
         self.slot.add_(1)
         self.step.add_(1)
 
@@ -91,7 +91,8 @@ class TransformersStep:
 
     def _rehearse(self) -> None:
         """Run once, so that errors show and libraries allocate what they need, and undo it."""
-        before = [(tensor, tensor.clone()) for tensor in (self.token, self.slot, self.step)]
+        changed = (self.token, self.slot, self.step, self.eager.seen)
+        before = [(tensor, tensor.clone()) for tensor in changed if tensor is not None]
         self._run()
         for tensor, value in before:
             tensor.copy_(value)
