@@ -181,6 +181,15 @@ def test_sampling_is_seeded() -> None:
     assert texts[0] == texts[1] != texts[2]
 
 
+def test_min_p_and_the_repetition_penalty_arrive() -> None:
+    """A min-p of 1 leaves the most probable token, which is greedy; a penalty changes what greedy says."""
+    call = ["generate", "packed", "--prompt", "Once", "--max-new-tokens", 20, "--dtype", "float32"]
+    greedy = macko(*call).stdout
+    assert macko(*call, "--temperature", 1.5, "--min-p", 1).stdout == greedy
+    assert macko(*call, "--repetition-penalty", 1.0).stdout == greedy
+    assert macko(*call, "--repetition-penalty", 1e3).stdout != greedy
+
+
 def test_the_prompt_from_stdin() -> None:
     """The file's last line end is no part of the prompt; all else is."""
     for prompt in ("Once upon a time", "Two\nlines\n"):

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 
 from macko_llm.defaults import MAX_NEW_TOKENS
 from macko_llm.demo.run import MODEL_FOLDER
+from macko_llm.engine import make_engine
 from macko_llm.errors import CheckpointError, NonFiniteError, UsageError
 from macko_llm.generation import Generation, batch_tokens_per_second, generate, generate_batch, stop_token_ids, stream
 from macko_llm.models import load_model, load_tokenizer
@@ -68,6 +69,34 @@ def test_no_library_warns_of_the_bundled_model():
         text = cut_text(tokenizer, "Once upon a time " * 40, model.config, seqlen=32)
         evaluate(model, text, dataset="none")
     assert said == []
+
+
+@pytest.mark.parametrize("penalty", [1.3, 0.8])
+def test_greedy_with_a_repetition_penalty_is_that_of_transformers(penalty):
+    """Of the bundled model; a batch of different lengths is each text alone, so padding counts for nothing."""
+    model, tokenizer = load_model(MODEL_FOLDER, device="cpu", dtype="float32"), load_tokenizer(MODEL_FOLDER)
+    texts = [
+        "Once upon a time",
+        "The old owl told a long story to the small fox. The fox",
+        "One",
+        "It was a cold day and",
+    ]
+    prompts = [encode_prompt(tokenizer, text) for text in texts]
+    options = {"max_new_tokens": 60, "stop_ids": ()}
+    sampling = Sampling(repetition_penalty=penalty)
+
+    def of_transformers(prompt, **others):
+        return greedy_of_transformers(model, prompt, 60, eos_token_id=None, **others)
+
+    expected = [of_transformers(prompt, repetition_penalty=penalty) for prompt in prompts]
+    assert all(one != of_transformers(prompt) for one, prompt in zip(expected, prompts, strict=True))
+    alone = [[step.token_id for step in stream(model, tokenizer, p, sampling=sampling, **options)] for p in prompts]
+    assert alone == expected
+    engine = make_engine(model, max_tokens=max(p.shape[1] for p in prompts) + 60, sampling=sampling)
+    tokens = [engine.prefill([prompt[0].tolist() for prompt in prompts])]
+    while len(tokens) < 60:
+        tokens.append(engine.decode(tokens[-1]))
+    assert torch.stack(tokens, dim=1).tolist() == expected
 
 
 def test_greedy_stops_where_transformers_stops(model):

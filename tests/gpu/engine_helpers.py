@@ -13,6 +13,7 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    RepetitionPenaltyLogitsProcessor,
 )
 
 from macko_llm import models
@@ -91,13 +92,18 @@ TOLERANCE = {torch.float16: 3e-2, torch.bfloat16: 2.5e-1, torch.float32: 1e-3}
 
 
 @torch.inference_mode()
-def share_of_best(model: PreTrainedModel, prompt: Sequence[int], generated: Sequence[int]) -> float:
+def share_of_best(
+    model: PreTrainedModel, prompt: Sequence[int], generated: Sequence[int], penalty: float = 1.0
+) -> float:
     """Assert that every generated token was the most probable one, or tied with it; the share of those that were it.
 
-    The reference is one eager forward over prompt and text, which computes every position at once.
+    The reference is one eager forward over prompt and text, which computes every position at once, and transformers'
+    repetition penalty.
     """
     ids = torch.tensor([[*prompt, *generated]], device=model.device)
     logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
+    penalize = RepetitionPenaltyLogitsProcessor(penalty)
+    logits = torch.cat([penalize(ids[:, : len(prompt) + i], row[None]) for i, row in enumerate(logits)])
     tokens = ids[0, len(prompt) :]
     best = logits.max(dim=-1)
     short = best.values - logits.gather(1, tokens[:, None])[:, 0]

@@ -76,8 +76,28 @@ def test_a_prefill_begins_anew_and_texts_are_reproducible(cuda: torch.device) ->
     assert run(engine, PROMPTS, 30) == first
 
 
+@pytest.mark.parametrize("kind", [FusedStep, TransformersStep])
+def test_texts_with_a_repetition_penalty(cuda: torch.device, kind: Any) -> None:
+    """One text and three of different lengths at once, through a cache that grows; a second time all is forgotten."""
+    model, penalty = make_model("llama", torch.float16, cuda, packed=True), 1.3
+    sampling = Sampling(repetition_penalty=penalty)
+    for prompts in (PROMPTS[:1], PROMPTS):
+        engine = FixedEngine(model, max_tokens=200, sampling=sampling, kinds=[kind], bucket=32)
+        texts = run(engine, prompts, 90)
+        assert isinstance(engine._step, kind)
+        assert run(engine, prompts, 90) == texts
+        shares = [share_of_best(model, prompt, text, penalty) for prompt, text in zip(prompts, texts, strict=True)]
+        assert sum(shares) / len(shares) > 0.9
+        assert texts != run(FixedEngine(model, max_tokens=200, sampling=GREEDY, kinds=[kind]), prompts, 90)
+
+
 @pytest.mark.parametrize(
-    "sampling", [Sampling(temperature=0.7, seed=1), Sampling(temperature=1.2, top_k=20, top_p=0.9, seed=2)]
+    "sampling",
+    [
+        Sampling(temperature=0.7, seed=1),
+        Sampling(temperature=1.2, top_k=20, top_p=0.9, seed=2),
+        Sampling(temperature=1.2, min_p=0.02, seed=2, repetition_penalty=1.3),
+    ],
 )
 def test_draws_are_those_of_the_eager_engine(cuda: torch.device, sampling: Sampling) -> None:
     """A draw near the border of two tokens may fall on the other side; from then on the texts differ."""

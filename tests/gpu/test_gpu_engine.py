@@ -30,6 +30,7 @@ from macko_llm.sampling import GREEDY, NOT_FINITE, Sampling
 pytestmark = pytest.mark.usefixtures("kernels", "no_fallback")
 
 DRAWN = Sampling(temperature=0.8, top_k=50, top_p=0.95, seed=5)
+PENALIZED = Sampling(repetition_penalty=1.3)
 
 
 # Races, streams
@@ -126,7 +127,7 @@ def test_a_gpu_that_is_not_the_current_one() -> None:
 
 
 @pytest.mark.parametrize("kind", [FusedStep, TransformersStep])
-@pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "drawn"])
+@pytest.mark.parametrize("sampling", [GREEDY, DRAWN, PENALIZED], ids=["greedy", "drawn", "penalized"])
 @pytest.mark.parametrize("texts", [1, 3])
 def test_no_decode_waits_for_the_gpu(cuda: torch.device, kind: Any, sampling: Sampling, texts: int) -> None:
     engine = FixedEngine(llama(cuda), max_tokens=100, sampling=sampling, kinds=[kind])
