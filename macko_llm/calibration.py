@@ -1,65 +1,144 @@
 """Text for calibration and evaluation, and the seeded draw of token sequences from it.
 
-A source is "c4" or "wikitext2" (fetched with `datasets`), or a path: a .txt file (one document), a .jsonl file (field `text`,
-a document a line), a .parquet file (column `text`), a folder of such files, or, for calibration only, a .safetensors file with
-int64 `tokens` [nsamples, seqlen].
+A source is one of:
+- "c4" or "wikitext2", by the rules under which their results are published;
+- a dataset of the hub, "owner/name" or "owner/name:configuration", or a local folder laid out as one, such as
+  data/train-00000.parquet; of it a split and a column are read, as they come and no further than needed;
+- a path: a .txt or .md file (one document), a .jsonl, .json or .parquet file (a document a record, field `text` or another),
+  each also with .gz behind it, or a folder of such files, of which README.md tells about the others and is left out;
+- for calibration only, a .safetensors file with int64 `tokens` [nsamples, seqlen].
 """
 
+import gzip
 import hashlib
+import io
 import json
 import random
-from collections.abc import Callable, Sequence
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from types import ModuleType
+from typing import IO, TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from macko_llm.errors import CalibrationError
+from macko_llm.errors import CalibrationError, UsageError
 
 if TYPE_CHECKING:
+    from datasets import IterableDataset, IterableDatasetDict
     from transformers import PreTrainedTokenizerBase
 
-Split = Literal["train", "test"]
 DATASETS = ("c4", "wikitext2")
+Split = Literal["train", "test"]
+TEXT_COLUMN = "text"
 
 _TOKENS_SUFFIX = ".safetensors"
 # In C4 about one document in 50 is longer than 2048 tokens; this many short ones in a row mean that the text cannot serve.
 _DRAWS_IN_A_ROW = 10_000
 _C4_TEST_DOCUMENTS = 1100
+# A dataset's rows are shuffled through a buffer of as many, about what a file of the hub gives at once.
+_SHUFFLE_BUFFER = 1000
+_HUB_DATASET = re.compile(r"\w[\w.-]*/[\w.-]+(:[^/:]+)?")
+_SUFFIXES = ".txt, .md, .json, .jsonl or .parquet"
 
 
-def load_documents(source: str, split: Split) -> Sequence[str]:
-    """The documents of a source.
+def check_source(source: str, split: str | None = None, text_column: str | None = None) -> None:
+    """Refuse, before anything is read or fetched, a path that leads nowhere and settings that the source does not know.
 
     Args:
         source: see the module.
-        split: which part of c4 or wikitext2; a path has only one.
+        split: of a dataset; None is its usual one.
+        text_column: of a dataset, or the field of .json, .jsonl and .parquet files; None is "text".
+
+    Raises:
+        UsageError: a split or a column of a source that has none to choose.
+        CalibrationError: there is no such path.
+    """
+    if source in DATASETS:
+        if split is not None or text_column is not None:
+            raise UsageError(
+                f"{source} is read by its published rule; leave split and text column out, or name a dataset as owner/name."
+            )
+        return
+    path = Path(source).expanduser()
+    if is_dataset(source, split):
+        return
+    if not path.exists():
+        raise _nothing_there(path)
+    if split is not None:
+        raise UsageError(f"{path} is a file and has no splits; leave the split out.")
+    if text_column is not None:
+        kinds = {_kind(file) for file in (_text_files(path) if path.is_dir() else [path])}
+        if kinds.isdisjoint(_WITH_COLUMNS):
+            raise UsageError(
+                f"{path} has no columns, which .json, .jsonl and .parquet have; leave the text column out."
+            )
+
+
+def is_dataset(source: str, split: str | None = None) -> bool:
+    """Whether `datasets` reads the source by split and column: a dataset of the hub, or a folder laid out as one.
+
+    A folder with text files of its own is one only where a split or a configuration is asked for.
+    """
+    if source in DATASETS:
+        return False
+    path, configuration = _split_configuration(source)
+    if (folder := Path(path).expanduser()).is_dir():
+        laid_out = not _text_files(folder) and any(inner.is_dir() for inner in folder.iterdir())
+        return split is not None or configuration is not None or laid_out
+    return bool(_HUB_DATASET.fullmatch(source)) and not Path(source).exists() and _kind(Path(source)) not in _READERS
+
+
+def used_split(source: str, usual: Split, split: str | None = None) -> str | None:
+    """The split that is read of a source, None where it has none."""
+    return (split or usual) if source in DATASETS or is_dataset(source, split) else None
+
+
+def load_documents(
+    source: str, usual: Split, split: str | None = None, text_column: str | None = None
+) -> Sequence[str]:
+    """The documents of a source, all of them.
+
+    Args:
+        source: see the module.
+        usual: what the text is for, and the split that is read where none is asked for.
+        split: another split of a dataset.
+        text_column: of a dataset, or the field of .json, .jsonl and .parquet files; None is "text".
 
     Returns:
         At least one document. As in locuslab's reference, wikitext2's training split is one document, its lines joined by
         spaces; its test split is its lines; c4 is the first shard of the split, of the test split the first 1100 documents.
 
     Raises:
+        UsageError: see `check_source`.
         CalibrationError: the source is missing, unreadable or empty, or the dataset cannot be fetched.
     """
+    check_source(source, split, text_column)
     if source == "c4":
-        shard = "en/c4-train.00000-of-01024.json.gz" if split == "train" else "en/c4-validation.00000-of-00008.json.gz"
+        shard = "en/c4-train.00000-of-01024.json.gz" if usual == "train" else "en/c4-validation.00000-of-00008.json.gz"
         texts = _fetch("allenai/c4", data_files=shard)
-        return texts if split == "train" else texts[:_C4_TEST_DOCUMENTS]
+        return texts if usual == "train" else texts[:_C4_TEST_DOCUMENTS]
     if source == "wikitext2":
-        lines = _fetch("Salesforce/wikitext", name="wikitext-2-raw-v1", split=split)
-        return [" ".join(lines)] if split == "train" else lines
-    return _read_path(Path(source).expanduser())
+        lines = _fetch("Salesforce/wikitext", name="wikitext-2-raw-v1", split=usual)
+        return [" ".join(lines)] if usual == "train" else lines
+    if is_dataset(source, split):
+        documents = list(_column(source, _open_split(source, split or usual), text_column))
+    else:
+        documents = _read_path(Path(source).expanduser(), text_column)
+    if not any(documents):
+        raise CalibrationError(f"{source} holds no text; give another text, or {_SUFFIXES} files with some.")
+    return documents
 
 
-def evaluation_text(source: str) -> str:
-    """The test text of a source: its documents joined by an empty line.
+def evaluation_text(source: str, split: str | None = None, text_column: str | None = None) -> str:
+    """The text of a source, by default of its test split: its documents joined by an empty line.
 
     Raises:
-        CalibrationError: see `load_documents`.
+        UsageError, CalibrationError: see `load_documents`.
     """
-    return "\n\n".join(load_documents(source, "test"))
+    return "\n\n".join(load_documents(source, "test", split, text_column))
 
 
 def is_token_file(source: str) -> bool:
@@ -68,7 +147,13 @@ def is_token_file(source: str) -> bool:
 
 
 def calibration_tokens(
-    source: str, tokenizer: "PreTrainedTokenizerBase | None", nsamples: int, seqlen: int, seed: int
+    source: str,
+    tokenizer: "PreTrainedTokenizerBase | None",
+    nsamples: int,
+    seqlen: int,
+    seed: int,
+    split: str | None = None,
+    text_column: str | None = None,
 ) -> torch.Tensor:
     """Calibration sequences of a source.
 
@@ -78,18 +163,26 @@ def calibration_tokens(
         nsamples: sequences to draw.
         seqlen: tokens in each of them.
         seed: of the draw.
+        split: of a dataset; None is "train".
+        text_column: of a dataset, or the field of .json, .jsonl and .parquet files; None is "text".
 
     Returns:
         int64 [nsamples, seqlen] on the CPU; a .safetensors source decides its own shape.
 
     Raises:
+        UsageError: see `check_source`.
         CalibrationError: the source is missing, unreadable or too short.
     """
+    check_source(source, split, text_column)
     if is_token_file(source):
         return load_tokens(Path(source).expanduser())
     if tokenizer is None:
         raise CalibrationError(f"The text of {source} needs a tokenizer; give one, or tokens in a .safetensors file.")
-    return draw_tokens(tokenizer, load_documents(source, "train"), nsamples, seqlen, seed)
+    if is_dataset(source, split):
+        generator = random.Random(seed)
+        rows = _open_split(source, split or "train").shuffle(generator.getrandbits(32), buffer_size=_SHUFFLE_BUFFER)
+        return draw_from_stream(tokenizer, _column(source, rows, text_column), nsamples, seqlen, generator)
+    return draw_tokens(tokenizer, load_documents(source, "train", None, text_column), nsamples, seqlen, seed)
 
 
 def draw_tokens(
@@ -133,6 +226,44 @@ def draw_tokens(
     return torch.tensor(sequences, dtype=torch.int64)
 
 
+def draw_from_stream(
+    tokenizer: "PreTrainedTokenizerBase",
+    documents: Iterable[str],
+    nsamples: int,
+    seqlen: int,
+    generator: random.Random,
+) -> torch.Tensor:
+    """Draw token sequences from documents that come one by one, and read no more of them than needed.
+
+    The first `nsamples` documents with more than `seqlen` tokens give a sequence each, from a start that is drawn as in
+    `draw_tokens`. Where they are fewer (the documents end, or 10,000 in a row are too short), they take turns.
+
+    Returns:
+        int64 [nsamples, seqlen] on the CPU.
+
+    Raises:
+        CalibrationError: no document is long enough.
+    """
+    long_enough: list[list[int]] = []
+    read = since_last = longest = 0
+    for document in documents:
+        tokens = tokenizer(document, verbose=False)["input_ids"]
+        read, since_last, longest = read + 1, since_last + 1, max(longest, len(tokens))
+        if len(tokens) > seqlen:
+            long_enough.append(tokens)
+            since_last = 0
+        if len(long_enough) == nsamples or since_last == _DRAWS_IN_A_ROW:
+            break
+    if not long_enough:
+        raise _too_short(seqlen, read, longest)
+    sequences = []
+    for index in range(nsamples):
+        tokens = long_enough[index % len(long_enough)]
+        start = generator.randint(0, len(tokens) - seqlen - 1)
+        sequences.append(tokens[start : start + seqlen])
+    return torch.tensor(sequences, dtype=torch.int64)
+
+
 def load_tokens(path: Path) -> torch.Tensor:
     """The int64 `tokens` [nsamples, seqlen] of a safetensors file, on the CPU.
 
@@ -162,75 +293,177 @@ def tokens_sha256(tokens: torch.Tensor) -> str:
     return hashlib.sha256(shape + values.astype("<i8").tobytes()).hexdigest()
 
 
-def _fetch(repository: str, *, split: Split = "train", **options: str) -> Sequence[str]:
+def _datasets(source: str) -> ModuleType:
     try:
-        from datasets import load_dataset
+        import datasets
     except ImportError as error:
         raise CalibrationError(
-            f"The package datasets, which fetches {repository}, is missing; pip install datasets, or give a path to text."
+            f"The package datasets, which fetches {source}, is missing; pip install datasets, or give a path to text."
         ) from error
+    return datasets
+
+
+def _fetch(repository: str, *, split: Split = "train", **options: str) -> Sequence[str]:
+    datasets = _datasets(repository)
     try:
         # no_checks: a single shard of c4 cannot match the sizes that its card gives for the whole.
-        texts: Sequence[str] = load_dataset(repository, split=split, verification_mode="no_checks", **options)["text"]
+        dataset = datasets.load_dataset(repository, split=split, verification_mode="no_checks", **options)
+        texts: Sequence[str] = dataset["text"]
     except Exception as error:  # datasets, its file systems and its HTTP clients each raise their own
-        raise CalibrationError(
-            f"{repository} could not be fetched ({type(error).__name__}); check the network, or give a path to text."
-        ) from error
+        raise _out_of_reach(repository, error) from error
     return texts
 
 
-def _read_path(path: Path) -> list[str]:
+def _open_split(source: str, split: str) -> "IterableDataset":
+    """A split of a dataset, of which nothing is read yet."""
+    splits = _open_dataset(source)
+    if split not in splits:
+        raise CalibrationError(f"{source} has no split {split}; set the split to one of {', '.join(splits)}.")
+    return splits[split]
+
+
+def _open_dataset(source: str) -> "IterableDatasetDict":
+    datasets = _datasets(source)
+    path, configuration = _split_configuration(source)
+    path = str(Path(path).expanduser()) if Path(path).expanduser().is_dir() else path
+    try:
+        try:
+            return datasets.load_dataset(path, configuration, streaming=True)
+        except ValueError:
+            known = datasets.get_dataset_config_names(path)
+            if configuration in known or (configuration is None and len(known) == 1):
+                raise
+    except datasets.exceptions.DatasetNotFoundError as error:
+        raise CalibrationError(
+            f"The hub gives no dataset {path}; check the spelling, and `hf auth login` for private and gated datasets."
+        ) from error
+    except Exception as error:  # as in _fetch
+        raise _out_of_reach(source, error) from error
+    wrong = "needs a configuration" if configuration is None else f"has no configuration {configuration}"
+    raise CalibrationError(f"{path} {wrong}; write {path}:{known[0]}, or another of {', '.join(known)}.")
+
+
+def _column(source: str, rows: "IterableDataset", text_column: str | None) -> Iterator[str]:
+    """The texts of a dataset's rows; rows without one are passed over."""
+    try:
+        for row in rows:
+            if row.get(text_column or TEXT_COLUMN, "") is not None:
+                yield _text_of(row, text_column, source, "column")
+    except CalibrationError:
+        raise
+    except Exception as error:  # as in _fetch
+        raise _out_of_reach(source, error) from error
+
+
+def _out_of_reach(source: str, error: Exception) -> CalibrationError:
+    if Path(_split_configuration(source)[0]).expanduser().is_dir():
+        return CalibrationError(
+            f"The folder {source} could not be read as a dataset ({type(error).__name__}); "
+            "lay it out as `datasets` loads it, such as data/train-00000.parquet."
+        )
+    return CalibrationError(
+        f"{source} could not be fetched ({type(error).__name__}); check the network, or give a path to text."
+    )
+
+
+def _split_configuration(source: str) -> tuple[str, str | None]:
+    """The two parts of "owner/name:configuration"; a path may have a colon of its own."""
+    if Path(source).expanduser().exists():
+        return source, None
+    path, colon, configuration = source.rpartition(":")
+    return (path, configuration) if colon else (source, None)
+
+
+def _kind(path: Path) -> str:
+    """The suffix that tells how a file is read, whether .gz follows it or not."""
+    return Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+
+
+def _text_files(folder: Path) -> list[Path]:
+    files = sorted(file for file in folder.iterdir() if file.is_file() and _kind(file) in _READERS)
+    return [file for file in files if file.name != "README.md"]
+
+
+def _read_path(path: Path, text_column: str | None) -> list[str]:
     if path.suffix == _TOKENS_SUFFIX:
-        raise CalibrationError(f"{path} holds tokens where text is needed; give a .txt, .jsonl or .parquet file.")
+        raise CalibrationError(f"{path} holds tokens where text is needed; give a {_SUFFIXES} file.")
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix in _READERS)
-        documents = [document for file in files for document in _read_file(file)]
-    else:
-        _require_file(path)
-        if path.suffix not in _READERS:
-            raise CalibrationError(f"{path} is not text that can be read; give a .txt, .jsonl or .parquet file.")
-        documents = _read_file(path)
-    if not any(documents):
-        raise CalibrationError(f"{path} holds no text; give .txt, .jsonl or .parquet files with some.")
-    return documents
+        return [document for file in _text_files(path) for document in _read_file(file, text_column)]
+    if _kind(path) not in _READERS:
+        raise CalibrationError(f"{path} is not text that can be read; give a {_SUFFIXES} file.")
+    return _read_file(path, text_column)
 
 
 def _require_file(path: Path) -> None:
     if not path.is_file():
-        raise CalibrationError(f"There is no text or dataset {path}; use {', '.join(DATASETS)} or an existing path.")
+        raise _nothing_there(path)
 
 
-def _read_file(file: Path) -> list[str]:
+def _nothing_there(path: Path) -> CalibrationError:
+    return CalibrationError(
+        f"There is no text or dataset {path}; use {', '.join(DATASETS)}, a dataset of the hub such as owner/name, "
+        "or an existing path."
+    )
+
+
+def _read_file(file: Path, text_column: str | None) -> list[str]:
     try:
-        return _READERS[file.suffix](file)
+        with cast(IO[bytes], gzip.open(file)) if file.suffix == ".gz" else file.open("rb") as content:
+            return _READERS[_kind(file)](file, content, text_column)
     except UnicodeDecodeError as error:
         raise CalibrationError(f"{file} is not UTF-8 text (byte {error.start}); convert it to UTF-8.") from error
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise CalibrationError(f"{file} is not a whole gzip file ({error}); compress it again.") from error
     except OSError as error:
         raise CalibrationError(f"{file} cannot be read ({error}); check its permissions.") from error
 
 
-def _read_txt(file: Path) -> list[str]:
-    return [file.read_text(encoding="utf-8")]
+# Each takes the file's name, for errors, its content, and the field or column that is asked for.
 
 
-def _read_jsonl(file: Path) -> list[str]:
+def _read_txt(_file: Path, content: IO[bytes], _text_column: str | None) -> list[str]:
+    return [_decoded(content).read()]
+
+
+def _read_json(file: Path, content: IO[bytes], text_column: str | None) -> list[str]:
+    try:
+        records = json.load(_decoded(content))
+    except UnicodeDecodeError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise CalibrationError(f"{file} is not JSON ({error}); mend it.") from error
+    if not isinstance(records, list):
+        raise CalibrationError(
+            f"{file} is not a JSON list; write a list of strings, or of objects with a text in each."
+        )
     documents = []
-    # Line by line from the file: str.splitlines would also break at U+2028, which JSON allows inside strings.
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                text = json.loads(line)["text"]
-            except (ValueError, KeyError, TypeError):
-                text = None
-            if not isinstance(text, str):
-                raise CalibrationError(f'{file}, line {number}, is not a JSON object with a string "text"; mend it.')
-            documents.append(text)
+    for number, record in enumerate(records, start=1):
+        if isinstance(record, str):
+            if text_column is not None:
+                raise CalibrationError(
+                    f'{file}, item {number}, is a string without a field "{text_column}"; leave the text column out.'
+                )
+            documents.append(record)
+        else:
+            documents.append(_text_of(record, text_column, f"{file}, item {number},", "field"))
     return documents
 
 
-def _read_parquet(file: Path) -> list[str]:
+def _read_jsonl(file: Path, content: IO[bytes], text_column: str | None) -> list[str]:
+    documents = []
+    # Line by line from the file: str.splitlines would also break at U+2028, which JSON allows inside strings.
+    for number, line in enumerate(_decoded(content), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        documents.append(_text_of(record, text_column, f"{file}, line {number},", "field"))
+    return documents
+
+
+def _read_parquet(file: Path, content: IO[bytes], text_column: str | None) -> list[str]:
     try:
         import pyarrow  # type: ignore[import-untyped]
         from pyarrow import parquet
@@ -238,21 +471,55 @@ def _read_parquet(file: Path) -> list[str]:
         raise CalibrationError(
             f"The package pyarrow, which reads {file}, is missing; pip install pyarrow, or give a .txt file."
         ) from error
+    name = text_column or TEXT_COLUMN
     try:
-        column = parquet.read_table(file, columns=["text"]).column("text")
-    except (pyarrow.ArrowException, KeyError) as error:
-        raise CalibrationError(f'{file} is not a parquet file with a column "text"; give another file.') from error
+        # From the end to the front, which is slow in a gzip stream.
+        table = parquet.ParquetFile(io.BytesIO(content.read()) if file.suffix == ".gz" else content)
+        columns = table.schema_arrow.names
+        if name not in columns:
+            raise _no_column(str(file), "column", name, columns)
+        column = table.read(columns=[name]).column(name)
+    except pyarrow.ArrowException as error:
+        raise CalibrationError(f"{file} is not a parquet file that can be read; write it again.") from error
     documents: list[str] = column.drop_null().to_pylist()
     if not all(isinstance(document, str) for document in documents):
-        raise CalibrationError(f'The column "text" of {file} does not hold strings; give another file.')
+        raise _no_text(str(file), "column", name)
     return documents
 
 
-_READERS: dict[str, Callable[[Path], list[str]]] = {
+_READERS: dict[str, Callable[[Path, IO[bytes], str | None], list[str]]] = {
     ".txt": _read_txt,
+    ".md": _read_txt,
+    ".json": _read_json,
     ".jsonl": _read_jsonl,
     ".parquet": _read_parquet,
 }
+_WITH_COLUMNS = (".json", ".jsonl", ".parquet")
+
+
+def _decoded(content: IO[bytes]) -> io.TextIOWrapper:
+    return io.TextIOWrapper(content, encoding="utf-8")
+
+
+def _text_of(record: Any, text_column: str | None, where: str, what: str) -> str:
+    """The text in a record, which `where` names and whose entries are called `what`."""
+    name = text_column or TEXT_COLUMN
+    if not isinstance(record, Mapping):
+        raise CalibrationError(f'{where} is not a JSON object with a string "{name}"; mend it.')
+    if name not in record:
+        raise _no_column(where, what, name, record)
+    text = record[name]
+    if not isinstance(text, str):
+        raise _no_text(where, what, name)
+    return text
+
+
+def _no_column(where: str, what: str, name: str, known: Iterable[str]) -> CalibrationError:
+    return CalibrationError(f'{where} has no {what} "{name}"; set the text column to one of {", ".join(known)}.')
+
+
+def _no_text(where: str, what: str, name: str) -> CalibrationError:
+    return CalibrationError(f'The {what} "{name}" of {where} is not text; set the text column to another.')
 
 
 def _too_short(seqlen: int, documents: int, longest: int) -> CalibrationError:

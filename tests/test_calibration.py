@@ -85,7 +85,8 @@ def test_readers_agree_on_the_documents(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_text("\n\n".join(lines) + "\n", encoding="utf-8")
     parquet.write_table(pyarrow.table({"id": [1, 2, 3], "text": documents}), tmp_path / "a.parquet")
     (tmp_path / "c.txt").write_text("one document\nof two lines\n", encoding="utf-8")
-    (tmp_path / "notes.md").write_text("not read")
+    (tmp_path / "notes.rst").write_text("not read")
+    (tmp_path / "README.md").write_text("about the others")
     assert load_documents(str(tmp_path / "b.jsonl"), "train") == documents
     assert load_documents(str(tmp_path / "a.parquet"), "train") == documents
     assert load_documents(str(tmp_path / "c.txt"), "test") == ["one document\nof two lines\n"]
@@ -103,7 +104,7 @@ def test_readers_agree_on_the_documents(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": 3}\n', "line 1"),
         ("a.jsonl", b'{"text": "x"\n', "line 1"),
         ("a.parquet", b"PAR1 is not enough", "not a parquet file"),
-        ("a.csv", b"text\nx\n", r"give a \.txt, \.jsonl or \.parquet"),
+        ("a.csv", b"text\nx\n", r"give a \.txt, \.md, \.json, \.jsonl or \.parquet"),
         ("a.safetensors", b"", "holds tokens where text is needed"),
     ],
 )
@@ -128,9 +129,9 @@ def test_parquet_without_a_text_column(tmp_path: Path) -> None:
 
     parquet.write_table(pyarrow.table({"body": ["x"]}), tmp_path / "body.parquet")
     parquet.write_table(pyarrow.table({"text": [1]}), tmp_path / "numbers.parquet")
-    with pytest.raises(CalibrationError, match='column "text"'):
+    with pytest.raises(CalibrationError, match='body.parquet has no column "text"; set the text column to one of body'):
         load_documents(str(tmp_path / "body.parquet"), "train")
-    with pytest.raises(CalibrationError, match="does not hold strings"):
+    with pytest.raises(CalibrationError, match='column "text" of .*numbers.parquet is not text'):
         load_documents(str(tmp_path / "numbers.parquet"), "train")
 
 
