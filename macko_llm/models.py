@@ -224,6 +224,19 @@ def max_positions(config: PretrainedConfig) -> int | None:
     return int(value) if value else None
 
 
+def check_seqlen(seqlen: int, config: PretrainedConfig) -> None:
+    """Refuse sequences that the model was not made for.
+
+    Raises:
+        UsageError: seqlen is above `max_positions`.
+    """
+    longest = max_positions(config)
+    if longest is not None and seqlen > longest:
+        raise UsageError(
+            f"seqlen is {seqlen}, but the model takes at most {longest} tokens; use a seqlen of {longest}."
+        )
+
+
 def check_token_ids(ids: Sequence[int], config: PretrainedConfig, what: str) -> None:
     """Refuse tokens outside the model's vocabulary; `what` begins the error's sentence.
 

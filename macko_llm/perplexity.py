@@ -7,6 +7,7 @@ multiplies each window's mean loss by seqlen and divides by windows * seqlen in 
 
 import inspect
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +16,8 @@ from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from macko_llm.defaults import EVALUATION_SEQLEN
-from macko_llm.errors import CalibrationError, NonFiniteError, UsageError
-from macko_llm.models import check_token_ids, max_positions
+from macko_llm.errors import CalibrationError, CheckpointError, NonFiniteError, UsageError
+from macko_llm.models import check_seqlen, check_token_ids, max_positions
 from macko_llm.progress import Progress, no_progress
 
 _CHUNK_ELEMENTS = 2**25
@@ -35,6 +36,7 @@ class PerplexityReport:
         seqlen: tokens in a window.
         stride: tokens from one window's start to the next.
         dataset: the text's name.
+        split: of the dataset, None for a text that has none.
         dtype: of the model's weights, as "float16".
     """
 
@@ -45,6 +47,7 @@ class PerplexityReport:
     seqlen: int
     stride: int
     dataset: str
+    split: str | None
     dtype: str
 
 
@@ -63,17 +66,56 @@ def windows(token_ids: Tensor, seqlen: int, stride: int) -> Tensor:
         UsageError: seqlen or stride outside its range.
         CalibrationError: the text is shorter than one window.
     """
+    _check_shape(seqlen, stride)
+    count = len(token_ids)
+    if count < seqlen:
+        fix = f"use --seqlen {count} or less, or a longer text" if count >= 2 else "use a longer text"
+        raise CalibrationError(f"The text has {count} tokens, fewer than one window of {seqlen}; {fix}.")
+    return token_ids.unfold(0, seqlen, stride)
+
+
+def window_shape(
+    config: PretrainedConfig | None, *, seqlen: int | None = None, stride: int | None = None, limit: int | None = None
+) -> tuple[int, int]:
+    """The seqlen and stride of `cut_text` with these settings, for which no text is needed.
+
+    Args:
+        config: the model's; None where it is not at hand, to refuse what suits no model.
+        seqlen: tokens in a window; None means 2048, or the model's longest context where that is shorter.
+        stride: from one window's start to the next; None is seqlen: no overlap.
+        limit: only the first windows.
+
+    Raises:
+        UsageError: a setting outside its range, or a seqlen above the model's longest context.
+    """
+    if limit is not None and limit < 1:
+        raise UsageError(f"A limit of {limit} windows leaves nothing to evaluate; use --limit 1 or more.")
+    if seqlen is None:
+        seqlen = min(EVALUATION_SEQLEN, (config and max_positions(config)) or EVALUATION_SEQLEN)
+    stride = seqlen if stride is None else stride
+    _check_shape(seqlen, stride)
+    if config is not None:
+        check_seqlen(seqlen, config)
+    return seqlen, stride
+
+
+def _check_shape(seqlen: int, stride: int) -> None:
     if seqlen < 2:
         raise UsageError(f"A window of {seqlen} tokens predicts nothing; use --seqlen 2 or more.")
     if not 1 <= stride <= seqlen:
         raise UsageError(
             f"The stride {stride} does not suit windows of {seqlen} tokens; use --stride from 1 to {seqlen}."
         )
-    count = len(token_ids)
-    if count < seqlen:
-        fix = f"use --seqlen {count} or less, or a longer text" if count >= 2 else "use a longer text"
-        raise CalibrationError(f"The text has {count} tokens, fewer than one window of {seqlen}; {fix}.")
-    return token_ids.unfold(0, seqlen, stride)
+
+
+def check_batch_size(batch_size: int) -> None:
+    """Refuse a number of windows that cannot be evaluated together.
+
+    Raises:
+        UsageError: it is below 1.
+    """
+    if batch_size < 1:
+        raise UsageError(f"Batches of {batch_size} windows evaluate nothing; use --batch-size 1 or more.")
 
 
 @dataclass(frozen=True)
@@ -99,7 +141,7 @@ def cut_text(
     text: str,
     config: PretrainedConfig,
     *,
-    seqlen: int = EVALUATION_SEQLEN,
+    seqlen: int | None = None,
     stride: int | None = None,
     limit: int | None = None,
 ) -> TextWindows:
@@ -109,19 +151,16 @@ def cut_text(
         tokenizer: the model's tokenizer; its special tokens (BOS) are added once, to the whole text.
         text: what to predict.
         config: the model's.
-        seqlen: tokens in a window; at most the model's positions are used.
+        seqlen: tokens in a window; None means 2048, or the model's longest context where that is shorter.
         stride: from one window's start to the next; None is seqlen: no overlap.
         limit: only the first windows.
 
     Raises:
-        UsageError: seqlen, stride or limit outside its range.
+        UsageError: seqlen, stride or limit outside its range, or a seqlen above the model's longest context.
         CalibrationError: the text is shorter than one window.
         CheckpointError: a token that the model does not know: the tokenizer belongs to another model.
     """
-    if limit is not None and limit < 1:
-        raise UsageError(f"A limit of {limit} windows leaves nothing to evaluate; use --limit 1 or more.")
-    seqlen = min(seqlen, max_positions(config) or seqlen)
-    stride = seqlen if stride is None else stride
+    seqlen, stride = window_shape(config, seqlen=seqlen, stride=stride, limit=limit)
     # verbose=False: the text is cut into windows below, so that it is longer than the model reads is no news.
     token_ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
     batches = windows(token_ids, seqlen, stride)[:limit]
@@ -130,7 +169,13 @@ def cut_text(
 
 
 def evaluate(
-    model: PreTrainedModel, text: TextWindows, *, dataset: str, progress: Progress = no_progress
+    model: PreTrainedModel,
+    text: TextWindows,
+    *,
+    dataset: str,
+    split: str | None = None,
+    batch_size: int = 1,
+    progress: Progress = no_progress,
 ) -> PerplexityReport:
     """Perplexity of a text under `model`.
 
@@ -141,38 +186,64 @@ def evaluate(
         model: a causal language model in eval mode, dense or packed.
         text: what to predict.
         dataset: the text's name, for the report.
+        split: of the dataset, for the report.
+        batch_size: windows evaluated together. The model makes logits of [batch_size, seqlen, vocabulary] at once; the result
+            is the same but for rounding.
         progress: called with (what, windows done, windows to do).
 
     Raises:
+        UsageError: batch_size is below 1.
+        CheckpointError: the windows of a batch do not fit the device's memory.
         NonFiniteError: a loss is NaN or infinite.
     """
-    batches, seqlen, stride = text.batches, text.seqlen, text.stride
-    total, scored = 0.0, 0
+    check_batch_size(batch_size)
+    total, scored, done = 0.0, 0, 0
     what = f"perplexity on {dataset}"
-    progress(what, 0, len(batches))
-    for done, window in enumerate(batches, start=1):
-        predicted = seqlen - 1 if done == 1 else min(stride, seqlen - 1)
-        loss = _window_loss(model, window, predicted)
-        if not math.isfinite(loss):
-            raise NonFiniteError(
-                f"The loss of window {done} is {loss}; "
-                "use --dtype bfloat16 or float32, or repair the checkpoint if its weights are not finite."
-            )
-        total += loss
-        scored += predicted
-        progress(what, done, len(batches))
+    progress(what, 0, len(text.batches))
+    for batch, predicted in _together(text, batch_size):
+        try:
+            losses = _window_losses(model, batch, predicted)
+        except torch.OutOfMemoryError as error:
+            raise CheckpointError(
+                f"Evaluating {len(batch)} x {text.seqlen} tokens at once does not fit on {model.device}; "
+                "use a smaller --batch-size or --seqlen, or --device cpu."
+            ) from error
+        for loss in losses:
+            done += 1
+            if not math.isfinite(loss):
+                raise NonFiniteError(
+                    f"The loss of window {done} is {loss}; "
+                    "use --dtype bfloat16 or float32, or repair the checkpoint if its weights are not finite."
+                )
+            total += loss
+            scored += predicted
+        progress(what, done, len(text.batches))
     nll = total / scored
     return PerplexityReport(
         # A broken model can be worse than a float can say.
         perplexity=math.exp(nll) if nll < 709 else math.inf,
         nll=nll,
-        windows=len(batches),
+        windows=done,
         tokens=scored,
-        seqlen=seqlen,
-        stride=stride,
+        seqlen=text.seqlen,
+        stride=text.stride,
         dataset=dataset,
+        split=split,
         dtype=str(model.dtype).removeprefix("torch."),
     )
+
+
+def _together(text: TextWindows, batch_size: int) -> Iterator[tuple[Tensor, int]]:
+    """The windows in order, [at most batch_size, seqlen], with the number of tokens that each of a batch scores.
+
+    With overlap the first window goes alone: the others need logits for fewer tokens.
+    """
+    predicted = min(text.stride, text.seqlen - 1)
+    alone = 1 if predicted < text.seqlen - 1 else 0
+    for window in text.batches[:alone]:
+        yield window[None], text.seqlen - 1
+    for start in range(alone, len(text.batches), batch_size):
+        yield text.batches[start : start + batch_size], predicted
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
@@ -191,10 +262,12 @@ def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def _window_loss(model: PreTrainedModel, window: Tensor, predicted: int) -> float:
-    """Sum of the losses of the last `predicted` tokens of a [seqlen] window."""
-    window = window.to(model.device)
+def _window_losses(model: PreTrainedModel, windows: Tensor, predicted: int) -> list[float]:
+    """Sum of the losses of the last `predicted` tokens of each of [n, seqlen] windows."""
+    windows = windows.to(model.device)
     keep = {"logits_to_keep": predicted + 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    logits = model(input_ids=window[None], use_cache=False, **keep).logits[0]
-    targets = window[-predicted:].to(logits.device)
-    return token_losses(logits[-predicted - 1 : -1], targets).sum(dtype=torch.float64).item()
+    logits = model(input_ids=windows, use_cache=False, **keep).logits[:, -predicted - 1 : -1]
+    targets = windows[:, -predicted:].to(logits.device)
+    # Window by window: to join their positions in one dimension would copy the logits.
+    sums = [token_losses(*pair).sum(dtype=torch.float64) for pair in zip(logits, targets, strict=True)]
+    return torch.stack(sums).tolist()

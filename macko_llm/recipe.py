@@ -31,7 +31,9 @@ class PruneRecipe:
         pattern: "unstructured", or "n:m": the n lowest of every m consecutive columns go. n:m fixes the sparsity to n / m.
         targets: patterns of the layers to prune (`macko_llm.pruning.selection.fits`); none means every linear of the blocks.
         ignore: patterns of layers to leave dense; they win over `targets`.
-        calibration: "c4", "wikitext2", or a path; see `macko_llm.calibration`.
+        calibration: "c4", "wikitext2", a dataset of the hub, or a path; see `macko_llm.calibration`.
+        split: of a dataset; None means "train".
+        text_column: of a dataset, or the field of .json, .jsonl and .parquet files; None means "text".
         nsamples: calibration sequences.
         seqlen: tokens in each of them; None means 2048, or the model's longest context where that is shorter.
         seed: of the draw of the calibration sequences.
@@ -47,6 +49,8 @@ class PruneRecipe:
     targets: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
     calibration: str = "c4"
+    split: str | None = None
+    text_column: str | None = None
     nsamples: int = 128
     seqlen: int | None = None
     seed: int = 0
@@ -63,9 +67,12 @@ class PruneRecipe:
         if self.seqlen is not None and self.seqlen < 1:
             raise UsageError(f"seqlen is {self.seqlen}; a calibration sequence has at least 1 token.")
         if not self.calibration:
-            raise UsageError("The calibration source is empty; use c4, wikitext2 or a path.")
+            raise UsageError("The calibration source is empty; use c4, wikitext2, a dataset or a path.")
         for pattern in (*self.targets, *self.ignore):
             _check_layer_pattern(pattern)
+        for name in ("split", "text_column"):
+            if getattr(self, name) == "":
+                raise UsageError(f"{name} is empty; name one, or leave it out for the usual one.")
         fixed = _pattern_sparsity(self.pattern)
         if fixed is not None:
             if self.sparsity not in (fixed, PruneRecipe.sparsity):
@@ -142,6 +149,7 @@ def _check_types(recipe: PruneRecipe) -> None:
             raise UsageError(f'{name} is {value!r}; it must be a list of layer names, such as ["down_proj"].')
         object.__setattr__(recipe, name, tuple(value))
         kinds[name] = (tuple,)
+    kinds["split"] = kinds["text_column"] = (str, type(None))
     for field in fields(recipe):
         value = getattr(recipe, field.name)
         allowed = kinds.get(field.name, (str,))

@@ -129,9 +129,11 @@ def test_parquet_without_a_text_column(tmp_path: Path) -> None:
 
     parquet.write_table(pyarrow.table({"body": ["x"]}), tmp_path / "body.parquet")
     parquet.write_table(pyarrow.table({"text": [1]}), tmp_path / "numbers.parquet")
-    with pytest.raises(CalibrationError, match='body.parquet has no column "text"; set the text column to one of body'):
+    with pytest.raises(
+        CalibrationError, match=r'body\.parquet has no column "text"; set the text column to one of body'
+    ):
         load_documents(str(tmp_path / "body.parquet"), "train")
-    with pytest.raises(CalibrationError, match='column "text" of .*numbers.parquet is not text'):
+    with pytest.raises(CalibrationError, match=r'column "text" of .*numbers\.parquet is not text'):
         load_documents(str(tmp_path / "numbers.parquet"), "train")
 
 

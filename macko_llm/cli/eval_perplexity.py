@@ -6,23 +6,38 @@ from typing import Annotated
 import typer
 
 from macko_llm.cli.console import plain_errors, print_json, progress_bars
-from macko_llm.cli.options import DeviceOption, DtypeOption, JsonOption, ModelArgument, TrustOption
+from macko_llm.cli.options import (
+    SOURCES,
+    TEXT_COLUMN_HELP,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ModelArgument,
+    TrustOption,
+)
 from macko_llm.defaults import EVALUATION_SEQLEN
 
 
 @plain_errors
 def eval_perplexity(
     model: ModelArgument,
-    dataset: Annotated[
-        str, typer.Option(help="wikitext2, c4, or a path: .txt, .jsonl (field text), .parquet, or a folder of them.")
-    ] = "wikitext2",
+    dataset: Annotated[str, typer.Option(help=f"wikitext2, c4, {SOURCES}.")] = "wikitext2",
+    split: Annotated[str | None, typer.Option(help="Of a dataset. [default: test]")] = None,
+    text_column: Annotated[str | None, typer.Option(help=TEXT_COLUMN_HELP)] = None,
     seqlen: Annotated[
-        int, typer.Option(help="Tokens in a window; at most the model's longest context.")
-    ] = EVALUATION_SEQLEN,
+        int | None,
+        typer.Option(help=f"Tokens in a window. [default: {EVALUATION_SEQLEN}, or the longest context]"),
+    ] = None,
     stride: Annotated[
         int | None, typer.Option(help="Tokens from one window to the next. [default: seqlen, no overlap]")
     ] = None,
     limit: Annotated[int | None, typer.Option(metavar="WINDOWS", help="Use at most this many windows.")] = None,
+    batch_size: Annotated[
+        int,
+        typer.Option(
+            help="Windows evaluated together; their logits take batch size x seqlen x vocabulary values of memory at once."
+        ),
+    ] = 1,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     trust_remote_code: TrustOption = False,
@@ -34,22 +49,37 @@ def eval_perplexity(
         macko eval-perplexity ./packed
 
         macko eval-perplexity ./packed --dataset held-out.txt --seqlen 512
+
+        macko eval-perplexity ./packed --dataset Salesforce/wikitext:wikitext-103-raw-v1 --split validation
     """
     from macko_llm import calibration, checkpoint, models, perplexity
     from macko_llm.loading import load
 
+    # What is wrong for every model and every text is refused before any of them is fetched.
+    calibration.check_source(dataset, split, text_column)
+    perplexity.check_batch_size(batch_size)
+    perplexity.window_shape(None, seqlen=seqlen, stride=stride, limit=limit)
     folder = checkpoint.locate(model)
     with progress_bars() as progress:
-        text = calibration.evaluation_text(dataset)
-        tokenizer = models.load_tokenizer(folder, trust_remote_code=trust_remote_code)
         config = models.load_config(folder, trust_remote_code=trust_remote_code)
+        perplexity.window_shape(config, seqlen=seqlen, stride=stride, limit=limit)
+        tokenizer = models.load_tokenizer(folder, trust_remote_code=trust_remote_code)
+        text = calibration.evaluation_text(dataset, split, text_column)
         windows = perplexity.cut_text(tokenizer, text, config, seqlen=seqlen, stride=stride, limit=limit)
         loaded = load(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-        report = perplexity.evaluate(loaded, windows, dataset=dataset, progress=progress)
+        report = perplexity.evaluate(
+            loaded,
+            windows,
+            dataset=dataset,
+            split=calibration.used_split(dataset, "test", split),
+            batch_size=batch_size,
+            progress=progress,
+        )
     if as_json:
         print_json(asdict(report))
     else:
+        part = f", {report.split} split" if report.split else ""
         print(
-            f"perplexity {report.perplexity:.4f}  (dataset {report.dataset}, test split, seqlen {report.seqlen}, "
+            f"perplexity {report.perplexity:.4f}  (dataset {report.dataset}{part}, seqlen {report.seqlen}, "
             f"stride {report.stride}, {report.windows} windows, {report.tokens} tokens, dtype {report.dtype})"
         )

@@ -30,6 +30,13 @@ TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run Pyth
 ShardSizeOption = Annotated[str, typer.Option(help="Largest weight file, such as 5GB or 500MB.")]
 
 
+SOURCES = (
+    "a dataset of the hub (owner/name or owner/name:configuration) or a local folder laid out as one, a path (.txt, .md, "
+    ".json, .jsonl, .parquet, also with .gz, or a folder of them)"
+)
+TEXT_COLUMN_HELP = "Of a dataset, or the field of .json, .jsonl and .parquet files. [default: text]"
+
+
 def parse_list(texts: Sequence[str] | None, parse: Callable[[str], Value]) -> list[Value]:
     """The values of an option that may be repeated and takes commas, each once, in order."""
     return list(dict.fromkeys(parse(part.strip()) for text in texts or () for part in text.split(",")))

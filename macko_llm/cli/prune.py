@@ -8,6 +8,8 @@ import typer
 
 from macko_llm.cli.console import plain_errors, print_json, print_table, progress_bars
 from macko_llm.cli.options import (
+    SOURCES,
+    TEXT_COLUMN_HELP,
     DenseArgument,
     DeviceOption,
     JsonOption,
@@ -49,12 +51,13 @@ def prune(
         str | None,
         typer.Option(
             help=_help(
-                "c4, wikitext2, or a path: .txt, .jsonl (field text), .parquet, a folder of them, or .safetensors with "
-                "int64 tokens.",
+                f"c4, wikitext2, {SOURCES}, or .safetensors with int64 tokens.",
                 "calibration",
             )
         ),
     ] = None,
+    split: Annotated[str | None, typer.Option(help="Of a dataset. [default: train]")] = None,
+    text_column: Annotated[str | None, typer.Option(help=TEXT_COLUMN_HELP)] = None,
     nsamples: Annotated[int | None, typer.Option(help=_help("Calibration sequences.", "nsamples"))] = None,
     seqlen: Annotated[int | None, typer.Option(help=_help("Tokens in each of them.", "seqlen"))] = None,
     seed: Annotated[int | None, typer.Option(help=_help("Of the calibration draw.", "seed"))] = None,
@@ -82,6 +85,8 @@ def prune(
 
         macko prune ./model -o pruned --ignore down_proj --ignore "model.layers.0.*"
 
+        macko prune ./model -o pruned --calibration HuggingFaceFW/fineweb-edu:sample-10BT
+
         macko prune ./model -o pruned --recipe configs/llama2-7b-wanda-50.toml
     """
     flags = {
@@ -91,6 +96,8 @@ def prune(
         "targets": targets or None,
         "ignore": ignore or None,
         "calibration": calibration,
+        "split": split,
+        "text_column": text_column,
         "nsamples": nsamples,
         "seqlen": seqlen,
         "seed": seed,

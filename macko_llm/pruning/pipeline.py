@@ -11,7 +11,15 @@ from torch import nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from macko_llm import checkpoint, models
-from macko_llm.calibration import calibration_tokens, is_token_file, load_tokens, tokens_sha256
+from macko_llm.calibration import (
+    TEXT_COLUMN,
+    calibration_tokens,
+    check_source,
+    is_dataset,
+    is_token_file,
+    load_tokens,
+    tokens_sha256,
+)
 from macko_llm.defaults import CALIBRATION_SEQLEN, MAX_SHARD_SIZE
 from macko_llm.errors import CalibrationError, CheckpointError, NonFiniteError, UsageError
 from macko_llm.progress import Progress, no_progress
@@ -54,7 +62,7 @@ class PrunePlan:
     """What a pruning run would do.
 
     Attributes:
-        recipe: the settings, with nsamples and seqlen as they would be used.
+        recipe: the settings, with nsamples, seqlen and a dataset's split and column as they would be used.
         layers: qualified name of each linear that would be pruned -> (rows, cols).
         sparsity: share of the weights of these linears that would be removed.
     """
@@ -149,7 +157,7 @@ def prune_model(
     Args:
         model: on any device; evaluated in eval mode, whatever its mode.
         tokens: int64 [nsamples, seqlen], equally long sequences without padding; None will do for "magnitude".
-        recipe: `calibration`, `nsamples`, `seqlen`, `seed` and `dtype` are not looked at: the tokens and the model decide.
+        recipe: the settings of calibration and `dtype` are not looked at: the tokens and the model decide.
         progress: called with (what, done, total).
 
     Raises:
@@ -261,6 +269,8 @@ def _prepare(
     """Refuse what can be refused without weights; the model's folder, its skeleton, and the recipe with its gaps filled."""
     checkpoint.check_output(target, overwrite=overwrite)
     models.resolve_dtype(recipe.dtype)
+    if recipe.method == "wanda":
+        check_source(recipe.calibration, recipe.split, recipe.text_column)
     folder = checkpoint.locate(model)
     checkpoint.check_output(target, overwrite=overwrite, source=folder)
     method = checkpoint.quantization_method(folder)
@@ -276,11 +286,12 @@ def _prepare(
 
 
 def _fill_gaps(recipe: PruneRecipe, config: PretrainedConfig) -> PruneRecipe:
-    """The recipe with the number and length of sequences that will be used."""
-    longest = models.max_positions(config)
+    """The recipe with the number and length of sequences, and the split and column of a dataset, that will be used."""
     if not is_token_file(recipe.calibration):
-        default = min(CALIBRATION_SEQLEN, longest or CALIBRATION_SEQLEN)
+        default = min(CALIBRATION_SEQLEN, models.max_positions(config) or CALIBRATION_SEQLEN)
         recipe = replace(recipe, seqlen=recipe.seqlen or default)
+        if is_dataset(recipe.calibration, recipe.split):
+            recipe = replace(recipe, split=recipe.split or "train", text_column=recipe.text_column or TEXT_COLUMN)
     else:
         nsamples, seqlen = load_tokens(Path(recipe.calibration).expanduser()).shape
         # A file's tokens are used as they are; a setting that says otherwise is a mistake, a default is not.
@@ -290,7 +301,8 @@ def _fill_gaps(recipe: PruneRecipe, config: PretrainedConfig) -> PruneRecipe:
                 "leave nsamples and seqlen out."
             )
         recipe = replace(recipe, nsamples=nsamples, seqlen=seqlen)
-    _check_seqlen(recipe.seqlen, longest)
+    assert recipe.seqlen is not None
+    models.check_seqlen(recipe.seqlen, config)
     return recipe
 
 
@@ -299,7 +311,15 @@ def _calibrate(folder: Path, recipe: PruneRecipe, trust_remote_code: bool) -> to
     tokenizer = None
     if not is_token_file(recipe.calibration):
         tokenizer = models.load_tokenizer(folder, trust_remote_code=trust_remote_code)
-    return calibration_tokens(recipe.calibration, tokenizer, recipe.nsamples, recipe.seqlen, recipe.seed)
+    return calibration_tokens(
+        recipe.calibration,
+        tokenizer,
+        recipe.nsamples,
+        recipe.seqlen,
+        recipe.seed,
+        split=recipe.split,
+        text_column=recipe.text_column,
+    )
 
 
 def _check_group(layers: dict[str, tuple[int, int]], recipe: PruneRecipe) -> None:
@@ -312,15 +332,8 @@ def _check_group(layers: dict[str, tuple[int, int]], recipe: PruneRecipe) -> Non
             )
 
 
-def _check_seqlen(seqlen: int | None, longest: int | None) -> None:
-    if seqlen is not None and longest is not None and seqlen > longest:
-        raise UsageError(
-            f"seqlen is {seqlen}, but the model takes at most {longest} tokens; use a seqlen of {longest}."
-        )
-
-
 def _check_tokens(model: PreTrainedModel, tokens: torch.Tensor) -> None:
-    _check_seqlen(tokens.shape[1], models.max_positions(model.config))
+    models.check_seqlen(tokens.shape[1], model.config)
     vocabulary = cast(nn.Embedding, model.get_input_embeddings()).weight.shape[0]
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= vocabulary:
