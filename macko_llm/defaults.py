@@ -18,6 +18,9 @@ CALIBRATION_SEQLEN = 2048
 EVALUATION_SEQLEN = 2048
 """Tokens in a window of perplexity, where the model takes that many."""
 
+QUALITY_SEQLEN = 512
+"""Tokens in a calibration sequence and a window of `macko bench quality`, where the model takes that many."""
+
 MAX_SHARD_SIZE = "5GB"
 """Largest weight file."""
 

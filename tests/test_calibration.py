@@ -1,5 +1,6 @@
 """Calibration: reading sources, and the seeded draw against a transcript of its rule."""
 
+import gzip
 import hashlib
 import json
 import os
@@ -8,23 +9,28 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
 import torch
 from datasets import Dataset
 from families import SENTENCES, make_tokenizer, random_tokens
+from helpers import assert_plain
 from safetensors.torch import save_file
 
 from macko_llm.calibration import (
     calibration_tokens,
+    check_source,
+    draw_from_stream,
     draw_tokens,
     evaluation_text,
     load_documents,
     load_tokens,
     tokens_sha256,
+    used_split,
 )
-from macko_llm.errors import CalibrationError
+from macko_llm.errors import CalibrationError, UsageError
 
 LONG = " ".join(SENTENCES * 3)
 
@@ -94,6 +100,65 @@ def test_readers_agree_on_the_documents(tmp_path: Path) -> None:
     assert evaluation_text(str(tmp_path / "b.jsonl")) == "\n\n".join(documents)
 
 
+@pytest.mark.parametrize("compressed", [False, True], ids=["plain", "gz"])
+@pytest.mark.parametrize("suffix", ["txt", "md", "json", "jsonl", "parquet"])
+def test_every_kind_of_file_is_read_with_and_without_gzip(tmp_path: Path, suffix: str, compressed: bool) -> None:
+    texts, titles = ["Ein Fuchs\nim Wald.", "line separator \u2028 inside"], ["Fuchs", "Zeile"]
+    records = [{"text": text, "title": title} for text, title in zip(texts, titles, strict=True)]
+    plain = tmp_path / f"plain.{suffix}"
+    if suffix == "parquet":
+        Dataset.from_list(records).to_parquet(plain)
+    elif suffix == "json":
+        plain.write_text(json.dumps(records), encoding="utf-8")
+    elif suffix == "jsonl":
+        plain.write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
+    else:
+        plain.write_text("# One\n\ndocument\n", encoding="utf-8")
+        texts = ["# One\n\ndocument\n"]
+    file = tmp_path / "texts" / (plain.name + ".gz" * compressed)
+    file.parent.mkdir()
+    file.write_bytes(gzip.compress(plain.read_bytes()) if compressed else plain.read_bytes())
+    assert load_documents(str(file), "train") == texts
+    assert load_documents(str(file.parent), "test") == texts
+    if suffix in ("json", "jsonl", "parquet"):
+        assert load_documents(str(file), "train", text_column="title") == titles
+        assert load_documents(str(file.parent), "train", text_column="title") == titles
+    else:
+        with pytest.raises(UsageError, match=rf"{file.name} has no columns.*; leave the text column out"):
+            load_documents(str(file), "train", text_column="title")
+
+
+def test_a_json_list_of_strings_is_a_list_of_documents(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('["one", {"text": "two"}, "three"]')
+    assert load_documents(str(tmp_path / "a.json"), "train") == ["one", "two", "three"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "column", "words"),
+    [
+        ("a.json", b'{"text": "x"}', None, r"a\.json is not a JSON list"),
+        ("a.json", b'[{"text": "x"', None, r"a\.json is not JSON"),
+        ("a.json", b"caf\xe9", None, r"a\.json is not UTF-8 text \(byte 3\)"),
+        ("a.json", b'[{"text": "x"}, 3]', None, r"a\.json, item 2, is not a JSON object"),
+        ("a.json", b'[{"text": "x"}, {"id": 1, "body": ""}]', None, 'item 2, has no field "text".* one of id, body'),
+        ("a.json", b'["x"]', "body", 'item 1, is a string without a field "body"; leave the text column out'),
+        ("a.jsonl", b'{"text": "x", "id": 1}', "body", r'a\.jsonl, line 1, has no field "body".* one of text, id'),
+        ("a.jsonl", b'{"text": "x", "id": 1}', "id", r'field "id" of .*a\.jsonl, line 1, is not text'),
+        ("a.txt.gz", b"not compressed", None, r"a\.txt\.gz is not a whole gzip file"),
+        ("a.txt.gz", gzip.compress(b"a longer text" * 9)[:-9], None, r"a\.txt\.gz is not a whole gzip file"),
+        ("a.parquet.gz", gzip.compress(b"PAR1"), None, r"a\.parquet\.gz is not a parquet file"),
+        ("a.csv.gz", gzip.compress(b"text"), None, r"a\.csv\.gz is not text that can be read; give a \.txt"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_said(
+    tmp_path: Path, name: str, content: bytes, column: str | None, words: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CalibrationError, match=words) as caught:
+        load_documents(str(tmp_path / name), "train", text_column=column)
+    assert_plain(str(caught.value))
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
@@ -151,7 +216,7 @@ def test_a_dataset_out_of_reach_is_a_plain_error(tmp_path: Path) -> None:
     script = (
         "from macko_llm.calibration import load_documents\n"
         "from macko_llm.errors import CalibrationError\n"
-        "for source in ('c4', 'wikitext2'):\n"
+        "for source in ('c4', 'wikitext2', 'owner/name', 'owner/name:part'):\n"
         "    try:\n        load_documents(source, 'test')\n"
         "    except CalibrationError as error:\n        print(error)\n"
     )
@@ -162,8 +227,10 @@ def test_a_dataset_out_of_reach_is_a_plain_error(tmp_path: Path) -> None:
     assert [line.split(" could not be fetched")[0] for line in done.stdout.splitlines()] == [
         "allenai/c4",
         "Salesforce/wikitext",
+        "owner/name",
+        "owner/name:part",
     ]
-    assert done.stdout.count("check the network") == 2
+    assert done.stdout.count("check the network") == 4
 
 
 def test_token_files_are_used_as_they_are(tmp_path: Path) -> None:
@@ -202,6 +269,151 @@ def test_hash_covers_shape_and_values() -> None:
     assert tokens_sha256(tokens) == expected
     assert tokens_sha256(tokens.t().contiguous().t()) == expected  # whatever the strides
     assert tokens_sha256(tokens.reshape(3, 2)) != expected
+
+
+# Datasets by split and column, from folders that `datasets` loads as it loads those of the hub
+
+
+TRAIN = [SENTENCES[0], LONG, LONG[::-1], "", SENTENCES[1], LONG * 2]
+TEST = ["A fox.", "", "Two foxes."]
+
+
+@pytest.fixture
+def dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A dataset with two splits, the longer one in two files."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    data = tmp_path / "dataset" / "data"
+    data.mkdir(parents=True)
+    for number, part in enumerate([TRAIN[:3], TRAIN[3:]]):
+        rows = {"text": part, "upper": [text.upper() for text in part], "id": list(range(len(part)))}
+        Dataset.from_dict(rows).to_parquet(data / f"train-0000{number}-of-00002.parquet")
+    rows = {"text": TEST, "upper": ["A FOX.", None, "TWO FOXES."], "id": [0, 1, 2]}
+    Dataset.from_dict(rows).to_parquet(data / "test-00000-of-00001.parquet")
+    (data.parent / "README.md").write_text("# A dataset card, and no part of the texts\n")
+    return str(data.parent)
+
+
+def test_a_dataset_is_evaluated_on_its_split_and_column(dataset: str) -> None:
+    assert evaluation_text(dataset) == "\n\n".join(TEST)
+    assert evaluation_text(dataset, split="train") == "\n\n".join(TRAIN)
+    assert evaluation_text(dataset, text_column="upper") == "A FOX.\n\nTWO FOXES."  # a row without a text is none
+
+
+def test_only_what_has_splits_has_one(dataset: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("A fox.")
+    assert used_split(dataset, "train") == "train"
+    assert used_split(dataset, "test", "validation") == "validation"
+    assert used_split("c4", "test") == used_split("owner/name", "test") == used_split("o/n:part", "test") == "test"
+    assert used_split(str(tmp_path / "a.txt"), "test") is None
+    assert used_split(str(tmp_path), "test") is None
+
+
+def test_a_folder_of_texts_is_a_dataset_where_a_split_is_asked_for(tmp_path: Path) -> None:
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": name}))
+    assert load_documents(str(tmp_path), "test") == ["test", "train"]
+    assert load_documents(str(tmp_path), "test", split="train") == ["train"]
+
+
+def test_sequences_come_from_the_shuffled_rows_of_a_dataset(dataset: str) -> None:
+    tokenizer = make_tokenizer()
+    for seed in (0, 1, -5):
+        generator = random.Random(seed)
+        rows = datasets.load_dataset(dataset, split="train", streaming=True)
+        rows = rows.shuffle(seed=generator.getrandbits(32), buffer_size=1000)
+        long_ones = [ids for row in rows if len(ids := tokenizer(row["text"])["input_ids"]) > 64]
+        assert len(long_ones) == 3
+        expected = []
+        for index in range(5):
+            ids = long_ones[index % 3]
+            start = generator.randint(0, len(ids) - 64 - 1)
+            expected.append(ids[start : start + 64])
+        assert calibration_tokens(dataset, tokenizer, 5, 64, seed).tolist() == expected
+        upper = calibration_tokens(dataset, tokenizer, 5, 64, seed, text_column="upper")
+        assert tokenizer.decode(upper[0]).isupper()
+
+
+def test_no_more_of_a_stream_is_read_than_needed() -> None:
+    tokenizer = make_tokenizer()
+    documents = iter(["short", LONG, "short", LONG, "never read"])
+    assert draw_from_stream(tokenizer, documents, 2, 64, random.Random(0)).shape == (2, 64)
+    assert list(documents) == ["never read"]
+    documents = iter([LONG] + ["x"] * 10_000 + ["never read"])
+    assert draw_from_stream(tokenizer, documents, 2, 64, random.Random(0)).shape == (2, 64)
+    assert list(documents) == ["never read"]
+    with pytest.raises(CalibrationError, match="longest of 10000 calibration documents has"):
+        draw_from_stream(tokenizer, iter(["x"] * 10_001), 2, 64, random.Random(0))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"split": "validation"}, r"has no split validation; set the split to one of train, test\."),
+        ({"text_column": "body"}, r'has no column "body"; set the text column to one of text, upper, id\.'),
+        ({"text_column": "id"}, r'The column "id" of .* is not text; set the text column to another\.'),
+    ],
+)
+def test_a_dataset_says_which_splits_and_columns_it_has(dataset: str, settings: dict[str, Any], words: str) -> None:
+    for read in (
+        lambda: evaluation_text(dataset, **settings),
+        lambda: calibration_tokens(dataset, make_tokenizer(), 2, 8, 0, **settings),
+    ):
+        with pytest.raises(CalibrationError, match=words) as caught:
+            read()
+        assert_plain(str(caught.value))
+
+
+def test_a_dataset_says_which_configurations_it_has(tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "test.jsonl").write_text(json.dumps({"text": name}))
+    entries = "".join(f"- config_name: {name}\n  data_files: {name}/*\n" for name in ("first", "second"))
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{entries}---\n")
+    assert evaluation_text(f"{tmp_path}:second", split="train") == "second"
+    with pytest.raises(CalibrationError, match=r"needs a configuration; write .*:first, or another of first, second"):
+        evaluation_text(str(tmp_path))
+    with pytest.raises(CalibrationError, match=r"has no configuration third; write .*:first"):
+        evaluation_text(f"{tmp_path}:third")
+
+
+def test_a_folder_that_is_no_dataset_is_a_plain_error(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    with pytest.raises(CalibrationError, match=r"could not be read as a dataset .*; lay it out"):
+        load_documents(str(tmp_path), "train")
+    (tmp_path / "data" / "train.parquet").write_bytes(b"PAR1")
+    with pytest.raises(CalibrationError, match=r"could not be read as a dataset .*; lay it out"):
+        load_documents(str(tmp_path), "train")
+
+
+@pytest.mark.parametrize(
+    ("source", "settings", "words"),
+    [
+        ("c4", {"split": "train"}, "c4 is read by its published rule; leave split and text column out"),
+        ("wikitext2", {"text_column": "text"}, "wikitext2 is read by its published rule"),
+        ("a.txt", {"split": "train"}, r"a\.txt is a file and has no splits; leave the split out"),
+        ("a.txt.gz", {"text_column": "text"}, r"a\.txt\.gz has no columns"),
+        ("tokens.safetensors", {"text_column": "text"}, r"tokens\.safetensors has no columns"),
+    ],
+)
+def test_settings_that_a_source_does_not_know_are_refused_unread(
+    source: str, settings: dict[str, Any], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.txt", "a.txt.gz", "tokens.safetensors"):
+        (tmp_path / name).touch()
+    check_source(source)
+    with pytest.raises(UsageError, match=words) as caught:
+        check_source(source, **settings)
+    assert_plain(str(caught.value))
+
+
+def test_a_misspelt_path_is_not_asked_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for source in ("texts/a.txt", "texts/a.jsonl.gz", "./texts", "../texts", "/texts/more", "texts", "~/a/b"):
+        with pytest.raises(CalibrationError, match="There is no text or dataset"):
+            check_source(source)
+    for source in ("owner/name", "owner/name-2.0_b", "owner/name:part"):
+        check_source(source, "validation", "body")
 
 
 class FakeHub:

@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 
 from macko_llm import calibration, checkpoint, generation, models, packing, perplexity
-from macko_llm.defaults import EVALUATION_SEQLEN
 from macko_llm.loading import load
 from macko_llm.progress import Progress, no_progress
 from macko_llm.pruning.pipeline import prune_checkpoint
@@ -46,6 +45,7 @@ class QualityReport:
     model: str
     recipe: PruneRecipe
     dataset: str
+    split: str | None
     seqlen: int
     windows: int
     device: str
@@ -60,7 +60,9 @@ def measure_chain(
     *,
     sparsities: list[float],
     dataset: str,
-    seqlen: int = EVALUATION_SEQLEN,
+    split: str | None = None,
+    text_column: str | None = None,
+    seqlen: int | None = None,
     limit: int | None = None,
     prompt: str = "Once upon a time",
     device: str = "auto",
@@ -75,7 +77,9 @@ def measure_chain(
             that dense and packed values have the same width.
         sparsities: one magnitude, one Wanda and one packed (Wanda) checkpoint each.
         dataset: evaluation text, as for `macko eval-perplexity`.
-        seqlen: tokens in an evaluation window.
+        split: of the dataset; None is "test".
+        text_column: of the dataset, or the field of .json, .jsonl and .parquet files; None is "text".
+        seqlen: tokens in an evaluation window; None is 2048, or the model's longest context where that is shorter.
         limit: at most this many windows.
         prompt: what the speed runs continue.
         device: where to compute.
@@ -88,9 +92,15 @@ def measure_chain(
         recipe = replace(recipe, dtype="float16")
     # What makes no sense is refused before any work.
     recipes = [replace(recipe, sparsity=sparsity) for sparsity in sparsities]
+    calibration.check_source(recipe.calibration, recipe.split, recipe.text_column)
+    calibration.check_source(dataset, split, text_column)
+    config = models.load_config(model)
+    if recipe.seqlen is not None:
+        models.check_seqlen(recipe.seqlen, config)
+    perplexity.window_shape(config, seqlen=seqlen, limit=limit)
     tokenizer = models.load_tokenizer(model)
-    text = calibration.evaluation_text(dataset)
-    windows = perplexity.cut_text(tokenizer, text, models.load_config(model), seqlen=seqlen, limit=limit)
+    text = calibration.evaluation_text(dataset, split, text_column)
+    windows = perplexity.cut_text(tokenizer, text, config, seqlen=seqlen, limit=limit)
     ids = encode_prompt(tokenizer, prompt)
     measurements: list[Measurement] = []
 
@@ -134,6 +144,7 @@ def measure_chain(
         model=str(model),
         recipe=recipe,
         dataset=dataset,
+        split=calibration.used_split(dataset, "test", split),
         seqlen=windows.seqlen,
         windows=len(windows.batches),
         device=device_name,

@@ -11,6 +11,7 @@ import typer
 from macko_llm.cli.console import plain_errors, print_json, progress_bars
 from macko_llm.cli.options import DeviceOption, JsonOption, expanded_path
 from macko_llm.cli.reports import print_quality
+from macko_llm.defaults import QUALITY_SEQLEN
 from macko_llm.recipe import PruneRecipe
 
 
@@ -25,9 +26,27 @@ def quality(
         str | None,
         typer.Option(help="As for eval-perplexity. [default: generated stories for the bundled model, else wikitext2]"),
     ] = None,
+    calibration_split: Annotated[
+        str | None, typer.Option(help="Of a dataset to calibrate on. [default: train]")
+    ] = None,
+    calibration_column: Annotated[
+        str | None,
+        typer.Option(help="With the text to calibrate on; as --text-column of `macko prune`. [default: text]"),
+    ] = None,
+    dataset_split: Annotated[str | None, typer.Option(help="Of a dataset to evaluate on. [default: test]")] = None,
+    dataset_column: Annotated[
+        str | None,
+        typer.Option(help="With the text to evaluate on; as --text-column of eval-perplexity. [default: text]"),
+    ] = None,
     sparsity: Annotated[list[float] | None, typer.Option(help="May be given several times. [default: 0.5]")] = None,
     nsamples: Annotated[int, typer.Option(help="Calibration sequences.")] = PruneRecipe.nsamples,
-    seqlen: Annotated[int, typer.Option(help="Tokens in a calibration sequence and in an evaluation window.")] = 512,
+    seqlen: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens in a calibration sequence and in an evaluation window. "
+            f"[default: {QUALITY_SEQLEN}, or the longest context]"
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the calibration draw.")] = PruneRecipe.seed,
     limit: Annotated[int | None, typer.Option(metavar="WINDOWS", help="Evaluate at most this many windows.")] = None,
     output: Annotated[
@@ -46,26 +65,40 @@ def quality(
 
         macko bench quality ./model --sparsity 0.5 --sparsity 0.6 --calibration train.txt --dataset valid.txt
     """
-    from macko_llm import checkpoint
+    from macko_llm import checkpoint, models, perplexity
     from macko_llm.benchmarks.quality import measure_chain
+    from macko_llm.calibration import check_source
     from macko_llm.demo import run as demo
 
+    # What is wrong for every model is refused before one is fetched.
+    perplexity.window_shape(None, seqlen=seqlen, limit=limit)
     with ExitStack() as stack:
         workdir = output or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="macko-bench-")))
         if model is None:
             texts = demo.write_texts(workdir)
+        calibration = calibration or (PruneRecipe.calibration if model else str(texts.calibration))
+        dataset = dataset or ("wikitext2" if model else str(texts.held_out))
+        check_source(calibration, calibration_split, calibration_column)
+        check_source(dataset, dataset_split, dataset_column)
+        folder = checkpoint.locate(model) if model else demo.MODEL_FOLDER
+        if seqlen is None:
+            seqlen = min(QUALITY_SEQLEN, models.max_positions(models.load_config(folder)) or QUALITY_SEQLEN)
         progress = stack.enter_context(progress_bars())
         report = measure_chain(
-            checkpoint.locate(model) if model else demo.MODEL_FOLDER,
+            folder,
             workdir,
             PruneRecipe(
-                calibration=calibration or (PruneRecipe.calibration if model else str(texts.calibration)),
+                calibration=calibration,
+                split=calibration_split,
+                text_column=calibration_column,
                 nsamples=nsamples,
                 seqlen=seqlen,
                 seed=seed,
             ),
             sparsities=sparsity or [PruneRecipe.sparsity],
-            dataset=dataset or ("wikitext2" if model else str(texts.held_out)),
+            dataset=dataset,
+            split=dataset_split,
+            text_column=dataset_column,
             seqlen=seqlen,
             limit=limit,
             device=device,
