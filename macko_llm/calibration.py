@@ -12,6 +12,7 @@ A source is one of:
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import random
 import re
@@ -38,8 +39,8 @@ _TOKENS_SUFFIX = ".safetensors"
 # In C4 about one document in 50 is longer than 2048 tokens; this many short ones in a row mean that the text cannot serve.
 _DRAWS_IN_A_ROW = 10_000
 _C4_TEST_DOCUMENTS = 1100
-# A dataset's rows are shuffled through a buffer of as many, about what a file of the hub gives at once.
-_SHUFFLE_BUFFER = 1000
+# A dataset's rows are shuffled as many at a time, which is about what a file of the hub gives at once.
+_ROWS_AT_ONCE = 1000
 _HUB_DATASET = re.compile(r"\w[\w.-]*/[\w.-]+(:[^/:]+)?")
 _SUFFIXES = ".txt, .md, .json, .jsonl or .parquet"
 
@@ -179,9 +180,8 @@ def calibration_tokens(
     if tokenizer is None:
         raise CalibrationError(f"The text of {source} needs a tokenizer; give one, or tokens in a .safetensors file.")
     if is_dataset(source, split):
-        generator = random.Random(seed)
-        rows = _open_split(source, split or "train").shuffle(generator.getrandbits(32), buffer_size=_SHUFFLE_BUFFER)
-        return draw_from_stream(tokenizer, _column(source, rows, text_column), nsamples, seqlen, generator)
+        documents = _column(source, _open_split(source, split or "train"), text_column)
+        return draw_from_stream(tokenizer, documents, nsamples, seqlen, seed)
     return draw_tokens(tokenizer, load_documents(source, "train", None, text_column), nsamples, seqlen, seed)
 
 
@@ -228,15 +228,16 @@ def draw_tokens(
 
 def draw_from_stream(
     tokenizer: "PreTrainedTokenizerBase",
-    documents: Iterable[str],
+    documents: Iterator[str],
     nsamples: int,
     seqlen: int,
-    generator: random.Random,
+    seed: int,
 ) -> torch.Tensor:
     """Draw token sequences from documents that come one by one, and read no more of them than needed.
 
-    The first `nsamples` documents with more than `seqlen` tokens give a sequence each, from a start that is drawn as in
-    `draw_tokens`. Where they are fewer (the documents end, or 10,000 in a row are too short), they take turns.
+    A thousand documents at a time are read and shuffled. The first `nsamples` with more than `seqlen` tokens give a sequence
+    each, from a start that is drawn as in `draw_tokens`. Where they are fewer (the documents end, or 10,000 in a row are too
+    short), they take turns. `datasets` shuffles streams too, but each of its releases in another order.
 
     Returns:
         int64 [nsamples, seqlen] on the CPU.
@@ -246,7 +247,8 @@ def draw_from_stream(
     """
     long_enough: list[list[int]] = []
     read = since_last = longest = 0
-    for document in documents:
+    generator = random.Random(seed)
+    for document in _shuffled(documents, generator):
         tokens = tokenizer(document, verbose=False)["input_ids"]
         read, since_last, longest = read + 1, since_last + 1, max(longest, len(tokens))
         if len(tokens) > seqlen:
@@ -262,6 +264,12 @@ def draw_from_stream(
         start = generator.randint(0, len(tokens) - seqlen - 1)
         sequences.append(tokens[start : start + seqlen])
     return torch.tensor(sequences, dtype=torch.int64)
+
+
+def _shuffled(documents: Iterator[str], generator: random.Random) -> Iterator[str]:
+    while some := list(itertools.islice(documents, _ROWS_AT_ONCE)):
+        generator.shuffle(some)
+        yield from some
 
 
 def load_tokens(path: Path) -> torch.Tensor:
