@@ -56,6 +56,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prune_checkpoint(folder / "dense", folder / "pruned", PruneRecipe(method="magnitude"), device="cpu")
     pack_checkpoint(folder / "pruned", folder / "packed")
     (folder / "text.txt").write_text(" ".join(SENTENCES * 4))
+    data = folder / "dataset" / "data"
+    data.mkdir(parents=True)
+    for split, texts in (("train", SENTENCES), ("test", SENTENCES[::-1])):
+        lines = [json.dumps({"body": text * 4, "id": 1}) for text in texts]
+        (data / f"{split}.jsonl").write_text("\n".join(lines))
     return folder
 
 
@@ -145,15 +150,54 @@ def test_inspect() -> None:
 @pytest.mark.parametrize("model", ["dense", "packed"])
 def test_eval_perplexity(model: str) -> None:
     content = macko_json("eval-perplexity", model, "--dataset", "text.txt", "--limit", 2)
-    assert content.keys() == {"perplexity", "nll", "windows", "tokens", "seqlen", "stride", "dataset", "dtype"}
+    assert content.keys() == {
+        "perplexity",
+        "nll",
+        "windows",
+        "tokens",
+        "seqlen",
+        "stride",
+        "dataset",
+        "split",
+        "dtype",
+    }
     assert (content["windows"], content["seqlen"], content["tokens"]) == (2, MAX_POSITIONS, 2 * (MAX_POSITIONS - 1))
-    assert (content["dataset"], content["dtype"]) == ("text.txt", "float16")
+    assert (content["dataset"], content["split"], content["dtype"]) == ("text.txt", None, "float16")
     result = macko("eval-perplexity", model, "--dataset", "text.txt", "--limit", 2, "--seqlen", 16, "--stride", 8)
     assert re.match(
-        r"perplexity \d+\.\d{4}  \(dataset text\.txt, .*seqlen 16, stride 8, 2 windows, 23 tokens, .*float16\)\n$",
+        r"perplexity \d+\.\d{4}  \(dataset text\.txt, seqlen 16, stride 8, 2 windows, 23 tokens, .*float16\)\n$",
         result.stdout,
     )
     assert "perplexity on text.txt: 0/2" in result.stderr
+
+
+def test_eval_perplexity_of_a_dataset_is_that_of_its_texts(tmp_path: Path) -> None:
+    joined = tmp_path / "joined.txt"
+    for split, texts in (("train", SENTENCES), ("test", SENTENCES[::-1])):
+        joined.write_text("\n\n".join(text * 4 for text in texts))
+        expected = macko_json("eval-perplexity", "packed", "--dataset", joined)
+        call = ["eval-perplexity", "packed", "--dataset", "dataset", "--text-column", "body"]
+        call += [] if split == "test" else ["--split", split]
+        assert macko_json(*call) == {**expected, "dataset": "dataset", "split": split}
+        assert f"(dataset dataset, {split} split, seqlen" in macko(*call).stdout
+
+
+def test_eval_perplexity_in_batches() -> None:
+    call = ["eval-perplexity", "packed", "--dataset", "text.txt", "--dtype", "float32", "--seqlen", 16]
+    alone, together = macko_json(*call), macko_json(*call, "--batch-size", 4)
+    assert together == {**alone, **{key: pytest.approx(alone[key], rel=1e-5) for key in ("nll", "perplexity")}}
+
+
+def test_prune_records_the_split_and_the_column_of_a_dataset(tmp_path: Path) -> None:
+    call = ["prune", "dense", "-o", tmp_path / "out", "--calibration", "dataset", "--text-column", "body"]
+    macko(*call, "--nsamples", 3, "--seqlen", 24)
+    record = json.loads((tmp_path / "out" / "macko.json").read_text())["prune"]
+    assert (record["calibration"], record["split"], record["text_column"]) == ("dataset", "train", "body")
+    (tmp_path / "recipe.toml").write_text('split = "test"\ntext_column = "body"\ncalibration = "dataset"\n')
+    planned = _planned("--recipe", tmp_path / "recipe.toml", "--seqlen", 24)
+    assert (planned["split"], planned["text_column"]) == ("test", "body")
+    planned = _planned("--recipe", tmp_path / "recipe.toml", "--seqlen", 24, "--split", "train")
+    assert (planned["split"], planned["text_column"]) == ("train", "body")
 
 
 @pytest.mark.parametrize("model", ["dense", "packed"])

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import socket
 import warnings
 from pathlib import Path
 
@@ -66,6 +67,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "empty.txt").write_text("")
     (folder / "text.pdf").write_text("%PDF")
     (folder / "broken.jsonl").write_text('{"text": 1}')
+    (folder / "dataset" / "data").mkdir(parents=True)
+    (folder / "dataset" / "data" / "train.jsonl").write_text('{"body": "A fox.", "id": 1}')
     save_file({"words": torch.zeros(2, 2)}, folder / "words.safetensors")
     (folder / "thesis").mkdir()
     (folder / "thesis" / "chapter.tex").touch()
@@ -129,6 +132,11 @@ WANDA = "--calibration text.txt --nsamples 2 --seqlen 16"
         ("generate packed --prompt Hi --chat", WRONG_CALL, "no chat template"),
         ("eval-perplexity packed --dataset text.txt --limit 0", WRONG_CALL, "--limit 1 or more"),
         ("eval-perplexity packed --dataset text.txt --stride 0", WRONG_CALL, "stride"),
+        ("eval-perplexity packed --dataset text.txt --seqlen 65", WRONG_CALL, "at most 64 tokens; use a seqlen of 64"),
+        ("eval-perplexity packed --dataset text.txt --split test", WRONG_CALL, "no splits; leave the split out"),
+        ("eval-perplexity packed --dataset c4 --split test", WRONG_CALL, "c4 is read by its published rule"),
+        ("prune dense -o out --calibration text.txt --split train", WRONG_CALL, "no splits; leave the split out"),
+        ("prune dense -o out --calibration text.txt --text-column body", WRONG_CALL, "has no columns"),
         # Calls that the parser refuses.
         ("prune dense", WRONG_CALL, "Missing option '--output' / '-o'; see `macko prune --help`"),
         ("generate packed", WRONG_CALL, "no prompt; give --prompt TEXT"),
@@ -154,7 +162,17 @@ WANDA = "--calibration text.txt --nsamples 2 --seqlen 16"
         ("prune dense -o out --calibration nowhere.txt", FAILED_JOB, r"no text or dataset nowhere\.txt"),
         ("prune dense -o out --calibration empty.txt", FAILED_JOB, "holds no text"),
         ("prune dense -o out --calibration text.pdf", FAILED_JOB, "not text that can be read"),
-        ("prune dense -o out --calibration broken.jsonl", FAILED_JOB, r"broken\.jsonl, line 1, is not a JSON object"),
+        ("prune dense -o out --calibration broken.jsonl", FAILED_JOB, r'"text" of broken\.jsonl, line 1, is not text'),
+        (
+            "prune dense -o out --calibration broken.jsonl --text-column body",
+            FAILED_JOB,
+            r'broken\.jsonl, line 1, has no field "body"; set the text column to one of text',
+        ),
+        ("prune dense -o out --calibration dataset --split all", FAILED_JOB, "no split all; .* one of train"),
+        ("prune dense -o out --calibration dataset", FAILED_JOB, 'no column "text"; .* one of body, id'),
+        ("prune dense -o out --calibration dataset --text-column id", FAILED_JOB, '"id" of dataset is not text'),
+        ("eval-perplexity packed --dataset dataset", FAILED_JOB, "no split test; .* one of train"),
+        ("eval-perplexity packed --dataset dataset --split train --text-column id", FAILED_JOB, "is not text"),
         ("prune dense -o out --calibration words.safetensors", FAILED_JOB, 'has no tensor "tokens"'),
         ("eval-perplexity packed --dataset short.txt", FAILED_JOB, "tokens"),
         ("eval-perplexity packed --dataset nowhere.txt", FAILED_JOB, r"no text or dataset nowhere\.txt"),
@@ -208,6 +226,11 @@ def test_an_error(call: str, exit_code: int, words: str, folder: Path, monkeypat
         ("eval-perplexity MODEL --dataset text.txt --limit 0", "--limit 1 or more"),
         ("eval-perplexity MODEL --dataset text.txt --seqlen 1", "--seqlen 2 or more"),
         ("eval-perplexity MODEL --dataset text.txt --seqlen 8 --stride 9", "--stride from 1 to 8"),
+        ("eval-perplexity MODEL --dataset text.txt --seqlen 65", "at most 64 tokens"),
+        ("eval-perplexity MODEL --dataset text.txt --batch-size 0", "--batch-size 1 or more"),
+        ("bench quality MODEL --dataset text.txt --calibration text.txt --seqlen 65", "at most 64 tokens"),
+        ("bench quality MODEL --dataset text.txt --calibration c4 --calibration-split train", "c4 is read by its"),
+        ("bench quality MODEL --dataset text.txt --calibration c4 --dataset-column body", r"text\.txt has no columns"),
         ("bench quality MODEL --dataset text.txt --calibration text.txt --sparsity 1.5", r"sparsity 1\.5 is outside"),
         ("bench quality MODEL --dataset text.txt --calibration text.txt --limit 0", "--limit 1 or more"),
     ],
@@ -222,6 +245,34 @@ def test_a_wrong_setting_is_refused_before_weights_are_read(
         file.write_bytes(b"no weights")
     with quiet_transformers():
         result = CliRunner().invoke(app, call.replace("MODEL", str(model)).split())
+    assert result.exit_code == WRONG_CALL, result.output
+    assert re.search(words, result.stderr.splitlines()[-1]), result.stderr
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        ("eval-perplexity owner/model --limit 0", "--limit 1 or more"),
+        ("eval-perplexity owner/model --seqlen 1", "--seqlen 2 or more"),
+        ("eval-perplexity owner/model --seqlen 8 --stride 9", "--stride from 1 to 8"),
+        ("eval-perplexity owner/model --batch-size 0", "--batch-size 1 or more"),
+        ("eval-perplexity owner/model --split train", "wikitext2 is read by its published rule"),
+        ("eval-perplexity packed --seqlen 65", "at most 64 tokens"),  # before WikiText-2 is fetched
+        ("prune owner/model -o out --split train", "c4 is read by its published rule"),
+        ("prune dense -o out --seqlen 65", "at most 64 tokens"),  # before C4 is fetched
+        ("bench quality owner/model --limit 0", "--limit 1 or more"),
+        ("bench quality owner/model --dataset-split train", "wikitext2 is read by its published rule"),
+        ("bench quality dense --seqlen 65", "at most 64 tokens"),
+    ],
+)
+def test_a_wrong_setting_is_refused_before_anything_is_fetched(
+    call: str, words: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub cannot be reached, and nobody notices."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: pytest.fail("the network was asked"))
+    with quiet_transformers():
+        result = CliRunner().invoke(app, call.split())
     assert result.exit_code == WRONG_CALL, result.output
     assert re.search(words, result.stderr.splitlines()[-1]), result.stderr
 

@@ -23,11 +23,18 @@ POSITIONS = 24
 
 
 def evaluate(
-    model: Any, tokenizer: Any, text: str, *, dataset: str, progress: Progress = no_progress, **cut: Any
+    model: Any,
+    tokenizer: Any,
+    text: str,
+    *,
+    dataset: str,
+    batch_size: int = 1,
+    progress: Progress = no_progress,
+    **cut: Any,
 ) -> PerplexityReport:
     """Cut a text and score it."""
     text_windows = perplexity.cut_text(tokenizer, text, model.config, **cut)
-    return perplexity.evaluate(model, text_windows, dataset=dataset, progress=progress)
+    return perplexity.evaluate(model, text_windows, dataset=dataset, batch_size=batch_size, progress=progress)
 
 
 def word_tokenizer(words, **special):
@@ -169,13 +176,68 @@ def test_logits_are_made_only_where_they_are_scored(model, tokenizer, text):
     assert made == [(1, kept, len(WORDS) + 1) for kept in (16, 6, 6)]
 
 
-def test_seqlen_is_capped_by_the_model(model, tokenizer, text):
-    capped = evaluate(model, tokenizer, text, dataset="random")
-    assert capped.seqlen == capped.stride == POSITIONS
-    assert capped == evaluate(model, tokenizer, text, dataset="random", seqlen=POSITIONS)
-    assert evaluate(model, tokenizer, text, dataset="random", seqlen=10**6, stride=6).seqlen == POSITIONS
+@pytest.mark.parametrize("batch_size", [2, 3, 4, 100])
+@pytest.mark.parametrize(("seqlen", "stride"), [(10, None), (20, 7), (16, 1), (9, 8), (2, 1)])
+def test_windows_evaluated_together_agree_with_the_naive_loop(model, tokenizer, text, seqlen, stride, batch_size):
+    rows = []
+    with model.model.register_forward_hook(lambda _module, _input, output: rows.append(len(output[0]))):
+        report = evaluate(model, tokenizer, text, dataset="random", seqlen=seqlen, stride=stride, batch_size=batch_size)
+    nll, count, scored = naive(model, tokenizer(text)["input_ids"], seqlen, stride or seqlen)
+    assert report.nll == pytest.approx(nll, rel=1e-5)
+    assert (report.windows, report.tokens) == (count, scored)
+    assert sum(rows) == count
+    assert max(rows) == min(batch_size, count - (1 if (stride or seqlen) < seqlen - 1 else 0))
+
+
+def test_batches_make_logits_only_where_they_are_scored_and_count_windows(model, tokenizer, text):
+    made, calls = [], []
+    with model.lm_head.register_forward_hook(lambda _module, _input, output: made.append(tuple(output.shape[:2]))):
+        evaluate(
+            model,
+            tokenizer,
+            text,
+            dataset="random",
+            seqlen=16,
+            stride=5,
+            limit=6,
+            batch_size=2,
+            progress=lambda *call: calls.append(call[1:]),
+        )
+    assert made == [(1, 16), (2, 6), (2, 6), (1, 6)]
+    assert calls == [(0, 6), (1, 6), (3, 6), (5, 6), (6, 6)]
+
+
+def test_a_batch_that_does_not_fit_names_the_fix():
+    class Full(FixedProbabilities):
+        def forward(self, **_):
+            raise torch.OutOfMemoryError
+
+    with pytest.raises(CheckpointError, match=r"3 x 2 tokens at once does not fit on cpu; use a smaller --batch-size"):
+        evaluate(
+            Full(TABLE), word_tokenizer(list("abc")), "a a b c a b", dataset="hand", seqlen=2, limit=3, batch_size=3
+        )
+
+
+def test_only_the_default_seqlen_shrinks_to_the_model(model, tokenizer, text):
+    shrunk = evaluate(model, tokenizer, text, dataset="random")
+    assert shrunk.seqlen == shrunk.stride == POSITIONS
+    assert shrunk == evaluate(model, tokenizer, text, dataset="random", seqlen=POSITIONS)
+    assert evaluate(model, tokenizer, text, dataset="random", stride=6).seqlen == POSITIONS
+    with pytest.raises(
+        UsageError, match=rf"is {POSITIONS + 1}, but .* {POSITIONS} tokens; use a seqlen of {POSITIONS}"
+    ):
+        evaluate(model, tokenizer, text, dataset="random", seqlen=POSITIONS + 1)
     with pytest.raises(UsageError, match=f"from 1 to {POSITIONS}"):
-        evaluate(model, tokenizer, text, dataset="random", seqlen=100, stride=50)
+        evaluate(model, tokenizer, text, dataset="random", stride=50)
+
+
+def test_the_shape_of_windows_needs_neither_text_nor_model():
+    with pytest.raises(UsageError, match="--limit 1"):
+        perplexity.window_shape(None, limit=0)
+    with pytest.raises(UsageError, match="--stride from 1 to 2048"):
+        perplexity.window_shape(None, stride=2049)
+    assert perplexity.window_shape(None) == (2048, 2048)
+    assert perplexity.window_shape(None, seqlen=10**6, stride=5) == (10**6, 5)
 
 
 def test_no_cap_where_the_model_names_no_limit():
@@ -247,6 +309,8 @@ def test_short_text_says_what_would_work(model, tokenizer):
         ({"seqlen": 1}, "--seqlen 2"),
         ({"seqlen": 0}, "--seqlen 2"),
         ({"limit": 0}, "--limit 1"),
+        ({"batch_size": 0}, "--batch-size 1"),
+        ({"batch_size": -2}, "--batch-size 1"),
     ],
 )
 def test_wrong_calls(model, tokenizer, text, wrong, sentence):
@@ -254,13 +318,14 @@ def test_wrong_calls(model, tokenizer, text, wrong, sentence):
         evaluate(model, tokenizer, text, **{"dataset": "random", "seqlen": 8, **wrong})
 
 
+@pytest.mark.parametrize("batch_size", [1, 2])
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
-def test_not_finite_loss_names_the_fix(poison):
+def test_not_finite_loss_names_the_fix(poison, batch_size):
     stub = FixedProbabilities(TABLE)
     with torch.no_grad():
         stub.logits[1, 0] = poison
     with pytest.raises(NonFiniteError, match=r"window 2 .*--dtype"):
-        evaluate(stub, word_tokenizer(list("abc")), "a a a a b c", dataset="hand", seqlen=3)
+        evaluate(stub, word_tokenizer(list("abc")), "a a a a b c", dataset="hand", seqlen=3, batch_size=batch_size)
 
 
 def test_impossible_token_is_an_infinite_loss():

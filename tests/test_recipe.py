@@ -42,6 +42,9 @@ def test_a_flag_of_zero_is_not_a_missing_flag() -> None:
         ({"seqlen": "512"}, "type int"),
         ({"seed": None}, "type int"),
         ({"calibration": ""}, "calibration source is empty"),
+        ({"split": ""}, "split is empty; name one"),
+        ({"text_column": ""}, "text_column is empty; name one"),
+        ({"split": 1}, "type str"),
     ],
 )
 def test_senseless_values_are_refused(settings: dict[str, Any], words: str) -> None:
@@ -99,6 +102,8 @@ _RECIPES = st.builds(
     calibration=st.text(st.characters(exclude_categories=["Cs"]), min_size=1),
     targets=st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(_is_no_regex)),
     ignore=st.lists(st.sampled_from(["lm_head", "re:.*down_proj", 'a"b'])),
+    split=st.none() | st.text(st.characters(exclude_categories=["Cs"]), min_size=1),
+    text_column=st.none() | st.text(st.characters(exclude_categories=["Cs"]), min_size=1),
     nsamples=st.integers(1, 10**6),
     seqlen=st.none() | st.integers(1, 10**6),
     seed=st.integers(-(10**9), 10**9),
