@@ -1,11 +1,12 @@
 """`macko demo` and `macko bench quality` on the bundled model, with less text and fewer tokens than they take by default."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers import quiet_transformers
+from helpers import edit_config, quiet_transformers
 from typer.testing import CliRunner
 
 from macko_llm import checkpoint, packing
@@ -110,3 +111,29 @@ def test_bench_quality_of_a_model_and_texts_of_ones_own(tmp_path: Path) -> None:
         "packed-50",
         "wanda-50",
     ]
+
+
+def test_bench_quality_of_datasets_takes_a_split_and_a_column_for_each(tmp_path: Path) -> None:
+    """Each text lies where only its own options lead, and the default length shrinks to the model's context."""
+    model = tmp_path / "model"
+    shutil.copytree(demo.MODEL_FOLDER, model)
+    edit_config(model, max_position_embeddings=128)
+    texts = demo.write_texts(tmp_path)
+    for name, split, column, text in (
+        ("calibrate", "first", "story", texts.calibration),
+        ("evaluate", "second", "body", texts.held_out),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "README.md").write_text(
+            f"---\nconfigs:\n- config_name: default\n  data_files:\n  - split: {split}\n    path: rows.jsonl\n---\n"
+        )
+        (tmp_path / name / "rows.jsonl").write_text(json.dumps({column: text.read_text()}))
+    call = ["bench", "quality", str(model), "--limit", "1", "--nsamples", "2", "--device", "cpu", "--json"]
+    call += ["--calibration", str(tmp_path / "calibrate"), "--calibration-split", "first"]
+    call += ["--calibration-column", "story", "--dataset", str(tmp_path / "evaluate"), "--dataset-split", "second"]
+    result = CliRunner().invoke(app, [*call, "--dataset-column", "body"])
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert (report["split"], report["seqlen"], report["windows"]) == ("second", 128, 1)
+    settings = (report["recipe"]["split"], report["recipe"]["text_column"], report["recipe"]["seqlen"])
+    assert settings == ("first", "story", 128)
