@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -114,82 +113,6 @@ def copy_side_files(source: Path, target: Path) -> None:
         skipped = path.name in (CONFIG_FILE, PROVENANCE_FILE, "README.md") or path.name.startswith(".")
         if path.is_file() and not skipped and not path.name.endswith(_WEIGHT_SUFFIXES):
             shutil.copyfile(path, target / path.name)
-
-
-def check_output(target: Path, *, overwrite: bool, source: Path | None = None) -> None:
-    """Refuse an output folder that would cost the user data; called before any long work.
-
-    Raises:
-        UsageError: the folder holds something and `overwrite` is not set, or it is not a model, or it is the source.
-    """
-    if target.exists() and not target.is_dir():
-        raise UsageError(f"The output {target} is a file; choose another folder with -o.")
-    if source is not None and target.exists():
-        inner, outer = source.resolve(), target.resolve()
-        if inner == outer or outer in inner.parents:
-            raise UsageError(f"The output {target} holds the input model {source}; choose another folder with -o.")
-    if target.is_dir() and any(target.iterdir()):
-        if not overwrite:
-            raise UsageError(f"The output folder {target} is not empty; choose another or add --overwrite.")
-        if not (target / CONFIG_FILE).is_file():
-            raise UsageError(
-                f"The output folder {target} is not a model folder, so it is kept; choose another with -o."
-            )
-
-
-@contextmanager
-def new_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary folder beside `target` that takes its place when the block ends without an error.
-
-    An interrupted job leaves `target` as it was.
-
-    Raises:
-        UsageError: see `check_output`.
-        CheckpointError: the disk is full or not writable.
-    """
-    target = Path(target)
-    check_output(target, overwrite=overwrite)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
-    except OSError as error:
-        raise CheckpointError(
-            f"{target} cannot be written ({error.strerror}); choose another folder with -o."
-        ) from error
-    try:
-        yield partial
-        _open_to_readers(partial)
-        _take_place(partial, target)
-    except OSError as error:
-        raise CheckpointError(
-            f"{target} could not be written ({error}); free some space or choose another disk."
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _take_place(partial: Path, target: Path) -> None:
-    if not target.exists() or not any(target.iterdir()):
-        partial.replace(target)
-        return
-    retired = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".replaced", dir=target.parent))
-    try:
-        target.replace(retired)
-        partial.replace(target)
-    finally:  # an interrupt must not cost the user the model that was there
-        if target.exists():
-            shutil.rmtree(retired, ignore_errors=True)
-        else:
-            retired.replace(target)
-
-
-def _open_to_readers(folder: Path) -> None:
-    """Give the permissions that new files get: mkdtemp and safetensors make theirs for their owner alone."""
-    mask = os.umask(0)
-    os.umask(mask)
-    folder.chmod(0o777 & ~mask)
-    for path in folder.rglob("*"):
-        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from macko_llm import checkpoint, models, packed_checkpoint
+from macko_llm import checkpoint, models, outputs, packed_checkpoint
 from macko_llm.checkpoint import TensorInfo
 from macko_llm.defaults import MAX_SHARD_SIZE
 from macko_llm.dtypes import VALUE_DTYPES, VALUE_HEADERS
@@ -104,7 +104,7 @@ def pack_checkpoint(
         )
     shard_bytes = checkpoint.parse_size(max_shard_size)
     if target is not None:
-        checkpoint.check_output(target, overwrite=overwrite, source=source)
+        outputs.check_output(target, overwrite=overwrite, source=source)
     if dtype is not None and dtype not in VALUE_DTYPES:
         raise UsageError(f"The dtype {dtype} cannot be packed; use {' or '.join(VALUE_DTYPES)}.")
     skeleton = models.skeleton(source, trust_remote_code=trust_remote_code)
@@ -118,7 +118,7 @@ def pack_checkpoint(
     layers: dict[str, LayerReport] = {}
     bytes_dense = bytes_packed = 0
     with ExitStack() as stack:
-        partial = None if target is None else stack.enter_context(checkpoint.new_folder(target, overwrite=overwrite))
+        partial = None if target is None else stack.enter_context(outputs.new_folder(target, overwrite=overwrite))
         writer = None if partial is None else ShardWriter(partial, shard_bytes, _possible_names(infos, linears))
         for number, (key, tensor) in enumerate(_tensors(infos)):
             progress("packing", number, len(infos))
@@ -165,9 +165,9 @@ def unpack_checkpoint(
     """
     require_packed(source)
     shard_bytes = checkpoint.parse_size(max_shard_size)
-    checkpoint.check_output(target, overwrite=overwrite, source=source)
+    outputs.check_output(target, overwrite=overwrite, source=source)
     _, linears, infos = _read_packed(source, trust_remote_code)
-    with checkpoint.new_folder(target, overwrite=overwrite) as partial:
+    with outputs.new_folder(target, overwrite=overwrite) as partial:
         writer = ShardWriter(partial, shard_bytes, [*infos, *(f"{name}.weight" for name in linears)])
         for number, (key, tensor) in enumerate(_tensors(infos)):
             progress("unpacking", number, len(infos))

@@ -98,6 +98,20 @@ def test_bench_quality_of_the_bundled_model() -> None:
     assert content["device"] == "cpu"
 
 
+def test_what_the_demo_did_not_write_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "wanda-50").mkdir()
+    (tmp_path / "wanda-50" / "config.json").write_text("a project of one's own")
+    for command in (["demo"], ["bench", "quality"]):
+        result = CliRunner().invoke(app, [*command, "-o", str(tmp_path)])
+        assert result.exit_code == 2, result.output
+        assert "holds wanda-50, which this command did not write" in result.stderr
+    (tmp_path / "calibration.txt").write_text("mine")
+    result = CliRunner().invoke(app, ["demo", "-o", str(tmp_path / "calibration.txt")])
+    assert (result.exit_code, "is a file; choose another folder" in result.stderr) == (2, True)
+    assert (tmp_path / "wanda-50" / "config.json").read_text() == "a project of one's own"
+    assert (tmp_path / "calibration.txt").read_text() == "mine"
+
+
 def test_bench_quality_of_a_model_and_texts_of_ones_own(tmp_path: Path) -> None:
     texts = demo.write_texts(tmp_path)
     call = ["bench", "quality", str(demo.MODEL_FOLDER), "--calibration", str(texts.calibration)]
@@ -106,6 +120,7 @@ def test_bench_quality_of_a_model_and_texts_of_ones_own(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "1 window of 128 tokens, 2 x 128 calibration tokens, float16, cpu" in result.stdout
     assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == [
+        ".macko-outputs.json",
         "dense",
         "magnitude-50",
         "packed-50",

@@ -29,7 +29,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _start(folder: Path, *arguments: str, command: list[str] = COMMAND, **environment: str) -> subprocess.Popen[str]:
+def _start(
+    folder: Path,
+    *arguments: str,
+    command: list[str] = COMMAND,
+    ignored: signal.Signals | None = None,
+    **environment: str,
+) -> subprocess.Popen[str]:
+    def set_signals() -> None:  # whatever those of the tests are: a shell that runs them in the background ignores some
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN if number == ignored else signal.SIG_DFL)
+
     settings = {
         name: value for name, value in os.environ.items() if not name.startswith(("TQDM", "HF_", "TRANSFORMERS"))
     }
@@ -42,7 +52,17 @@ def _start(folder: Path, *arguments: str, command: list[str] = COMMAND, **enviro
         text=True,
         encoding="utf-8",
         env={**settings, "OMP_NUM_THREADS": "1", **environment},
+        preexec_fn=set_signals,
     )
+
+
+def _wait_for(process: subprocess.Popen[str], beginning: str) -> None:
+    """Read a process's messages until one begins so."""
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith(beginning):
+            return
+    raise AssertionError(f"it ended without a line that begins with {beginning!r}")
 
 
 def _finish(process: subprocess.Popen[str], exit_code: int = 0, stdin: str | None = None) -> tuple[str, str]:
@@ -90,19 +110,39 @@ def test_the_main_chain(folder: Path) -> None:
     assert all(torch.equal(tensor, unpacked[name]) for name, tensor in pruned.items())
 
 
-def test_an_interrupted_prune_leaves_nothing(folder: Path) -> None:
+SIGNALS = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}
+
+
+@pytest.mark.parametrize("name", SIGNALS)
+def test_an_interrupted_prune_leaves_nothing(name: str, folder: Path) -> None:
     long_work = ["--calibration", "text.txt", "--nsamples", "4000", "--seqlen", "32"]
     process = _start(folder, "prune", "dense", "-o", "interrupted", *long_work)
-    assert process.stderr is not None
-    for line in process.stderr:
-        if line.startswith("pruning blocks"):
-            break
-    assert any(path.name.startswith(".interrupted.") for path in folder.iterdir())
-    process.send_signal(signal.SIGINT)
-    out, err = _finish(process, exit_code=130)
+    _wait_for(process, "pruning blocks")
+    assert any(path.name.endswith("-interrupted") for path in folder.iterdir())
+    process.send_signal(getattr(signal, name))
+    out, err = _finish(process, exit_code=SIGNALS[name])
     assert out == ""
     assert err.splitlines()[-1].startswith("macko: Interrupted; ")
     assert not any("interrupted" in path.name for path in folder.iterdir())
+
+
+def test_a_hangup_that_is_ignored_stays_ignored(folder: Path) -> None:
+    work = ["--calibration", "text.txt", "--nsamples", "200", "--seqlen", "32"]
+    process = _start(folder, "prune", "dense", "-o", "hung-up", *work, ignored=signal.SIGHUP)
+    _wait_for(process, "pruning blocks")
+    process.send_signal(signal.SIGHUP)
+    _finish(process)
+    assert (folder / "hung-up" / "config.json").is_file()
+
+
+def test_an_interrupted_demo_leaves_nothing_unfinished(folder: Path) -> None:
+    process = _start(folder, "demo", "-o", "demo")
+    _wait_for(process, "pruning blocks")
+    process.send_signal(signal.SIGINT)
+    _, err = _finish(process, exit_code=130)
+    assert err.splitlines()[-1].startswith("macko: Interrupted; ")
+    assert not [path for path in (folder / "demo").rglob("*") if "partial" in path.name]
+    assert all((path / "config.json").is_file() for path in (folder / "demo").iterdir() if path.is_dir())
 
 
 def test_a_missing_package(folder: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from macko_llm import calibration, checkpoint, generation, models, packing, perplexity
+from macko_llm import calibration, checkpoint, generation, models, outputs, packing, perplexity
 from macko_llm.loading import load
 from macko_llm.progress import Progress, no_progress
 from macko_llm.pruning.pipeline import prune_checkpoint
@@ -72,7 +72,7 @@ def measure_chain(
 
     Args:
         model: folder of a dense checkpoint.
-        workdir: gets a folder a checkpoint: dense, magnitude-50, wanda-50, packed-50, ...; earlier ones are replaced.
+        workdir: gets a folder a checkpoint: dense, magnitude-50, wanda-50, packed-50, ...; an earlier run's are replaced.
         recipe: calibration settings; method and sparsity are set by this function, and "auto" dtype becomes float16, so
             that dense and packed values have the same width.
         sparsities: one magnitude, one Wanda and one packed (Wanda) checkpoint each.
@@ -129,15 +129,20 @@ def measure_chain(
         prune_checkpoint(model, target, how, device=device, overwrite=True, progress=progress)
         return target
 
-    # A sparsity of 0 removes nothing: the dense model, in the dtype of the others.
-    measure("dense", prune("dense", replace(recipe, method="magnitude", sparsity=0.0)), 0.0)
-    for how in recipes:
-        percent = f"{how.sparsity * 100:g}"
-        for method in ("magnitude", "wanda"):
-            measure(f"{method} {percent}%", prune(f"{method}-{percent}", replace(how, method=method)), how.sparsity)
-        packed = workdir / f"packed-{percent}"
-        report = packing.pack_checkpoint(workdir / f"wanda-{percent}", packed, overwrite=True, progress=progress)
-        measure(f"packed {percent}%", packed, report.sparsity)
+    names = [
+        "dense",
+        *(f"{kind}-{how.sparsity * 100:g}" for how in recipes for kind in ("magnitude", "wanda", "packed")),
+    ]
+    with outputs.several_outputs(workdir, names):
+        # A sparsity of 0 removes nothing: the dense model, in the dtype of the others.
+        measure("dense", prune("dense", replace(recipe, method="magnitude", sparsity=0.0)), 0.0)
+        for how in recipes:
+            percent = f"{how.sparsity * 100:g}"
+            for method in ("magnitude", "wanda"):
+                measure(f"{method} {percent}%", prune(f"{method}-{percent}", replace(how, method=method)), how.sparsity)
+            packed = workdir / f"packed-{percent}"
+            report = packing.pack_checkpoint(workdir / f"wanda-{percent}", packed, overwrite=True, progress=progress)
+            measure(f"packed {percent}%", packed, report.sparsity)
     used_device = models.resolve_device(device)
     device_name = torch.cuda.get_device_name(used_device) if used_device.type == "cuda" else str(used_device)
     return QualityReport(

@@ -5,7 +5,9 @@ import functools
 import json
 import math
 import os
+import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +24,8 @@ Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 DEBUG_VARIABLE = "MACKO_DEBUG"
+SIGNAL_EXIT_CODE = 128
+"""What shells add to the number of the signal that ended a process."""
 SECONDS_BETWEEN_LINES = 10.0
 PIPE_WIDTH = 160
 """Columns of a table that is not printed to a terminal, wide enough never to cut a name."""
@@ -36,13 +40,14 @@ def plain_errors(command: Callable[Arguments, Result]) -> Callable[Arguments, Re
     def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         try:
             _quiet_libraries()
-            with written_output(), _plain_warnings():
+            with _unwinding_signals(), written_output(), _plain_warnings():
                 return command(*args, **kwargs)
         except (typer.Exit, typer.Abort):
             raise
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as interrupt:
+            number = interrupt.args[0] if isinstance(interrupt, _SignalReceivedError) else signal.SIGINT
             print_error("Interrupted; nothing unfinished was left behind.")
-            raise typer.Exit(130) from None
+            raise typer.Exit(SIGNAL_EXIT_CODE + number) from None
         except Exception as error:
             if os.environ.get(DEBUG_VARIABLE, "") not in ("", "0"):
                 raise
@@ -50,6 +55,32 @@ def plain_errors(command: Callable[Arguments, Result]) -> Callable[Arguments, Re
             raise typer.Exit(error.exit_code if isinstance(error, MackoError) else 1) from None
 
     return run
+
+
+class _SignalReceivedError(KeyboardInterrupt):
+    """A signal that ends the process, whose number is the argument: whatever cleans up after Ctrl-C does so after it."""
+
+
+@contextmanager
+def _unwinding_signals() -> Iterator[None]:
+    """While this lasts, SIGTERM and SIGHUP are like Ctrl-C, unless they are ignored, as under nohup."""
+
+    def unwind(number: int, _frame: object) -> None:
+        raise _SignalReceivedError(number)
+
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        numbers = (getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP"))  # Windows has no SIGHUP
+        before = {number: signal.getsignal(number) for number in numbers if number is not None}
+    for number, handler in before.items():
+        if handler == signal.SIG_DFL:
+            signal.signal(number, unwind)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if handler == signal.SIG_DFL:
+                signal.signal(number, handler)
 
 
 @contextmanager

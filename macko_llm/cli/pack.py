@@ -41,12 +41,15 @@ def pack(
 
         macko pack ./pruned -o packed --dry-run
     """
-    from macko_llm import checkpoint
+    from macko_llm import checkpoint, outputs
     from macko_llm.packing import pack_checkpoint
 
+    folder = checkpoint.locate(model)
+    if dry_run:
+        outputs.check_output(output, overwrite=overwrite, source=folder)
     with progress_bars() as progress:
         report = pack_checkpoint(
-            checkpoint.locate(model),
+            folder,
             None if dry_run else output,
             dtype=dtype,
             max_shard_size=max_shard_size,

@@ -4,7 +4,7 @@ import lzma
 from dataclasses import dataclass
 from pathlib import Path
 
-from macko_llm import generation, models
+from macko_llm import generation, models, outputs
 from macko_llm.benchmarks.quality import QualityReport, measure_chain
 from macko_llm.loading import load
 from macko_llm.progress import Progress, no_progress
@@ -42,11 +42,17 @@ def bundled_text(name: str) -> bytes:
 
 
 def write_texts(folder: Path) -> Texts:
-    """Write stories to calibrate on, and others to evaluate on, into `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write stories to calibrate on, and others to evaluate on, into `folder`.
+
+    Raises:
+        UsageError: other files of these names lie there.
+        CheckpointError: they cannot be written.
+    """
     texts = Texts(folder / "calibration.txt", folder / "held-out.txt")
-    for file in (texts.calibration, texts.held_out):
-        file.write_bytes(bundled_text(file.name))
+    files = (texts.calibration, texts.held_out)
+    with outputs.several_outputs(folder, [file.name for file in files]):
+        for file in files:
+            file.write_bytes(bundled_text(file.name))
     return texts
 
 

@@ -10,7 +10,7 @@ import transformers
 from torch import nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from macko_llm import checkpoint, models
+from macko_llm import checkpoint, models, outputs
 from macko_llm.calibration import (
     TEXT_COLUMN,
     calibration_tokens,
@@ -129,7 +129,7 @@ def prune_checkpoint(
         _check_tokens(skeleton, tokens)
         progress("drawing calibration tokens", 1, 1)
 
-    with checkpoint.new_folder(Path(target), overwrite=overwrite) as partial:
+    with outputs.new_folder(Path(target), overwrite=overwrite) as partial:
         progress("loading the model", 0, 1)
         loaded = models.load_model(folder, dtype=recipe.dtype, device=device, trust_remote_code=trust_remote_code)
         progress("loading the model", 1, 1)
@@ -267,12 +267,12 @@ def _prepare(
     model: str | Path, target: Path, recipe: PruneRecipe, trust_remote_code: bool, overwrite: bool
 ) -> tuple[Path, PreTrainedModel, PruneRecipe]:
     """Refuse what can be refused without weights; the model's folder, its skeleton, and the recipe with its gaps filled."""
-    checkpoint.check_output(target, overwrite=overwrite)
+    outputs.check_output(target, overwrite=overwrite)
     models.resolve_dtype(recipe.dtype)
     if recipe.method == "wanda":
         check_source(recipe.calibration, recipe.split, recipe.text_column)
     folder = checkpoint.locate(model)
-    checkpoint.check_output(target, overwrite=overwrite, source=folder)
+    outputs.check_output(target, overwrite=overwrite, source=folder)
     method = checkpoint.quantization_method(folder)
     if method == checkpoint.QUANT_METHOD:
         raise UsageError(f"{folder} is packed; unpack it first with `macko unpack`, or prune the dense model.")
