@@ -1,7 +1,7 @@
 """Checkpoint to packed checkpoint and back, one tensor at a time."""
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,7 +119,7 @@ def pack_checkpoint(
     bytes_dense = bytes_packed = 0
     with ExitStack() as stack:
         partial = None if target is None else stack.enter_context(outputs.new_folder(target, overwrite=overwrite))
-        writer = None if partial is None else ShardWriter(partial, shard_bytes, _possible_names(infos, linears))
+        writer = None if partial is None else ShardWriter(partial, shard_bytes)
         for number, (key, tensor) in enumerate(_tensors(infos)):
             progress("packing", number, len(infos))
             tensor = _cast(tensor, VALUE_DTYPES[value_dtype], key)
@@ -168,7 +168,7 @@ def unpack_checkpoint(
     outputs.check_output(target, overwrite=overwrite, source=source)
     _, linears, infos = _read_packed(source, trust_remote_code)
     with outputs.new_folder(target, overwrite=overwrite) as partial:
-        writer = ShardWriter(partial, shard_bytes, [*infos, *(f"{name}.weight" for name in linears)])
+        writer = ShardWriter(partial, shard_bytes)
         for number, (key, tensor) in enumerate(_tensors(infos)):
             progress("unpacking", number, len(infos))
             name, _, array = key.rpartition(".")
@@ -306,11 +306,6 @@ def _cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
             "pack with --dtype bfloat16."
         )
     return cast
-
-
-def _possible_names(infos: Iterable[str], linears: Iterable[str]) -> list[str]:
-    """What the tensors of a packed checkpoint may be called: whether a layer is packed shows only when it is."""
-    return [*infos, *(key for name in linears for key in array_keys(name))]
 
 
 def _pack_layer(name: str, weight: Tensor) -> tuple[LayerReport, dict[str, Tensor]]:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +16,9 @@ from macko_llm.errors import CheckpointError
 
 _HEADER_NAMES = {dtype: header for header, dtype in HEADERS.items()}
 _METADATA = {"format": "pt"}  # transformers reads no shard without it
-_ENTRY_BYTES = 128  # of a tensor in a header, without its name: dtype, two dimensions, two offsets
+# The order in which safetensors writes dtypes, so that a file is the same whoever writes it.
+_DTYPE_ORDER = ("I64", "F64", "F32", "I32", "BF16", "F16", "I16", "I8", "U8", "BOOL")
+_COPY_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -31,31 +33,25 @@ class StoredTensor:
 
 
 class ShardWriter:
-    """Appends tensors to safetensors shards of a folder.
+    """Writes tensors to safetensors shards of a folder, byte for byte as safetensors does.
 
-    A shard's header comes first in the file, but is known last: room for it is left, and what is not needed stays blank, as
-    the format allows.
+    Tensors are appended to a file without a header, and put in order when all are there.
 
     Args:
         folder: where the shards go.
         max_shard_bytes: a shard ends before its tensors would pass this size (a larger single tensor gets its own).
-        names: what the tensors may be called, more of them rather than fewer: they decide how much room is left.
-        written: `state()` of a writer of the same arguments that was cut off; what that had written later is overwritten.
+        written: `state()` of a writer of the same folder that was cut off; what that had written later is overwritten.
 
     Raises:
         CheckpointError: a file cannot be written, or a tensor has a dtype that no checkpoint here has.
     """
 
-    def __init__(
-        self, folder: Path, max_shard_bytes: int, names: Iterable[str], written: Mapping[str, Any] | None = None
-    ) -> None:
+    def __init__(self, folder: Path, max_shard_bytes: int, written: Mapping[str, Any] | None = None) -> None:
         self._folder = folder
         self._max_shard_bytes = max_shard_bytes
         self._tensors = {name: _stored(entry) for name, entry in (written or {}).items()}
         self._shard = max((stored.shard for stored in self._tensors.values()), default=1)
         self._end = max((stored.end for stored in self._tensors.values() if stored.shard == self._shard), default=0)
-        longest = sum(len(json.dumps(name)) + _ENTRY_BYTES for name in {*names, *self._tensors})
-        self._data_begins = LENGTH_BYTES + -(-(longest + _ENTRY_BYTES) // 8) * 8
 
     @property
     def total_bytes(self) -> int:
@@ -73,7 +69,7 @@ class ShardWriter:
             self._shard, _HEADER_NAMES[data.dtype], tuple(data.shape), self._end, self._end + data.nbytes
         )
         with _plain_errors(), self._open(self._shard) as file:
-            file.seek(self._data_begins + entry.begin)
+            file.seek(entry.begin)
             file.write(memoryview(data.reshape(-1).view(torch.uint8).numpy().data))
         self._tensors[name] = entry
         self._end = entry.end
@@ -85,36 +81,38 @@ class ShardWriter:
     def info(self, name: str) -> TensorInfo:
         """Where a tensor that has been written lies, until the shards are closed."""
         stored = self._tensors[name]
-        return TensorInfo(self._path(stored.shard), stored.dtype, stored.shape, self._data_begins + stored.begin)
+        return TensorInfo(self._path(stored.shard), stored.dtype, stored.shape, stored.begin)
 
     def close(self) -> None:
-        """Write the headers, give the shards their final names, and write the index if there is more than one."""
+        """Write the shards under their final names, and the index if there is more than one."""
         files = {
             number: WEIGHTS_FILE if self._shard == 1 else f"model-{number:05d}-of-{self._shard:05d}.safetensors"
             for number in range(1, self._shard + 1)
         }
         with _plain_errors():
             for number, final in files.items():
-                self._write_header(number)
-                self._path(number).rename(self._folder / final)
+                self._put_in_order(number, self._folder / final)
+                self._path(number).unlink()
             if len(files) > 1:
                 weight_map = {name: files[stored.shard] for name, stored in sorted(self._tensors.items())}
                 index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
                 write_json(self._folder / INDEX_FILE, index)
 
-    def _write_header(self, number: int) -> None:
+    def _put_in_order(self, number: int, file: Path) -> None:
+        tensors = [(name, stored) for name, stored in self._tensors.items() if stored.shard == number]
+        tensors.sort(key=lambda entry: (_DTYPE_ORDER.index(entry[1].dtype), entry[0]))
         header: dict[str, Any] = {"__metadata__": _METADATA}
-        for name, stored in self._tensors.items():
-            if stored.shard == number:
-                offsets = [stored.begin, stored.end]
-                header[name] = {"dtype": stored.dtype, "shape": list(stored.shape), "data_offsets": offsets}
-        room = self._data_begins - LENGTH_BYTES
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=True).encode().ljust(room)
-        assert len(text) == room, "the names given to the writer leave too little room for the header"
-        end = max((stored.end for stored in self._tensors.values() if stored.shard == number), default=0)
-        with self._open(number) as file:
-            file.write(room.to_bytes(LENGTH_BYTES, "little") + text)
-            file.truncate(self._data_begins + end)
+        end = 0
+        for name, stored in tensors:
+            begin, end = end, end + stored.end - stored.begin
+            header[name] = {"dtype": stored.dtype, "shape": list(stored.shape), "data_offsets": [begin, end]}
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text = text.ljust(-(-len(text) // LENGTH_BYTES) * LENGTH_BYTES)
+        with self._open(number) as source, file.open("wb") as target:
+            target.write(len(text).to_bytes(LENGTH_BYTES, "little") + text)
+            for _, stored in tensors:
+                source.seek(stored.begin)
+                _copy(source, target, stored.end - stored.begin)
 
     def _open(self, number: int) -> BinaryIO:
         """A shard, to write anywhere in it; what is there stays."""
@@ -122,6 +120,15 @@ class ShardWriter:
 
     def _path(self, number: int) -> Path:
         return self._folder / f"shard-{number:05d}.part"
+
+
+def _copy(source: BinaryIO, target: BinaryIO, count: int) -> None:
+    while count:
+        part = source.read(min(count, _COPY_BYTES))
+        if not part:
+            raise OSError(f"{source.name} has shrunk")
+        target.write(part)
+        count -= len(part)
 
 
 def _stored(entry: Mapping[str, Any]) -> StoredTensor:

@@ -145,7 +145,7 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
 
 
 def _write_shards(folder: Path, sizes: dict[str, int], max_shard_bytes: int) -> None:
-    writer = ShardWriter(folder, max_shard_bytes, sizes)
+    writer = ShardWriter(folder, max_shard_bytes)
     for name, size in sizes.items():
         writer.add(name, torch.zeros(size, dtype=torch.uint8))
     writer.close()

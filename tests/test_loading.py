@@ -271,7 +271,7 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
 
 def _write(folder: Path, tensors: dict[str, torch.Tensor]) -> Path:
     file = folder / "model.safetensors"
-    writer = ShardWriter(folder, 10**9, tensors)
+    writer = ShardWriter(folder, 10**9)
     for name, tensor in tensors.items():
         writer.add(name, tensor)
     writer.close()

@@ -260,6 +260,9 @@ def test_save_pretrained_gives_the_same_bytes(family: str, shards: str, tmp_path
     model.save_pretrained(tmp_path / "saved", max_shard_size=shards)
     assert (len(checkpoint.weight_files(tmp_path / "saved")) > 1) == (shards == "40KB")
     assert _bits(weights(tmp_path / "saved")) == _bits(weights(packed))
+    if shards == "5GB":
+        saved = tmp_path / "saved" / "model.safetensors"
+        assert saved.read_bytes() == (packed / "model.safetensors").read_bytes()
     assert checkpoint.read_config(tmp_path / "saved") == checkpoint.read_config(packed)
     assert inspect_checkpoint(tmp_path / "saved").layers == inspect_checkpoint(packed).layers
     assert torch.equal(_logits(macko_llm.load(tmp_path / "saved", device="cpu")), _logits(model))
