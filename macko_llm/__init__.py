@@ -5,12 +5,15 @@
 touches no GPU.
 """
 
-from typing import TYPE_CHECKING, Any
+from __future__ import annotations
 
 from macko_llm.import_hook import register_with_transformers
 from macko_llm.version import __version__
 
+TYPE_CHECKING = False  # see import_hook.py
 if TYPE_CHECKING:
+    from typing import Any
+
     from transformers import PreTrainedModel
 
 __all__ = ["__version__", "load"]
@@ -18,7 +21,7 @@ __all__ = ["__version__", "load"]
 register_with_transformers()
 
 
-def load(path: str, **options: Any) -> "PreTrainedModel":
+def load(path: str, **options: Any) -> PreTrainedModel:
     """Load a causal language model, dense or packed, ready for inference.
 
     Args:

@@ -2,22 +2,28 @@
 
 `import macko_llm` must make `AutoModelForCausalLM.from_pretrained` understand packed checkpoints, but importing
 transformers takes seconds, which `macko --help` and shell completion should not pay.
+
+Where macko is installed, every Python begins with this module (build_backend/macko_llm.pth): it imports next to nothing.
 """
 
-import importlib
-import importlib.abc
-import importlib.machinery
+from __future__ import annotations
+
 import sys
-from collections.abc import Sequence
 from itertools import dropwhile
-from types import ModuleType
-from typing import Any
+
+TYPE_CHECKING = False  # the one of typing takes longer than all of this module
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from importlib.abc import Loader
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+    from typing import Any
 
 TRIGGER = "transformers.modeling_utils"
 INTEGRATION = "macko_llm.transformers_integration"
 
 
-class _TriggerFinder(importlib.abc.MetaPathFinder):
+class _TriggerFinder:
     """Lets the finders behind it find the trigger, and wraps the loader that they give.
 
     It stays for good: being asked for the module is no sign that the module will be run.
@@ -25,24 +31,24 @@ class _TriggerFinder(importlib.abc.MetaPathFinder):
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
+    ) -> ModuleSpec | None:
         if fullname != TRIGGER:
             return None
         behind = list(dropwhile(lambda finder: finder is not self, sys.meta_path))[1:]
         found = (finder.find_spec(fullname, path, target) for finder in behind if hasattr(finder, "find_spec"))
         spec = next((spec for spec in found if spec is not None), None)
         if spec is not None and spec.loader is not None:
-            spec.loader = _TriggerLoader(spec.loader)
+            spec.loader = _TriggerLoader(spec.loader)  # type: ignore[assignment]
         return spec
 
 
-class _TriggerLoader(importlib.abc.Loader):
-    """Runs the module as its own loader does, gives it that loader back, then registers.
+class _TriggerLoader:
+    """Runs the module as its own loader does, gives it that loader back, then registers; a `Loader` in all but its base class.
 
     Whoever only looks (`get_source`, `get_code`, `is_package`, ...) is answered by that loader.
     """
 
-    def __init__(self, loader: importlib.abc.Loader) -> None:
+    def __init__(self, loader: Loader) -> None:
         self._loader = loader
 
     def __getattr__(self, name: str) -> Any:
@@ -50,7 +56,7 @@ class _TriggerLoader(importlib.abc.Loader):
             raise AttributeError(name)
         return getattr(self._loader, name)
 
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
@@ -58,12 +64,31 @@ class _TriggerLoader(importlib.abc.Loader):
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader
         self._loader.exec_module(module)
-        importlib.import_module(INTEGRATION)
+        try:
+            _integrate()
+        except Exception as error:  # who uses transformers may not know of macko
+            _warn(error)
 
 
 def register_with_transformers() -> None:
     """Register now if transformers can load models already, else as soon as it can."""
     if TRIGGER in sys.modules:
-        importlib.import_module(INTEGRATION)
+        _integrate()
     elif not any(isinstance(finder, _TriggerFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _TriggerFinder())
+
+
+def _integrate() -> None:
+    from importlib import import_module
+
+    import_module(INTEGRATION)
+
+
+def _warn(error: Exception) -> None:
+    import warnings
+
+    warnings.warn(
+        f"macko cannot teach this transformers to read packed models ({type(error).__name__}: {error}), which it would load as "
+        "random weights; update or uninstall macko-llm.",
+        stacklevel=2,
+    )

@@ -224,6 +224,19 @@ class TestBuilding:
         reason = "MACKO_CUDA=off" if value == "off" else "no nvcc was found"
         assert f"building for the CPU alone: {reason}" in capfd.readouterr().out
 
+    @pytest.mark.parametrize("build", ["build_wheel", "build_editable"])
+    def test_the_line_that_python_starts_with_comes_and_goes_with_every_install(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, build: str
+    ) -> None:
+        monkeypatch.setenv("MACKO_CUDA", "off")
+        name = getattr(macko_build, build)(str(tmp_path), {"build-dir": str(tmp_path / "build")})
+        with zipfile.ZipFile(tmp_path / name) as wheel:
+            line = wheel.read("macko_llm.pth").decode()
+            record = next(entry for entry in wheel.namelist() if entry.endswith(".dist-info/RECORD"))
+            assert "\nmacko_llm.pth," in f"\n{wheel.read(record).decode()}"  # what uninstalling removes
+        assert line.count("\n") == 1
+        assert line.startswith("import ")  # only such lines are run
+
     def test_a_broken_compiler_is_an_error_that_names_the_way_out(
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
     ) -> None:

@@ -24,6 +24,8 @@ from macko_llm.recipe import PruneRecipe
 
 PACKED_LAYERS = 14
 
+STARTUP = Path(__file__).parents[1] / "build_backend" / "macko_llm.pth"
+
 PROBE = """
 import importlib.util, sys
 import macko_llm
@@ -45,10 +47,10 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "packed"
 
 
-def _python(code: str, *arguments: object) -> list[str]:
+def _python(code: str, *arguments: object, probe: str = PROBE) -> list[str]:
     """The lines that a new process prints."""
     run = subprocess.run(
-        [sys.executable, "-c", PROBE + code, *map(str, arguments)],
+        [sys.executable, "-c", probe + code, *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=120,
@@ -120,6 +122,52 @@ def test_a_probes_loader_answers_other_tools_as_the_true_loader_does(packed: Pat
     assert lines == ["True True", "True", "False True", "True", "True False", str(PACKED_LAYERS)]
 
 
+# Without `import macko_llm`
+
+
+def test_plain_transformers_loads_packed_where_macko_is_installed(packed: Path) -> None:
+    lines = _python(
+        "import sys\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+        "print(sum(type(module).__name__ == 'MackoLinear' for module in model.modules()))\n",
+        packed,
+        probe="",
+    )
+    assert lines == [str(PACKED_LAYERS)], "install macko again with `make build`, which puts macko_llm.pth in place"
+
+
+def _start(folder: Path, code: str = "") -> subprocess.CompletedProcess[str]:
+    """A Python that begins with macko's line, and finds the package in `folder` alone."""
+    start = f"import site, sys\nsys.path.insert(0, {str(folder)!r})\nsite.addsitedir({str(STARTUP.parent)!r})\n"
+    # -S: without the packages of this environment, and its own such line
+    command = [sys.executable, "-S", "-c", start + code]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=folder)
+
+
+def test_every_python_begins_with_three_small_modules_and_none_of_others() -> None:
+    run = _start(
+        Path(import_hook.__file__).parents[1], "print(*sorted(name for name in sys.modules if 'macko' in name))"
+    )
+    assert (run.stdout.split(), run.stderr) == (["macko_llm", "macko_llm.import_hook", "macko_llm.version"], "")
+    others = "print(*{name.partition('.')[0] for name in sys.modules} & {'typing', 'importlib', 'ctypes', 'json'})"
+    assert _start(Path(import_hook.__file__).parents[1], others).stdout.split() == []
+
+
+@pytest.mark.parametrize("left", [None, "", "import macko_llm.import_hook", "1 / 0", "not Python"])
+def test_a_package_that_is_half_gone_leaves_python_silent(left: str | None, tmp_path: Path) -> None:
+    (tmp_path / "macko_llm" / "lib").mkdir(parents=True)
+    if left is not None:
+        (tmp_path / "macko_llm" / "__init__.py").write_text(left)
+    run = _start(tmp_path, "print('started')")
+    assert (run.returncode, run.stdout, run.stderr) == (0, "started\n", "")
+
+
+def test_no_package_at_all_leaves_python_silent(tmp_path: Path) -> None:
+    run = _start(tmp_path, "print('started', 'macko_llm' in sys.modules)")
+    assert (run.returncode, run.stdout, run.stderr) == (0, "started False\n", "")
+
+
 # Small modules in their place
 
 
@@ -159,6 +207,15 @@ def test_an_import_that_fails_leaves_the_hook_for_the_next(small: Path) -> None:
     source.write_text("ready = True  # of another length, so that no cache takes it for the first")
     assert importlib.import_module("macko_test_trigger").ready
     assert "macko_test_integration" in sys.modules
+
+
+def test_a_transformers_that_macko_does_not_suit_still_loads_and_a_warning_says_why(small: Path) -> None:
+    (small / "macko_test_trigger.py").write_text("ready = True")
+    (small / "macko_test_integration.py").write_text("raise ImportError('no register_quantizer')")
+    with pytest.warns(
+        UserWarning, match=r"packed models \(ImportError: no register_quantizer\), .*; update or uninstall"
+    ):
+        assert importlib.import_module("macko_test_trigger").ready
 
 
 def test_a_module_that_cannot_be_found_is_an_ordinary_import_error(small: Path) -> None:
