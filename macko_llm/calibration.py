@@ -22,12 +22,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import IO, TYPE_CHECKING, Any, Literal, cast
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from macko_llm.errors import CalibrationError, UsageError
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # the checks of what is asked for do without
+    import torch
     from datasets import IterableDataset, IterableDatasetDict
     from transformers import PreTrainedTokenizerBase
 
@@ -155,7 +155,7 @@ def calibration_tokens(
     seed: int,
     split: str | None = None,
     text_column: str | None = None,
-) -> torch.Tensor:
+) -> "torch.Tensor":
     """Calibration sequences of a source.
 
     Args:
@@ -187,7 +187,7 @@ def calibration_tokens(
 
 def draw_tokens(
     tokenizer: "PreTrainedTokenizerBase", documents: Sequence[str], nsamples: int, seqlen: int, seed: int
-) -> torch.Tensor:
+) -> "torch.Tensor":
     """Draw token sequences as locuslab's reference does (github.com/locuslab/wanda, lib/data.py).
 
     For each sequence documents are drawn, with replacement, until one has more than `seqlen` tokens (with the special
@@ -223,7 +223,7 @@ def draw_tokens(
         tokens = long_enough[index]
         start = generator.randint(0, len(tokens) - seqlen - 1)
         sequences.append(tokens[start : start + seqlen])
-    return torch.tensor(sequences, dtype=torch.int64)
+    return _token_tensor(sequences)
 
 
 def draw_from_stream(
@@ -232,7 +232,7 @@ def draw_from_stream(
     nsamples: int,
     seqlen: int,
     seed: int,
-) -> torch.Tensor:
+) -> "torch.Tensor":
     """Draw token sequences from documents that come one by one, and read no more of them than needed.
 
     A thousand documents at a time are read and shuffled. The first `nsamples` with more than `seqlen` tokens give a sequence
@@ -263,7 +263,7 @@ def draw_from_stream(
         tokens = long_enough[index % len(long_enough)]
         start = generator.randint(0, len(tokens) - seqlen - 1)
         sequences.append(tokens[start : start + seqlen])
-    return torch.tensor(sequences, dtype=torch.int64)
+    return _token_tensor(sequences)
 
 
 def _shuffled(documents: Iterator[str], generator: random.Random) -> Iterator[str]:
@@ -272,7 +272,13 @@ def _shuffled(documents: Iterator[str], generator: random.Random) -> Iterator[st
         yield from some
 
 
-def load_tokens(path: Path) -> torch.Tensor:
+def _token_tensor(sequences: list[list[int]]) -> "torch.Tensor":
+    import torch
+
+    return torch.tensor(sequences, dtype=torch.int64)
+
+
+def load_tokens(path: Path) -> "torch.Tensor":
     """The int64 `tokens` [nsamples, seqlen] of a safetensors file, on the CPU.
 
     Raises:
@@ -286,6 +292,8 @@ def load_tokens(path: Path) -> torch.Tensor:
         raise CalibrationError(f"{path} is corrupt or truncated ({error}); write the tokens again.") from error
     if tokens is None:
         raise CalibrationError(f'{path} has no tensor "tokens"; save int64 tokens [nsamples, seqlen] under that name.')
+    import torch
+
     if tokens.dtype != torch.int64 or tokens.ndim != 2 or tokens.numel() == 0:
         raise CalibrationError(
             f"The tokens in {path} are {str(tokens.dtype).removeprefix('torch.')} {list(tokens.shape)}; "
@@ -294,8 +302,10 @@ def load_tokens(path: Path) -> torch.Tensor:
     return tokens
 
 
-def tokens_sha256(tokens: torch.Tensor) -> str:
+def tokens_sha256(tokens: "torch.Tensor") -> str:
     """SHA-256 (hex) of tokens: the shape, then the values row by row, all as little-endian int64."""
+    import torch
+
     values = tokens.to("cpu", torch.int64).contiguous().numpy()
     shape = b"".join(size.to_bytes(8, "little") for size in values.shape)
     return hashlib.sha256(shape + values.astype("<i8").tobytes()).hexdigest()

@@ -1,5 +1,7 @@
 """Hugging Face checkpoints as folders of files: finding them, reading them shard by shard, writing them atomically."""
 
+from __future__ import annotations
+
 import json
 import os
 import re
@@ -8,12 +10,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
 from macko_llm.errors import CheckpointError, UsageError
 from macko_llm.version import __version__
+
+if TYPE_CHECKING:
+    pass
 
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"

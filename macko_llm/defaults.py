@@ -1,5 +1,17 @@
 """Defaults that the library and the command line share; those of a pruning run are in recipe.py."""
 
+MODEL_DTYPE_NAMES = ("float16", "bfloat16", "float32")
+"""Dtypes that models are loaded in."""
+
+VALUE_DTYPE_NAMES = ("float16", "bfloat16")
+"""Dtypes of packed values."""
+
+ENTRY_ALIGNMENT = 8
+"""A packed matrix's arrays are padded to a multiple of this many entries, so that kernels may read 16 bytes at once."""
+
+MAX_ENTRIES = 2**31 - 1 - ENTRY_ALIGNMENT
+"""Of a packed matrix, whose row offsets are int32."""
+
 MAX_NEW_TOKENS = 128
 """Tokens that a generation adds at most."""
 

@@ -4,35 +4,35 @@ from typing import NamedTuple
 
 import torch
 
+from macko_llm.defaults import MODEL_DTYPE_NAMES, VALUE_DTYPE_NAMES
+
 
 class _Dtype(NamedTuple):
     torch: torch.dtype
-    name: str | None  # on the command line and in config.json, of those that models are loaded in
     header: str  # in a safetensors header
     code: int | None  # macko_dtype in csrc/macko.h
-    packs: bool  # whether packed values may have it
 
 
 _TABLE = (
-    _Dtype(torch.float16, "float16", "F16", 0, True),
-    _Dtype(torch.bfloat16, "bfloat16", "BF16", 1, True),
-    _Dtype(torch.float32, "float32", "F32", 2, False),
-    _Dtype(torch.float64, None, "F64", None, False),
-    _Dtype(torch.int64, None, "I64", None, False),
-    _Dtype(torch.int32, None, "I32", None, False),
-    _Dtype(torch.int16, None, "I16", None, False),
-    _Dtype(torch.int8, None, "I8", None, False),
-    _Dtype(torch.uint8, None, "U8", None, False),
-    _Dtype(torch.bool, None, "BOOL", None, False),
+    _Dtype(torch.float16, "F16", 0),
+    _Dtype(torch.bfloat16, "BF16", 1),
+    _Dtype(torch.float32, "F32", 2),
+    _Dtype(torch.float64, "F64", None),
+    _Dtype(torch.int64, "I64", None),
+    _Dtype(torch.int32, "I32", None),
+    _Dtype(torch.int16, "I16", None),
+    _Dtype(torch.int8, "I8", None),
+    _Dtype(torch.uint8, "U8", None),
+    _Dtype(torch.bool, "BOOL", None),
 )
 
-MODEL_DTYPES = {row.name: row.torch for row in _TABLE if row.name}
-"""Those that models are loaded in, by name."""
-VALUE_DTYPES = {row.name: row.torch for row in _TABLE if row.name and row.packs}
+MODEL_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in MODEL_DTYPE_NAMES}
+"""Those that models are loaded in, by their names on the command line and in config.json."""
+VALUE_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in VALUE_DTYPE_NAMES}
 """Those of packed values, by name."""
-VALUE_HEADERS = {row.name: row.header for row in _TABLE if row.name and row.packs}
-"""What safetensors calls those of packed values, by name."""
 HEADERS = {row.header: row.torch for row in _TABLE}
 """Those that files may hold, by their names in safetensors headers; tensors of others cannot be read here."""
+VALUE_HEADERS = {name: next(row.header for row in _TABLE if row.torch == dtype) for name, dtype in VALUE_DTYPES.items()}
+"""What safetensors calls those of packed values, by name."""
 CODES = {row.torch: row.code for row in _TABLE if row.code is not None}
 """What the native library is told."""

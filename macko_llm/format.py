@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from macko_llm.defaults import ENTRY_ALIGNMENT, MAX_ENTRIES
 from macko_llm.dtypes import VALUE_DTYPES
 from macko_llm.errors import FormatError, NonFiniteError
 
@@ -16,10 +17,6 @@ FORMAT_VERSION = 1
 DELTA_BITS = 4
 MAX_DELTA = 2**DELTA_BITS - 1
 """Most columns that one entry can skip."""
-ENTRY_ALIGNMENT = 8
-"""The arrays are padded to a multiple of this many entries, so that kernels may read 16 bytes at once."""
-MAX_ENTRIES = 2**31 - 1 - ENTRY_ALIGNMENT
-"""Row offsets are int32."""
 
 
 @dataclass(frozen=True)

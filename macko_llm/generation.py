@@ -21,6 +21,7 @@ from macko_llm.defaults import MAX_NEW_TOKENS, RUN_AHEAD
 from macko_llm.engine import Engine, make_engine
 from macko_llm.errors import NonFiniteError, UsageError
 from macko_llm.models import check_token_ids, max_positions
+from macko_llm.refusals import check_new_tokens
 from macko_llm.sampling import GREEDY, NOT_FINITE, Sampling
 from macko_llm.text import Detokenizer, StopStrings
 
@@ -373,8 +374,7 @@ def _token_list(prompt_ids: Tensor | Sequence[int]) -> list[int]:
 
 
 def _check_length(prompt: int, new: int, limit: int | None) -> None:
-    if new < 1:
-        raise UsageError(f"{new} new tokens were asked for; use --max-new-tokens 1 or more.")
+    check_new_tokens(new)
     if limit is None or prompt + new <= limit:
         return
     too_many = prompt + new - limit

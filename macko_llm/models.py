@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from macko_llm import checkpoint
+from macko_llm import checkpoint, refusals
 from macko_llm.dtypes import MODEL_DTYPES
 from macko_llm.errors import CheckpointError, MackoError, UsageError
 
@@ -56,9 +56,9 @@ def resolve_device(device: str) -> torch.device:
         resolved = torch.device(device)
         torch.empty(0, device=resolved)
     except (RuntimeError, AssertionError) as error:
-        raise _no_device(device) from error
+        raise refusals.no_device(device) from error
     if resolved.type == "meta":  # holds no data
-        raise _no_device(device)
+        raise refusals.no_device(device)
     return resolved
 
 
@@ -68,10 +68,9 @@ def resolve_dtype(dtype: str) -> torch.dtype | str:
     Raises:
         UsageError: it is not one of auto, float16, bfloat16, float32.
     """
+    refusals.check_dtype(dtype)
     if dtype == "auto":
         return dtype
-    if dtype not in MODEL_DTYPES:
-        raise UsageError(f"The dtype {dtype} is not supported; use auto, {', '.join(MODEL_DTYPES)}.")
     return MODEL_DTYPES[dtype]
 
 
@@ -383,10 +382,6 @@ def _gpu_name(device: torch.device) -> str:
         return f"{torch.cuda.get_device_name(device)} ({device})"
     except (RuntimeError, AssertionError, ValueError):  # no CUDA device, or one that answers nothing any more
         return str(device)
-
-
-def _no_device(device: str) -> UsageError:
-    return UsageError(f"The device {device!r} is not available; use cpu, or see `macko doctor` for what is.")
 
 
 def _reason(error: Exception) -> str:

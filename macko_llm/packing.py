@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from macko_llm import checkpoint, models, outputs, packed_checkpoint
+from macko_llm import checkpoint, models, outputs, packed_checkpoint, refusals
 from macko_llm.checkpoint import TensorInfo
 from macko_llm.defaults import MAX_SHARD_SIZE
 from macko_llm.dtypes import VALUE_DTYPES, VALUE_HEADERS
-from macko_llm.errors import CheckpointError, NonFiniteError, UsageError
+from macko_llm.errors import CheckpointError, NonFiniteError
 from macko_llm.format import MackoMatrix, check_packable
 from macko_llm.layouts import canonical
 from macko_llm.packed_checkpoint import ARRAY_NAMES, PackedConfig, array_keys, read_matrix
@@ -95,18 +95,7 @@ def pack_checkpoint(
         NonFiniteError: weights hold NaN or infinity, or overflow the dtype.
     """
     started = time.perf_counter()
-    method = checkpoint.quantization_method(source)
-    if method == checkpoint.QUANT_METHOD:
-        raise UsageError(f"{source} is packed already; give `macko pack` a dense checkpoint.")
-    if method is not None:
-        raise UsageError(
-            f"{source} is quantized with {method}; pack a pruned model whose weights are 16-bit or float32."
-        )
-    shard_bytes = checkpoint.parse_size(max_shard_size)
-    if target is not None:
-        outputs.check_output(target, overwrite=overwrite, source=source)
-    if dtype is not None and dtype not in VALUE_DTYPES:
-        raise UsageError(f"The dtype {dtype} cannot be packed; use {' or '.join(VALUE_DTYPES)}.")
+    shard_bytes = refusals.check_pack(source, target, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite)
     skeleton = models.skeleton(source, trust_remote_code=trust_remote_code)
     linears = _shapes(skeleton)
     infos = _infos(source, skeleton)
@@ -163,9 +152,7 @@ def unpack_checkpoint(
         UsageError: `source` is not packed, or `target` would cost data.
         CheckpointError: loading would refuse `source`, or a matrix breaks an invariant of the format.
     """
-    require_packed(source)
-    shard_bytes = checkpoint.parse_size(max_shard_size)
-    outputs.check_output(target, overwrite=overwrite, source=source)
+    shard_bytes = refusals.check_unpack(source, target, max_shard_size=max_shard_size, overwrite=overwrite)
     _, linears, infos = _read_packed(source, trust_remote_code)
     with outputs.new_folder(target, overwrite=overwrite) as partial:
         writer = ShardWriter(partial, shard_bytes)
@@ -198,7 +185,7 @@ def inspect_checkpoint(
         CheckpointError: loading would refuse `source`, or a matrix breaks an invariant of the format.
     """
     started = time.perf_counter()
-    require_packed(source)
+    refusals.require_packed(source)
     value_dtype, linears, infos = _read_packed(source, trust_remote_code)
     layers: dict[str, LayerReport] = {}
     bytes_dense = bytes_packed = 0
@@ -217,12 +204,6 @@ def inspect_checkpoint(
     progress("checking", len(infos), len(infos))
     ordered = {name: layers[name] for name in linears}
     return PackReport(value_dtype, bytes_dense, bytes_packed, ordered, time.perf_counter() - started)
-
-
-def require_packed(folder: Path) -> None:
-    """Raise UsageError unless `folder` holds a packed checkpoint."""
-    if not checkpoint.is_packed(folder):
-        raise UsageError(f"{folder} is not packed; make a packed checkpoint with `macko pack` first.")
 
 
 def _own_dtype(stored: set[str], config: dict[str, Any]) -> str:

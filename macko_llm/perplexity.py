@@ -16,9 +16,10 @@ from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from macko_llm.defaults import EVALUATION_SEQLEN
-from macko_llm.errors import CalibrationError, CheckpointError, NonFiniteError, UsageError
+from macko_llm.errors import CalibrationError, CheckpointError, NonFiniteError
 from macko_llm.models import check_seqlen, check_token_ids, max_positions
 from macko_llm.progress import Progress, no_progress
+from macko_llm.refusals import check_batch_size, check_windows
 
 _CHUNK_ELEMENTS = 2**25
 """fp32 logits that exist at once while losses are computed: 128 MiB, 256 tokens of a vocabulary of 128k."""
@@ -66,7 +67,7 @@ def windows(token_ids: Tensor, seqlen: int, stride: int) -> Tensor:
         UsageError: seqlen or stride outside its range.
         CalibrationError: the text is shorter than one window.
     """
-    _check_shape(seqlen, stride)
+    check_windows(seqlen, stride)
     count = len(token_ids)
     if count < seqlen:
         fix = f"use --seqlen {count} or less, or a longer text" if count >= 2 else "use a longer text"
@@ -75,12 +76,12 @@ def windows(token_ids: Tensor, seqlen: int, stride: int) -> Tensor:
 
 
 def window_shape(
-    config: PretrainedConfig | None, *, seqlen: int | None = None, stride: int | None = None, limit: int | None = None
+    config: PretrainedConfig, *, seqlen: int | None = None, stride: int | None = None, limit: int | None = None
 ) -> tuple[int, int]:
     """The seqlen and stride of `cut_text` with these settings, for which no text is needed.
 
     Args:
-        config: the model's; None where it is not at hand, to refuse what suits no model.
+        config: the model's.
         seqlen: tokens in a window; None means 2048, or the model's longest context where that is shorter.
         stride: from one window's start to the next; None is seqlen: no overlap.
         limit: only the first windows.
@@ -88,34 +89,13 @@ def window_shape(
     Raises:
         UsageError: a setting outside its range, or a seqlen above the model's longest context.
     """
-    if limit is not None and limit < 1:
-        raise UsageError(f"A limit of {limit} windows leaves nothing to evaluate; use --limit 1 or more.")
+    check_windows(seqlen, stride, limit)
     if seqlen is None:
-        seqlen = min(EVALUATION_SEQLEN, (config and max_positions(config)) or EVALUATION_SEQLEN)
+        seqlen = min(EVALUATION_SEQLEN, max_positions(config) or EVALUATION_SEQLEN)
     stride = seqlen if stride is None else stride
-    _check_shape(seqlen, stride)
-    if config is not None:
-        check_seqlen(seqlen, config)
+    check_windows(seqlen, stride)
+    check_seqlen(seqlen, config)
     return seqlen, stride
-
-
-def _check_shape(seqlen: int, stride: int) -> None:
-    if seqlen < 2:
-        raise UsageError(f"A window of {seqlen} tokens predicts nothing; use --seqlen 2 or more.")
-    if not 1 <= stride <= seqlen:
-        raise UsageError(
-            f"The stride {stride} does not suit windows of {seqlen} tokens; use --stride from 1 to {seqlen}."
-        )
-
-
-def check_batch_size(batch_size: int) -> None:
-    """Refuse a number of windows that cannot be evaluated together.
-
-    Raises:
-        UsageError: it is below 1.
-    """
-    if batch_size < 1:
-        raise UsageError(f"Batches of {batch_size} windows evaluate nothing; use --batch-size 1 or more.")
 
 
 @dataclass(frozen=True)

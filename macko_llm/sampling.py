@@ -3,14 +3,17 @@
 The one state on the device is which tokens a text holds, and only a repetition penalty needs it.
 """
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from macko_llm.defaults import TEMPERATURE
 from macko_llm.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NOT_FINITE = -1
 """Token id that stands for logits from which no token can be chosen."""
@@ -82,6 +85,8 @@ def token_probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     Returns:
         [batch, vocabulary] fp32, rows sum to 1.
     """
+    import torch  # here, because the settings above are checked before it is imported
+
     logits = logits.float()
     # Relative to the largest, so that a tiny temperature gives 0 for it and -inf for the others, never inf - inf.
     fp32 = torch.finfo(torch.float32)
@@ -109,6 +114,8 @@ def uniforms(sampling: Sampling, steps: int, batch: int) -> Tensor | None:
     """
     if sampling.temperature == 0:
         return None
+    import torch
+
     generator = torch.Generator()
     if sampling.seed is None:
         generator.seed()
@@ -125,6 +132,8 @@ def tokens_of_prompts(ids: Tensor, padding: Tensor, vocabulary: int) -> Tensor:
         padding: [batch] int64, how many of each row's ids are padding, which holds nothing.
         vocabulary: how many tokens there are.
     """
+    import torch
+
     real = torch.arange(ids.shape[1], device=ids.device) >= padding[:, None]
     seen = torch.zeros(ids.shape[0], vocabulary, dtype=torch.bool, device=ids.device)
     return seen.scatter_(1, torch.where(real, ids, ids[:, -1:]), True)
@@ -141,6 +150,8 @@ def penalized(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     Returns:
         [batch, vocabulary] fp32.
     """
+    import torch
+
     logits = logits.float()
     return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
@@ -172,6 +183,8 @@ def choose(logits: Tensor, sampling: Sampling, uniform: Tensor | None = None, se
 
 def _draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
     """The first token whose cumulative probability passes `uniform`, among those of a probability above 0; [batch]."""
+    import torch
+
     cumulative = probabilities.double().cumsum(dim=-1)
     target = uniform[:, None] * cumulative[:, -1:]
     count = probabilities.shape[-1]

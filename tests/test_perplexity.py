@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from macko_llm import perplexity
+from macko_llm import perplexity, refusals
 from macko_llm.errors import CalibrationError, CheckpointError, NonFiniteError, UsageError
 from macko_llm.perplexity import PerplexityReport, token_losses, windows
 from macko_llm.progress import Progress, no_progress
@@ -233,11 +233,11 @@ def test_only_the_default_seqlen_shrinks_to_the_model(model, tokenizer, text):
 
 def test_the_shape_of_windows_needs_neither_text_nor_model():
     with pytest.raises(UsageError, match="--limit 1"):
-        perplexity.window_shape(None, limit=0)
+        refusals.check_windows(None, None, limit=0)
     with pytest.raises(UsageError, match="--stride from 1 to 2048"):
-        perplexity.window_shape(None, stride=2049)
-    assert perplexity.window_shape(None) == (2048, 2048)
-    assert perplexity.window_shape(None, seqlen=10**6, stride=5) == (10**6, 5)
+        refusals.check_windows(None, 2049)
+    refusals.check_windows(None, 2048)
+    refusals.check_windows(10**6, 5)
 
 
 def test_no_cap_where_the_model_names_no_limit():

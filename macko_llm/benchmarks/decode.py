@@ -26,6 +26,7 @@ from macko_llm.dtypes import MODEL_DTYPES
 from macko_llm.engine import Engine, make_engine
 from macko_llm.errors import UsageError
 from macko_llm.progress import Progress, no_progress
+from macko_llm.refusals import check_counts
 from macko_llm.sampling import GREEDY
 
 RUNS = 3
@@ -327,10 +328,7 @@ def _with_speedup(row: Row, baseline: Row) -> Row:
 
 
 def _check_task(task: Task, limit: int | None) -> None:
-    counts = {"--context": task.context, "--new-tokens": task.new_tokens, "--batch": task.batch}
-    for option, count in counts.items():
-        if count < 1:
-            raise UsageError(f"There is nothing to measure with {option} {count}; use 1 or more.")
+    check_counts(task.context, task.new_tokens, task.batch)
     if limit is None or task.positions <= limit:
         return
     room = limit - task.all_new_tokens

@@ -1,16 +1,19 @@
 """Plots of what was measured; matplotlib is an extra, imported only here and only when a plot is asked for."""
 
+from __future__ import annotations
+
 import importlib
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from macko_llm.benchmarks.spmv import Case, SpmvReport
 from macko_llm.errors import UsageError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+    from macko_llm.benchmarks.spmv import Case, SpmvReport
 
 PANELS_A_ROW = 3
 GREY = "0.55"
@@ -73,7 +76,7 @@ def plot_spmv(report: SpmvReport, path: Path) -> None:
     figure.savefig(path)
 
 
-def _draw_over_sparsity(panel: "Axes", cases: Sequence[Case], bandwidth: float) -> None:
+def _draw_over_sparsity(panel: Axes, cases: Sequence[Case], bandwidth: float) -> None:
     from matplotlib import colormaps
     from matplotlib.ticker import PercentFormatter
 
@@ -94,7 +97,7 @@ def _draw_over_sparsity(panel: "Axes", cases: Sequence[Case], bandwidth: float) 
     panel.set_xlabel("sparsity", fontsize=9)
 
 
-def _draw_over_tokens(panel: "Axes", cases: Sequence[Case], bandwidth: float) -> None:
+def _draw_over_tokens(panel: Axes, cases: Sequence[Case], bandwidth: float) -> None:
     from matplotlib.ticker import NullLocator
 
     cases = sorted(cases, key=_by_tokens)
@@ -108,13 +111,13 @@ def _draw_over_tokens(panel: "Axes", cases: Sequence[Case], bandwidth: float) ->
     panel.set_xlabel("tokens", fontsize=9)
 
 
-def _draw_csr(panel: "Axes", positions: Sequence[float], cases: Sequence[Case], label: str) -> None:
+def _draw_csr(panel: Axes, positions: Sequence[float], cases: Sequence[Case], label: str) -> None:
     speedups = _csr_speedups(cases)
     if speedups:
         panel.plot(positions, speedups, marker=".", linestyle="--", color=GREY, label=label)
 
 
-def _draw_limit(panel: "Axes", positions: Sequence[float], cases: Sequence[Case], bandwidth: float) -> None:
+def _draw_limit(panel: Axes, positions: Sequence[float], cases: Sequence[Case], bandwidth: float) -> None:
     limits = [case.dense.microseconds * bandwidth * 1e3 / case.bytes_moved for case in cases]
     panel.plot(positions, limits, marker="_", linestyle=":", color="C0", label="macko's bytes at the read bandwidth")
 

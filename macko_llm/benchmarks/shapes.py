@@ -1,10 +1,11 @@
 """Models by name: their shapes without their weights."""
 
-from typing import Any
-
-from transformers import LlamaConfig, PretrainedConfig
+from typing import TYPE_CHECKING, Any
 
 from macko_llm.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama2-7b": {
@@ -52,12 +53,19 @@ SHAPES: dict[str, dict[str, Any]] = {
 """Arguments of LlamaConfig."""
 
 
-def shape_config(name: str) -> PretrainedConfig:
+def check_shape(name: str) -> None:
+    """Raise UsageError unless there is a shape of that name."""
+    if name not in SHAPES:
+        raise UsageError(f"There is no shape {name!r}; use --config {', '.join(sorted(SHAPES))}, or a model's folder.")
+
+
+def shape_config(name: str) -> "PretrainedConfig":
     """The configuration of a named shape.
 
     Raises:
         UsageError: there is none of that name.
     """
-    if name not in SHAPES:
-        raise UsageError(f"There is no shape {name!r}; use --config {', '.join(sorted(SHAPES))}, or a model's folder.")
+    from transformers import LlamaConfig
+
+    check_shape(name)
     return LlamaConfig(**SHAPES[name], tie_word_embeddings=False)

@@ -17,6 +17,7 @@ from macko_llm.dtypes import VALUE_DTYPES
 from macko_llm.errors import UsageError
 from macko_llm.linear import MackoLinear
 from macko_llm.progress import Progress, no_progress
+from macko_llm.refusals import check_benchmark_dtype
 
 LLAMA_2_7B = ((4096, 4096), (11008, 4096), (4096, 11008), (12288, 4096), (22016, 4096))
 """(rows, cols) of attention, up, down, the fused q, k, v and the fused gate, up."""
@@ -130,8 +131,7 @@ def measure_spmv(
     Raises:
         UsageError: there is no such device or dtype, or a weight does not fit on it.
     """
-    if dtype not in VALUE_DTYPES:
-        raise UsageError(f"There is no benchmark in {dtype}; use --dtype float16 or bfloat16.")
+    check_benchmark_dtype(dtype)
     where = models.resolve_device(device)
     progress("measuring read bandwidth", 0, 1)
     conditions = _conditions(where, dtype)

@@ -22,6 +22,7 @@ from macko_llm.layouts import canonical
 from macko_llm.linear import MackoLinear, arrange_group
 from macko_llm.loading import load
 from macko_llm.pruning.scores import lowest, magnitude_scores, removed_per_row
+from macko_llm.refusals import check_subject
 
 STD = 0.02
 """Of random weights: logits stay finite through any number of blocks."""
@@ -173,20 +174,16 @@ def make_subject(
         UsageError: not exactly one of model and config, sparsities for a model that is packed, an impossible dtype.
         CheckpointError: the model is not usable.
     """
-    if (model is None) == (config is None):
-        raise UsageError("Give either a MODEL or the name of a shape; for example --config llama2-7b.")
+    folder = check_subject(model, config, sparsities, random_weights)
     resolved = models.resolve_dtype(dtype)
     random_dtype = torch.float16 if isinstance(resolved, str) else resolved
-    if model is None:
-        assert config is not None
+    if folder is None:
+        assert config is not None  # one of the two is there
         return RandomShape(config, shape_config(config), sparsities, random_dtype, device)
-    folder = checkpoint.locate(model)
     if random_weights:
         return RandomShape(folder.name, models.skeleton(folder).config, sparsities, random_dtype, device)
     if not checkpoint.is_packed(folder):
         return DenseCheckpoint(folder, sparsities, dtype, device)
-    if sparsities:
-        raise UsageError(f"{folder} is packed and keeps its sparsity; drop --sparsity, or give the dense model.")
     return PackedCheckpoint(folder, dtype, device)
 
 

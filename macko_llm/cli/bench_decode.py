@@ -70,11 +70,21 @@ def decode(
 
         macko bench decode ./packed
     """
-    from macko_llm import models
+    from macko_llm import refusals
+    from macko_llm.benchmarks.shapes import check_shape
+
+    sparsities = parse_list(sparsity, parse_sparsity)
+    refusals.check_counts(context, new_tokens, batch)
+    refusals.check_dtype(dtype)
+    refusals.check_device(device)
+    refusals.check_subject(model, config, sparsities, random_weights)
+    if config is not None:
+        check_shape(config)
+
+    from macko_llm import models  # takes seconds, which a wrong call need not wait for
     from macko_llm.benchmarks.decode import Task, measure_decode
     from macko_llm.benchmarks.subjects import make_subject
 
-    sparsities = parse_list(sparsity, parse_sparsity)
     where = models.resolve_device(device)
     subject = make_subject(
         model, config, sparsities=sparsities, random_weights=random_weights, dtype=dtype, device=where

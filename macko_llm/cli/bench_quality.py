@@ -2,7 +2,7 @@
 
 import tempfile
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -65,37 +65,46 @@ def quality(
 
         macko bench quality ./model --sparsity 0.5 --sparsity 0.6 --calibration train.txt --dataset valid.txt
     """
-    from macko_llm import checkpoint, models, perplexity
-    from macko_llm.benchmarks.quality import measure_chain
+    from macko_llm import refusals
     from macko_llm.calibration import check_source
-    from macko_llm.demo import run as demo
 
-    # What is wrong for every model is refused before one is fetched.
-    perplexity.window_shape(None, seqlen=seqlen, limit=limit)
-    with ExitStack() as stack:
-        workdir = output or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="macko-bench-")))
-        if model is None:
-            texts = demo.write_texts(workdir)
-        calibration = calibration or (PruneRecipe.calibration if model else str(texts.calibration))
-        dataset = dataset or ("wikitext2" if model else str(texts.held_out))
+    # What is wrong for every model is refused before one is fetched, and before imports that take seconds.
+    refusals.check_windows(seqlen, None, limit)
+    recipe = PruneRecipe(
+        split=calibration_split, text_column=calibration_column, nsamples=nsamples, seqlen=seqlen, seed=seed
+    )
+    sparsities = sparsity or [recipe.sparsity]
+    for share in sparsities:
+        replace(recipe, sparsity=share)
+    refusals.check_device(device)
+    folder = None
+    if model is not None:
+        calibration, dataset = calibration or PruneRecipe.calibration, dataset or "wikitext2"
         check_source(calibration, calibration_split, calibration_column)
         check_source(dataset, dataset_split, dataset_column)
-        folder = checkpoint.locate(model) if model else demo.MODEL_FOLDER
+        folder = refusals.find_model(model)
+
+    from macko_llm import models
+    from macko_llm.benchmarks.quality import measure_chain
+    from macko_llm.demo import run as demo
+
+    with ExitStack() as stack:
+        workdir = output or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="macko-bench-")))
+        if folder is None:
+            folder, texts = demo.MODEL_FOLDER, demo.write_texts(workdir)
+            calibration, dataset = calibration or str(texts.calibration), dataset or str(texts.held_out)
+            check_source(calibration, calibration_split, calibration_column)
+            check_source(dataset, dataset_split, dataset_column)
+        assert calibration is not None
+        assert dataset is not None
         if seqlen is None:
             seqlen = min(QUALITY_SEQLEN, models.max_positions(models.load_config(folder)) or QUALITY_SEQLEN)
         progress = stack.enter_context(progress_bars())
         report = measure_chain(
             folder,
             workdir,
-            PruneRecipe(
-                calibration=calibration,
-                split=calibration_split,
-                text_column=calibration_column,
-                nsamples=nsamples,
-                seqlen=seqlen,
-                seed=seed,
-            ),
-            sparsities=sparsity or [PruneRecipe.sparsity],
+            replace(recipe, calibration=calibration, seqlen=seqlen),
+            sparsities=sparsities,
             dataset=dataset,
             split=dataset_split,
             text_column=dataset_column,

@@ -10,6 +10,7 @@ import typer
 
 from macko_llm.cli.console import gigabytes_per_second, megabytes, plain_errors, print_json, print_table, progress_bars
 from macko_llm.cli.options import DeviceOption, JsonOption, expanded_path, parse_list, parse_sparsity
+from macko_llm.defaults import MAX_ENTRIES
 from macko_llm.errors import UsageError
 
 if TYPE_CHECKING:
@@ -61,14 +62,22 @@ def spmv(
 
         macko bench spmv --shape 4096x4096 --sparsity 0.5 --tokens 1,2,4,8,16 --plot speed.png
     """
+    from macko_llm import refusals
     from macko_llm.benchmarks import plots
-    from macko_llm.benchmarks import spmv as benchmark
 
-    shapes = parse_list(shape, parse_shape) or list(benchmark.LLAMA_2_7B)
-    sparsities = parse_list(sparsity, parse_sparsity) or list(benchmark.SPARSITIES)
-    counts = parse_list(tokens, parse_tokens) or list(benchmark.TOKENS)
+    shapes = parse_list(shape, parse_shape)
+    sparsities = parse_list(sparsity, parse_sparsity)
+    counts = parse_list(tokens, parse_tokens)
+    refusals.check_benchmark_dtype(dtype)
+    refusals.check_device(device)
     if plot is not None:
         plots.check_plot(plot)
+
+    from macko_llm.benchmarks import spmv as benchmark  # takes seconds, which a wrong call need not wait for
+
+    shapes = shapes or list(benchmark.LLAMA_2_7B)
+    sparsities = sparsities or list(benchmark.SPARSITIES)
+    counts = counts or list(benchmark.TOKENS)
     with progress_bars() as progress:
         report = benchmark.measure_spmv(shapes, sparsities, counts, dtype=dtype, device=device, progress=progress)
     command = command_line(shapes, sparsities, counts, dtype, device)
@@ -86,8 +95,6 @@ def parse_shape(text: str) -> tuple[int, int]:
     Raises:
         UsageError: it is no shape, or one that the format cannot hold.
     """
-    from macko_llm.format import MAX_ENTRIES
-
     match = re.fullmatch(r"([1-9]\d*) *[xX] *([1-9]\d*)", text, re.ASCII)
     if match is None:
         raise UsageError(f"{text!r} is not a shape; write rows x columns as in --shape 4096x11008.")

@@ -52,14 +52,19 @@ def eval_perplexity(
 
         macko eval-perplexity ./packed --dataset Salesforce/wikitext:wikitext-103-raw-v1 --split validation
     """
-    from macko_llm import calibration, checkpoint, models, perplexity
+    from macko_llm import calibration, refusals
+
+    # What is wrong for every model and every text is refused before any is fetched, and before imports that take seconds.
+    refusals.check_windows(seqlen, stride, limit)
+    refusals.check_batch_size(batch_size)
+    calibration.check_source(dataset, split, text_column)
+    refusals.check_dtype(dtype)
+    refusals.check_device(device)
+    folder = refusals.find_model(model)
+
+    from macko_llm import models, perplexity
     from macko_llm.loading import load
 
-    # What is wrong for every model and every text is refused before any of them is fetched.
-    calibration.check_source(dataset, split, text_column)
-    perplexity.check_batch_size(batch_size)
-    perplexity.window_shape(None, seqlen=seqlen, stride=stride, limit=limit)
-    folder = checkpoint.locate(model)
     with progress_bars() as progress:
         config = models.load_config(folder, trust_remote_code=trust_remote_code)
         perplexity.window_shape(config, seqlen=seqlen, stride=stride, limit=limit)

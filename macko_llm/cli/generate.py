@@ -70,10 +70,8 @@ def generate(
 
         cat question.txt | macko generate ./packed --prompt -
     """
-    from macko_llm import checkpoint, generation, models
-    from macko_llm.loading import load
+    from macko_llm import refusals
     from macko_llm.sampling import Sampling
-    from macko_llm.text import encode_prompt
 
     sampling = Sampling(
         temperature=temperature,
@@ -83,8 +81,16 @@ def generate(
         seed=seed,
         repetition_penalty=repetition_penalty,
     )
+    refusals.check_new_tokens(max_new_tokens)
+    refusals.check_dtype(dtype)
+    refusals.check_device(device)
     texts = _read_prompts(prompt or (), prompt_file or ())
-    folder = checkpoint.locate(model)
+    folder = refusals.find_model(model)
+
+    from macko_llm import generation, models  # takes seconds, which a wrong call need not wait for
+    from macko_llm.loading import load
+    from macko_llm.text import encode_prompt
+
     tokenizer = models.load_tokenizer(folder, trust_remote_code=trust_remote_code)
     prompts = [encode_prompt(tokenizer, text, chat=chat, system_prompt=system_prompt) for text in texts]
     config = models.load_config(folder, trust_remote_code=trust_remote_code)

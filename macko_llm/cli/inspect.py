@@ -12,10 +12,13 @@ def inspect(packed: PackedArgument, trust_remote_code: TrustOption = False, as_j
     Examples:
         macko inspect ./packed
     """
-    from macko_llm import checkpoint
-    from macko_llm.packing import inspect_checkpoint
+    from macko_llm import checkpoint, refusals
 
     folder = checkpoint.locate(packed)
+    refusals.require_packed(folder)
+
+    from macko_llm.packing import inspect_checkpoint  # takes seconds, which a wrong call need not wait for
+
     with progress_bars() as progress:
         report = inspect_checkpoint(folder, trust_remote_code=trust_remote_code, progress=progress)
     provenance = checkpoint.read_provenance(folder)

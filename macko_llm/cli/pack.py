@@ -41,12 +41,13 @@ def pack(
 
         macko pack ./pruned -o packed --dry-run
     """
-    from macko_llm import checkpoint, outputs
-    from macko_llm.packing import pack_checkpoint
+    from macko_llm import checkpoint, refusals
 
     folder = checkpoint.locate(model)
-    if dry_run:
-        outputs.check_output(output, overwrite=overwrite, source=folder)
+    refusals.check_pack(folder, output, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite)
+
+    from macko_llm.packing import pack_checkpoint  # takes seconds, which a wrong call need not wait for
+
     with progress_bars() as progress:
         report = pack_checkpoint(
             folder,

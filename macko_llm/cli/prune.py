@@ -105,6 +105,11 @@ def prune(
     }
     settings = make_recipe(load_recipe(recipe) if recipe else {}, flags)
 
+    from macko_llm import refusals
+
+    refusals.check_device(device)
+    refusals.check_prune(model, output, settings, overwrite=overwrite)
+
     from macko_llm.pruning.pipeline import plan, prune_checkpoint  # takes seconds, which a wrong call need not wait for
 
     if dry_run:

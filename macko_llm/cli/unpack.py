@@ -26,12 +26,16 @@ def unpack(
     Examples:
         macko unpack ./packed -o pruned
     """
-    from macko_llm import checkpoint
-    from macko_llm.packing import unpack_checkpoint
+    from macko_llm import checkpoint, refusals
+
+    folder = checkpoint.locate(packed)
+    refusals.check_unpack(folder, output, max_shard_size=max_shard_size, overwrite=overwrite)
+
+    from macko_llm.packing import unpack_checkpoint  # takes seconds, which a wrong call need not wait for
 
     with progress_bars() as progress:
         unpack_checkpoint(
-            checkpoint.locate(packed),
+            folder,
             output,
             max_shard_size=max_shard_size,
             overwrite=overwrite,

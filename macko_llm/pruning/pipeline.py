@@ -10,7 +10,7 @@ import transformers
 from torch import nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from macko_llm import checkpoint, models, outputs
+from macko_llm import checkpoint, models, outputs, refusals
 from macko_llm.calibration import (
     TEXT_COLUMN,
     calibration_tokens,
@@ -267,17 +267,9 @@ def _prepare(
     model: str | Path, target: Path, recipe: PruneRecipe, trust_remote_code: bool, overwrite: bool
 ) -> tuple[Path, PreTrainedModel, PruneRecipe]:
     """Refuse what can be refused without weights; the model's folder, its skeleton, and the recipe with its gaps filled."""
-    outputs.check_output(target, overwrite=overwrite)
-    models.resolve_dtype(recipe.dtype)
     if recipe.method == "wanda":
         check_source(recipe.calibration, recipe.split, recipe.text_column)
-    folder = checkpoint.locate(model)
-    outputs.check_output(target, overwrite=overwrite, source=folder)
-    method = checkpoint.quantization_method(folder)
-    if method == checkpoint.QUANT_METHOD:
-        raise UsageError(f"{folder} is packed; unpack it first with `macko unpack`, or prune the dense model.")
-    if method is not None:
-        raise UsageError(f"{folder} is quantized with {method}; prune the model it was made from.")
+    folder = refusals.check_prune(model, target, recipe, overwrite=overwrite)
     skeleton = models.skeleton(folder, trust_remote_code=trust_remote_code)
     _check_group(_shapes(chosen_linears(skeleton, recipe)), recipe)
     if recipe.method == "wanda":

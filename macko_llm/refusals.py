@@ -1,0 +1,158 @@
+"""What needs neither torch nor transformers to be refused.
+
+Importing those takes seconds, so commands ask here before they do. The library asks here too, for who calls it from Python.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from macko_llm import checkpoint, outputs
+from macko_llm.defaults import EVALUATION_SEQLEN, MODEL_DTYPE_NAMES, VALUE_DTYPE_NAMES
+from macko_llm.errors import UsageError
+from macko_llm.recipe import PruneRecipe
+
+
+def find_model(model: str | Path) -> Path:
+    """The folder of a model, dense or packed, whose config.json can be read.
+
+    Raises:
+        CheckpointError: there is no such model, or its config.json is missing or broken.
+    """
+    folder = checkpoint.locate(model)
+    checkpoint.read_config(folder)
+    return folder
+
+
+def check_pack(source: Path, target: Path | None, *, dtype: str | None, max_shard_size: str, overwrite: bool) -> int:
+    """The bytes of a shard, for `packing.pack_checkpoint`.
+
+    Raises:
+        UsageError: `source` is packed or quantized, `target` would cost data, no such dtype, no such size.
+        CheckpointError: config.json is broken.
+    """
+    method = checkpoint.quantization_method(source)
+    if method == checkpoint.QUANT_METHOD:
+        raise UsageError(f"{source} is packed already; give `macko pack` a dense checkpoint.")
+    if method is not None:
+        raise UsageError(
+            f"{source} is quantized with {method}; pack a pruned model whose weights are 16-bit or float32."
+        )
+    shard_bytes = checkpoint.parse_size(max_shard_size)
+    if target is not None:
+        outputs.check_output(target, overwrite=overwrite, source=source)
+    if dtype is not None and dtype not in VALUE_DTYPE_NAMES:
+        raise UsageError(f"The dtype {dtype} cannot be packed; use {' or '.join(VALUE_DTYPE_NAMES)}.")
+    return shard_bytes
+
+
+def check_unpack(source: Path, target: Path, *, max_shard_size: str, overwrite: bool) -> int:
+    """The bytes of a shard, for `packing.unpack_checkpoint`.
+
+    Raises:
+        UsageError: `source` is not packed, `target` would cost data, no such size.
+        CheckpointError: config.json is broken.
+    """
+    require_packed(source)
+    shard_bytes = checkpoint.parse_size(max_shard_size)
+    outputs.check_output(target, overwrite=overwrite, source=source)
+    return shard_bytes
+
+
+def check_prune(model: str | Path, target: Path, recipe: PruneRecipe, *, overwrite: bool) -> Path:
+    """The model's folder, for `pruning.prune_checkpoint`.
+
+    Raises:
+        UsageError: the model is packed or quantized, `target` would cost data, no such dtype.
+        CheckpointError: there is no such model, or its config.json is missing or broken.
+    """
+    outputs.check_output(target, overwrite=overwrite)
+    check_dtype(recipe.dtype)
+    folder = checkpoint.locate(model)
+    outputs.check_output(target, overwrite=overwrite, source=folder)
+    method = checkpoint.quantization_method(folder)
+    if method == checkpoint.QUANT_METHOD:
+        raise UsageError(f"{folder} is packed; unpack it first with `macko unpack`, or prune the dense model.")
+    if method is not None:
+        raise UsageError(f"{folder} is quantized with {method}; prune the model it was made from.")
+    return folder
+
+
+def require_packed(folder: Path) -> None:
+    """Raise UsageError unless `folder` holds a packed checkpoint."""
+    if not checkpoint.is_packed(folder):
+        raise UsageError(f"{folder} is not packed; make a packed checkpoint with `macko pack` first.")
+
+
+def check_subject(
+    model: str | None, config: str | None, sparsities: Sequence[float], random_weights: bool
+) -> Path | None:
+    """The folder of the model that `macko bench decode` shall run, None for a shape.
+
+    Raises:
+        UsageError: not exactly one of model and config, or sparsities for a model that is packed.
+        CheckpointError: there is no such model, or its config.json is missing or broken.
+    """
+    if (model is None) == (config is None):
+        raise UsageError("Give either a MODEL or the name of a shape; for example --config llama2-7b.")
+    if model is None:
+        return None
+    folder = find_model(model)
+    if sparsities and not random_weights and checkpoint.is_packed(folder):
+        raise UsageError(f"{folder} is packed and keeps its sparsity; drop --sparsity, or give the dense model.")
+    return folder
+
+
+def check_dtype(dtype: str) -> None:
+    """Raise UsageError unless models are loaded in this dtype, or it is "auto"."""
+    if dtype not in ("auto", *MODEL_DTYPE_NAMES):
+        raise UsageError(f"The dtype {dtype} is not supported; use auto, {', '.join(MODEL_DTYPE_NAMES)}.")
+
+
+def check_benchmark_dtype(dtype: str) -> None:
+    """Raise UsageError unless single layers are timed in this dtype."""
+    if dtype not in VALUE_DTYPE_NAMES:
+        raise UsageError(f"There is no benchmark in {dtype}; use --dtype {' or '.join(VALUE_DTYPE_NAMES)}.")
+
+
+def check_device(device: str) -> None:
+    """Raise UsageError if no device can have this name; whether there is one, torch knows (`models.resolve_device`)."""
+    if not re.fullmatch(r"[a-z]+(:\d+)?", device, re.ASCII):
+        raise no_device(device)
+
+
+def no_device(device: str) -> UsageError:
+    """What to raise of a device that is not there."""
+    return UsageError(f"The device {device!r} is not available; use cpu, or see `macko doctor` for what is.")
+
+
+def check_new_tokens(count: int) -> None:
+    """Raise UsageError unless a generation of that many tokens makes one at least."""
+    if count < 1:
+        raise UsageError(f"{count} new tokens were asked for; use --max-new-tokens 1 or more.")
+
+
+def check_counts(context: int, new_tokens: int, batch: int) -> None:
+    """Raise UsageError unless `macko bench decode` has something to measure."""
+    for option, count in (("--context", context), ("--new-tokens", new_tokens), ("--batch", batch)):
+        if count < 1:
+            raise UsageError(f"There is nothing to measure with {option} {count}; use 1 or more.")
+
+
+def check_batch_size(batch_size: int) -> None:
+    """Raise UsageError unless that many windows can be evaluated together."""
+    if batch_size < 1:
+        raise UsageError(f"Batches of {batch_size} windows evaluate nothing; use --batch-size 1 or more.")
+
+
+def check_windows(seqlen: int | None, stride: int | None, limit: int | None = None) -> None:
+    """Raise UsageError unless a text can be cut into such windows; see `perplexity.cut_text`."""
+    if limit is not None and limit < 1:
+        raise UsageError(f"A limit of {limit} windows leaves nothing to evaluate; use --limit 1 or more.")
+    seqlen = EVALUATION_SEQLEN if seqlen is None else seqlen
+    if seqlen < 2:
+        raise UsageError(f"A window of {seqlen} tokens predicts nothing; use --seqlen 2 or more.")
+    if stride is not None and not 1 <= stride <= seqlen:
+        raise UsageError(
+            f"The stride {stride} does not suit windows of {seqlen} tokens; use --stride from 1 to {seqlen}."
+        )

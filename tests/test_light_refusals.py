@@ -1,0 +1,127 @@
+"""Refusals that need no model's numbers come before torch and transformers are imported, which takes seconds."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from macko_llm import defaults, dtypes, refusals
+from macko_llm.demo.run import MODEL_FOLDER
+from macko_llm.errors import UsageError
+
+HEAVY = ("torch", "transformers", "datasets", "accelerate")
+CALL = f"""
+import sys
+from macko_llm.cli.main import app
+try:
+    app(sys.argv[1:])
+finally:
+    print(*({{*{HEAVY}}} & sys.modules.keys()))
+"""
+
+PACKED = {"quantization_config": {"quant_method": "macko"}}
+GPTQ = {"quantization_config": {"quant_method": "gptq"}}
+WRONG_CALL, FAILED_JOB = 2, 1
+
+CALLS = [
+    # the model
+    ("pack nowhere -o out", FAILED_JOB, "There is no model nowhere; name an existing folder or a hub id"),
+    ("generate nowhere --prompt A", FAILED_JOB, "There is no model nowhere"),
+    ("inspect nowhere", FAILED_JOB, "There is no model nowhere"),
+    ("unpack ./nowhere/at/all -o out", FAILED_JOB, "There is no model ./nowhere/at/all"),
+    ("prune empty -o out", FAILED_JOB, "empty has no config.json"),
+    ("eval-perplexity empty", FAILED_JOB, "empty has no config.json"),
+    ("bench quality empty", FAILED_JOB, "empty has no config.json"),
+    ("generate broken --prompt A", FAILED_JOB, "config.json cannot be read as JSON"),
+    ("eval-perplexity broken", FAILED_JOB, "config.json cannot be read as JSON"),
+    ("prune broken -o out", FAILED_JOB, "config.json cannot be read as JSON"),
+    ("pack broken -o out", FAILED_JOB, "config.json cannot be read as JSON"),
+    ("inspect broken", FAILED_JOB, "config.json cannot be read as JSON"),
+    ("bench decode broken", FAILED_JOB, "config.json cannot be read as JSON"),
+    ("bench quality broken", FAILED_JOB, "config.json cannot be read as JSON"),
+    ("prune packed -o out", WRONG_CALL, "packed is packed; unpack it first"),
+    ("pack packed -o out", WRONG_CALL, "packed is packed already"),
+    ("pack gptq -o out", WRONG_CALL, "gptq is quantized with gptq"),
+    ("prune gptq -o out", WRONG_CALL, "gptq is quantized with gptq"),
+    ("unpack dense -o out", WRONG_CALL, "dense is not packed"),
+    ("inspect dense", WRONG_CALL, "dense is not packed"),
+    ("bench decode packed --sparsity 0.5", WRONG_CALL, "packed is packed and keeps its sparsity"),
+    # the output
+    ("prune dense -o dense", WRONG_CALL, "dense"),
+    ("pack dense -o full", WRONG_CALL, "full is not empty"),
+    ("pack dense -o full --overwrite", WRONG_CALL, "full is not a model folder"),
+    ("unpack packed -o full", WRONG_CALL, "full is not empty"),
+    ("unpack packed -o file", WRONG_CALL, "file is a file"),
+    # values
+    ("prune dense -o out --sparsity 1.5", WRONG_CALL, "The sparsity 1.5 is outside"),
+    ("prune dense -o out --recipe nowhere.toml", WRONG_CALL, "nowhere.toml cannot be read"),
+    ("prune dense -o out --pattern 4:2", WRONG_CALL, "There is no pattern '4:2'"),
+    ("prune dense -o out --dtype float8", WRONG_CALL, "The dtype float8 is not supported"),
+    ("prune dense -o out --device 0", WRONG_CALL, "The device '0' is not available"),
+    ("pack dense -o out --dtype float32", WRONG_CALL, "The dtype float32 cannot be packed"),
+    ("pack dense -o out --max-shard-size big", WRONG_CALL, "'big' is not a size"),
+    ("unpack packed -o out --max-shard-size 0", WRONG_CALL, "'0' is not a size"),
+    ("generate dense --prompt A --max-new-tokens 0", WRONG_CALL, "0 new tokens were asked for"),
+    ("generate dense --prompt A --temperature -1", WRONG_CALL, "The temperature -1.0 is not possible"),
+    ("generate dense --prompt A --dtype int8", WRONG_CALL, "The dtype int8 is not supported"),
+    ("generate dense --prompt A --device cuda:x", WRONG_CALL, "The device 'cuda:x' is not available"),
+    ("eval-perplexity dense --seqlen 1", WRONG_CALL, "A window of 1 tokens predicts nothing"),
+    ("eval-perplexity dense --seqlen 8 --stride 9", WRONG_CALL, "use --stride from 1 to 8"),
+    ("eval-perplexity dense --limit 0", WRONG_CALL, "A limit of 0 windows"),
+    ("eval-perplexity dense --dtype int8", WRONG_CALL, "The dtype int8 is not supported"),
+    ("bench decode", WRONG_CALL, "Give either a MODEL or the name of a shape"),
+    ("bench decode --config huge", WRONG_CALL, "There is no shape 'huge'"),
+    ("bench decode --config tiny --sparsity 2", WRONG_CALL, "The sparsity 2 is outside"),
+    ("bench decode --config tiny --batch 0", WRONG_CALL, "There is nothing to measure with --batch 0"),
+    ("bench spmv --shape 4096", WRONG_CALL, "'4096' is not a shape"),
+    ("bench spmv --shape 99999x99999", WRONG_CALL, "use a smaller --shape"),
+    ("bench spmv --tokens 0", WRONG_CALL, "'0' is not a number of tokens"),
+    ("bench spmv --dtype float32", WRONG_CALL, "There is no benchmark in float32"),
+    ("bench quality --sparsity 1", WRONG_CALL, "The sparsity 1.0 is outside"),
+    ("bench quality --nsamples 0", WRONG_CALL, "nsamples is 0"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models of a config.json each, under the names that the calls use: nothing else of them is looked at."""
+    folder = tmp_path_factory.mktemp("models")
+    dense = json.loads((MODEL_FOLDER / "config.json").read_text())
+    for name, more in {"dense": {}, "packed": PACKED, "gptq": GPTQ}.items():
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(json.dumps({**dense, **more}))
+    for name in ("empty", "full", "broken"):
+        (folder / name).mkdir()
+    (folder / "full" / "notes.txt").write_text("mine")
+    (folder / "broken" / "config.json").write_text("{")
+    (folder / "file").write_text("mine")
+    return folder
+
+
+@pytest.mark.parametrize(("call", "code", "sentence"), CALLS)
+def test_a_refusal_comes_before_torch_is_imported(call: str, code: int, sentence: str, folder: Path) -> None:
+    command = [sys.executable, "-c", CALL, *call.split()]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=folder)
+    assert (run.returncode, len(run.stderr.splitlines())) == (code, 1), run.stderr
+    assert sentence in run.stderr
+    assert run.stdout.split() == []
+    assert not (folder / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["auto", *defaults.MODEL_DTYPE_NAMES])
+def test_dtypes_that_are_not_refused_can_be_loaded(name: str) -> None:
+    refusals.check_dtype(name)
+    assert name == "auto" or str(dtypes.MODEL_DTYPES[name]) == f"torch.{name}"
+
+
+@pytest.mark.parametrize("name", ["auto", "cpu", "cuda", "cuda:1", "mps", "xpu:0"])
+def test_a_device_that_some_machine_has_is_left_to_torch(name: str) -> None:
+    refusals.check_device(name)
+
+
+@pytest.mark.parametrize("name", ["", "cuda:", "cuda:-1", "cuda 1", "CUDA", "cuda:1:2"])
+def test_a_name_that_no_device_has_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match="is not available; use cpu"):
+        refusals.check_device(name)
