@@ -105,8 +105,11 @@ def prune(
     }
     settings = make_recipe(load_recipe(recipe) if recipe else {}, flags)
 
+    from macko_llm import calibration as sources
     from macko_llm import refusals
 
+    if settings.method == "wanda":
+        sources.check_source(settings.calibration, settings.split, settings.text_column)
     refusals.check_device(device)
     refusals.check_prune(model, output, settings, overwrite=overwrite)
 
