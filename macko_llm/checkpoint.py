@@ -42,6 +42,8 @@ def locate(model: str | Path) -> Path:
         if not (folder / CONFIG_FILE).is_file():
             raise CheckpointError(f"{folder} has no {CONFIG_FILE}; name the folder of a Hugging Face model.")
         return folder
+    if folder.is_file():
+        raise CheckpointError(f"{folder} is a file; name the folder that holds it, {folder.absolute().parent}.")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)) or str(model).startswith("."):
         raise CheckpointError(f"There is no model {model}; name an existing folder or a hub id such as owner/name.")
     from huggingface_hub import snapshot_download

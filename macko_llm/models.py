@@ -41,6 +41,15 @@ _CPU_IS_FULL = ("allocate memory", "not enough memory")
 """Words of torch's CPU allocator and of the system, in an error of any kind, for lack of memory."""
 _OF_FILES = ("size mismatch", "loading state_dict", "unable to open file", "unable to mmap", "required mapping size")
 """Words of the RuntimeErrors by which torch and transformers complain of files, or of what these hold."""
+# What constructors of models make of a config.json that makes no sense.
+_BUILD_ERRORS = (
+    ValueError, LookupError, ImportError, AttributeError, TypeError, ArithmeticError, AssertionError, RuntimeError,
+)  # fmt: skip
+_COUNTS = ("num_hidden_layers", "vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads")
+# One of them is there, or there is no tokenizer.
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.*", "*.vocab", "*.tiktoken", "*.model", "tekken.json",
+)  # fmt: skip
 _REASON_LENGTH = 200
 
 
@@ -82,8 +91,8 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedC
     """
     checkpoint.read_config(folder)  # a file that is no JSON gets a plainer error here
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (StrictDataclassError, AttributeError, TypeError) as error:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (StrictDataclassError, AttributeError, TypeError, ArithmeticError) as error:
         raise CheckpointError(
             f"The config.json of {folder} makes no sense ({_reason(error)}); download the model again."
         ) from error
@@ -92,6 +101,13 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedC
             f"The config.json of {folder} is not understood ({_reason(error)}); "
             "update transformers, or add --trust-remote-code if you trust the model's own code."
         ) from error
+    for name in _COUNTS:  # of nothing transformers makes a model of nothing
+        count = getattr(config.get_text_config(), name, None)
+        if isinstance(count, int) and count < 1:
+            raise CheckpointError(
+                f"The config.json of {folder} makes no sense ({name} is {count}); download the model again."
+            )
+    return config
 
 
 def skeleton(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -107,7 +123,7 @@ def skeleton(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedMode
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, ImportError) as error:
+    except _BUILD_ERRORS as error:
         raise _cannot_build(folder, error) from error
 
 
@@ -171,7 +187,7 @@ def plain_errors(folder: Path, device: torch.device) -> Iterator[None]:
         raise
     except (SafetensorError, OSError, RuntimeError, MemoryError) as error:
         raise _cannot_load(folder, device, error) from error
-    except (ValueError, KeyError, ImportError) as error:
+    except _BUILD_ERRORS as error:
         raise _cannot_build(folder, error) from error
 
 
@@ -202,6 +218,11 @@ def _from_pretrained(
     return cast(PreTrainedModel, model.eval())
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether the folder holds the files of a tokenizer."""
+    return any(any(folder.glob(name)) for name in _TOKENIZER_FILES)
+
+
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of the model in `folder`.
 
@@ -209,6 +230,11 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
         CheckpointError: there is none.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not has_tokenizer(folder):
+        raise CheckpointError(
+            f"{folder} has no tokenizer (such as {' or '.join(_TOKENIZER_FILES[:2])}); "
+            "copy the tokenizer files of the model into it."
+        )
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, OSError, AttributeError, TypeError, ImportError) as error:

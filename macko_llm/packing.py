@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from macko_llm.packed_checkpoint import ARRAY_NAMES, PackedConfig, array_keys, r
 from macko_llm.progress import Progress, no_progress
 from macko_llm.shards import ShardWriter
 from macko_llm.version import __version__
+
+_ROUNDED_AT_ONCE = 1 << 22  # weights, which are compared in float64
 
 
 @dataclass(frozen=True)
@@ -46,14 +48,33 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class Rounding:
+    """What storing weights in another dtype changed; nothing where they have that dtype already.
+
+    Attributes:
+        weights: how many have another value.
+        zeros: how many of those became zero.
+        largest: the largest relative change of the others.
+    """
+
+    weights: int = 0
+    zeros: int = 0
+    largest: float = 0.0
+
+    def __add__(self, other: "Rounding") -> "Rounding":
+        return Rounding(self.weights + other.weights, self.zeros + other.zeros, max(self.largest, other.largest))
+
+
+@dataclass(frozen=True)
 class PackReport:
-    """A packed checkpoint: `layers` are the linears of its blocks, the byte counts are of all tensors."""
+    """A packed checkpoint: `layers` are the linears of its blocks, byte counts and rounding are of all tensors."""
 
     value_dtype: str
     bytes_dense: int
     bytes_packed: int
     layers: dict[str, LayerReport]
     seconds: float
+    rounding: Rounding = Rounding()
 
     @property
     def sparsity(self) -> float:
@@ -106,12 +127,14 @@ def pack_checkpoint(
 
     layers: dict[str, LayerReport] = {}
     bytes_dense = bytes_packed = 0
+    rounding = Rounding()
     with ExitStack() as stack:
         partial = None if target is None else stack.enter_context(outputs.new_folder(target, overwrite=overwrite))
         writer = None if partial is None else ShardWriter(partial, shard_bytes)
         for number, (key, tensor) in enumerate(_tensors(infos)):
             progress("packing", number, len(infos))
-            tensor = _cast(tensor, VALUE_DTYPES[value_dtype], key)
+            tensor, rounded = _cast(tensor, VALUE_DTYPES[value_dtype], key)
+            rounding += rounded
             stored = {key: tensor}
             name = key.removesuffix(".weight")
             if name in linears and key.endswith(".weight"):
@@ -122,7 +145,7 @@ def pack_checkpoint(
                 writer.add(part_name, part)  # type: ignore[union-attr]
         progress("packing", len(infos), len(infos))
         ordered = {name: layers[name] for name in linears}
-        report = PackReport(value_dtype, bytes_dense, bytes_packed, ordered, time.perf_counter() - started)
+        report = PackReport(value_dtype, bytes_dense, bytes_packed, ordered, time.perf_counter() - started, rounding)
         if partial is not None and writer is not None:
             writer.close()
             _write_packed_surroundings(source, partial, skeleton, report)
@@ -138,7 +161,7 @@ def unpack_checkpoint(
     trust_remote_code: bool = False,
     progress: Progress = no_progress,
 ) -> None:
-    """Give the pruned dense checkpoint back, bit for bit.
+    """Give the dense checkpoint back, bit for bit as it was packed: in the dtype of the packed values, without -0.0.
 
     Args:
         source: folder of a packed checkpoint.
@@ -275,9 +298,9 @@ def _tensors(infos: dict[str, TensorInfo]) -> Iterator[tuple[str, Tensor]]:
                 yield name, reader.get_tensor(name)
 
 
-def _cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+def _cast(tensor: Tensor, dtype: torch.dtype, name: str) -> tuple[Tensor, Rounding]:
     if not tensor.is_floating_point():
-        return tensor
+        return tensor, Rounding()
     if not torch.isfinite(tensor).all():
         raise NonFiniteError(f"{name} holds NaN or infinity; repair the checkpoint before packing it.")
     cast = tensor.to(dtype)
@@ -286,7 +309,20 @@ def _cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
             f"{name} holds {tensor.abs().max():.4g}, which overflows {str(dtype).removeprefix('torch.')}; "
             "pack with --dtype bfloat16."
         )
-    return cast
+    return cast, Rounding() if cast.dtype == tensor.dtype else _rounding(tensor, cast)
+
+
+def _rounding(exact: Tensor, rounded: Tensor) -> Rounding:
+    total = Rounding()
+    for some, others in zip(
+        exact.flatten().split(_ROUNDED_AT_ONCE), rounded.flatten().split(_ROUNDED_AT_ONCE), strict=True
+    ):
+        before, after = some.double(), others.double()
+        change = (after - before).abs() / before.abs()  # NaN where zero stays zero
+        changed, zeros = before != after, (after == 0) & (before != 0)
+        largest = change[changed & ~zeros].amax().item() if (changed & ~zeros).any() else 0.0
+        total += Rounding(int(changed.sum()), int(zeros.sum()), largest)
+    return total
 
 
 def _pack_layer(name: str, weight: Tensor) -> tuple[LayerReport, dict[str, Tensor]]:
@@ -333,6 +369,7 @@ def _write_packed_surroundings(source: Path, target: Path, skeleton: PreTrainedM
         "sparsity": report.sparsity,
         "bytes_dense": report.bytes_dense,
         "bytes_packed": report.bytes_packed,
+        "rounding": asdict(report.rounding),
         "layers": {name: layer.sparsity for name, layer in report.layers.items()},
         "versions": {"macko_llm": __version__, "torch": torch.__version__},
     }

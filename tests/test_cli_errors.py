@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import SENTENCES, VOCABULARY, save_model
-from helpers import assert_plain, copy_model, edit_weights, quiet_transformers, truncate, weights
+from helpers import assert_plain, copy_model, edit_config, edit_weights, quiet_transformers, truncate, weights
 from safetensors.torch import save_file
 from transformers import GPT2Config, MixtralConfig, T5Config, T5ForConditionalGeneration
 from typer.testing import CliRunner
@@ -95,8 +95,8 @@ WANDA = "--calibration text.txt --nsamples 2 --seqlen 16"
         (f"prune mixtral -o out {WANDA}", FAILED_JOB, "several experts"),
         ("generate no-weights --prompt Hi --max-new-tokens 2", FAILED_JOB, "missing, corrupt or truncated"),
         ("pack no-weights -o out", FAILED_JOB, "no safetensors weights"),
-        (f"prune no-tokenizer -o out {WANDA}", FAILED_JOB, "no usable tokenizer"),
-        ("generate no-tokenizer --prompt Hi", FAILED_JOB, "no usable tokenizer"),
+        (f"prune no-tokenizer -o out {WANDA}", FAILED_JOB, "no-tokenizer has no tokenizer"),
+        ("generate no-tokenizer --prompt Hi", FAILED_JOB, "no-tokenizer has no tokenizer"),
         ("eval-perplexity incomplete --dataset text.txt", FAILED_JOB, f"lacks 1 of the model's weights, {UP}"),
         ("pack incomplete -o out", FAILED_JOB, f"no tensor {UP}.weight"),
         # Packed where dense is needed, and the other way round.
@@ -198,6 +198,13 @@ WANDA = "--calibration text.txt --nsamples 2 --seqlen 16"
         ("inspect cut-packed", FAILED_JOB, "corrupt or truncated"),
         ("unpack cut-packed -o out", FAILED_JOB, "corrupt or truncated"),
         ("inspect bad", FAILED_JOB, f"lacks an array of {UP}"),
+        # A file where a folder is meant, and what is missing.
+        (
+            "generate dense/model.safetensors --prompt Hi",
+            FAILED_JOB,
+            "is a file; name the folder that holds it, /.*dense",
+        ),
+        ("inspect packed/config.json", FAILED_JOB, "is a file; name the folder that holds it, /.*packed"),
         ("generate bad --prompt Hi --max-new-tokens 2", FAILED_JOB, f"lacks an array of {UP}"),
     ],
 )
@@ -286,3 +293,61 @@ def test_our_warnings_are_sentences_and_those_of_libraries_are_not_shown(capsys:
 
     command()
     assert capsys.readouterr().err == "macko: It could be faster.\n" * 2
+
+
+SENSELESS = {
+    "num_hidden_layers": [-1, 0, "two"],
+    "vocab_size": [0, -1],
+    "hidden_size": [0, 100],
+    "num_attention_heads": [0, 7],
+    "num_key_value_heads": [0],
+    "hidden_act": ["nothing"],
+    "dtype": [7, "float7"],
+    "pad_token_id": [10**6],
+    "transformers_weights": [5],
+    "rope_parameters": ["x"],
+    "model_type": ["nothing", 3],
+}
+
+
+@pytest.mark.parametrize(("setting", "value"), [(name, value) for name in SENSELESS for value in SENSELESS[name]])
+@pytest.mark.parametrize("model", ["dense", "packed"])
+def test_a_config_that_makes_no_sense_is_named(
+    setting: str, value: object, model: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By every command that reads it, and never as a fault of macko's or of the tokenizer's."""
+    broken = copy_model(folder / model, tmp_path / "broken")
+    edit_config(broken, **{setting: value})
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("Once upon a time there was a fox. " * 20)
+    calls = ["generate broken --prompt Hi -n 2", "eval-perplexity broken --dataset text.txt --seqlen 16 --limit 1"]
+    if model == "dense":
+        calls += ["prune broken -o out --calibration text.txt --nsamples 1 --seqlen 8", "pack broken -o out"]
+    else:
+        calls += ["inspect broken", "unpack broken -o out"]
+    for call in calls:
+        with quiet_transformers():
+            result = CliRunner().invoke(app, call.split())
+        assert result.exit_code == FAILED_JOB, (call, result.output)
+        sentence = result.stderr.splitlines()[-1]
+        assert_plain(sentence.removeprefix("macko: "))
+        assert "Unexpected" not in sentence, call
+        assert "tokenizer" not in sentence, call
+        assert not (tmp_path / "out").exists()
+
+
+def test_inspect_says_what_it_looked_at(folder: Path, tmp_path: Path) -> None:
+    packed = copy_model(folder / "packed", tmp_path / "packed")
+    said = CliRunner().invoke(app, ["inspect", str(packed)]).stdout
+    assert "Every packed matrix is valid, and the files hold the whole model." in said
+    assert "no tokenizer" not in said
+    for file in packed.glob("tokenizer*"):
+        file.unlink()
+    assert "There is no tokenizer, which `macko generate`" in CliRunner().invoke(app, ["inspect", str(packed)]).stdout
+
+
+def test_a_file_that_cannot_be_used_is_named_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("macko_llm.refusals.find_model", lambda _: (tmp_path / "gone").read_text())
+    result = CliRunner().invoke(app, ["generate", "model", "--prompt", "Hi"])
+    assert result.exit_code == FAILED_JOB
+    assert f"{tmp_path / 'gone'} cannot be used (No such file or directory); check the path" in result.stderr

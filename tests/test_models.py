@@ -264,7 +264,7 @@ def test_a_tokenizer_that_is_missing_or_damaged(llama: Path, tmp_path: Path) -> 
         _refused(lambda: models.load_tokenizer(folder), "no usable tokenizer .*copy the tokenizer files")
     for file in folder.glob("tokenizer*"):
         file.unlink()
-    _refused(lambda: models.load_tokenizer(folder), "no usable tokenizer .*copy the tokenizer files")
+    _refused(lambda: models.load_tokenizer(folder), "has no tokenizer .*copy the tokenizer files")
 
 
 def test_the_cache_goes_by_the_name_that_the_forward_knows(llama: Path) -> None:

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import macko_llm
-from macko_llm import checkpoint, generation, models
+from macko_llm import checkpoint, generation, models, packing
 from macko_llm.errors import CheckpointError, NonFiniteError, UsageError
 from macko_llm.linear import ARRAY_NAMES, MackoLinear
-from macko_llm.packing import inspect_checkpoint, pack_checkpoint, unpack_checkpoint
+from macko_llm.packing import Rounding, inspect_checkpoint, pack_checkpoint, unpack_checkpoint
 from macko_llm.pruning import prune_checkpoint
 from macko_llm.recipe import PruneRecipe
 from macko_llm.text import encode_prompt
@@ -97,6 +97,42 @@ def test_packed_generation_is_token_for_token_the_dense_one(family: str, tmp_pat
         texts.append([step.token_id for step in steps])
     assert texts[0] == texts[1]
     assert len(texts[0]) == 24
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked", "rounds"),
+    [
+        (torch.float32, None, True),
+        (torch.bfloat16, "float16", True),
+        (torch.float16, "bfloat16", True),
+        (torch.float16, None, False),
+        (torch.bfloat16, None, False),
+    ],
+)
+def test_what_was_rounded_is_reported(
+    stored: torch.dtype, asked: str | None, rounds: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "_ROUNDED_AT_ONCE", 1000)
+    pruned = _pruned(tmp_path, "llama", stored)
+    tiny = weights(pruned)[f"{UP}.weight"]
+    tiny[0, tiny[0].nonzero()[:3, 0]] = torch.tensor([1e-9, -2e-9, 3e-9]).to(
+        stored
+    )  # in float16 nothing is left of them
+    edit_weights(pruned, {f"{UP}.weight": tiny})
+    report = pack_checkpoint(pruned, tmp_path / "packed", dtype=asked)
+    target = getattr(torch, report.value_dtype)
+    changed, zeros, largest = 0, 0, 0.0
+    for tensor in weights(pruned).values():
+        before, after = tensor.double().numpy(), tensor.to(target).double().numpy()
+        changed += int((before != after).sum())
+        zeros += int(((before != after) & (after == 0)).sum())
+        kept = after != 0
+        largest = max(largest, abs(after[kept] / before[kept] - 1).max())
+    assert report.rounding == Rounding(changed, zeros, pytest.approx(largest, rel=1e-6))
+    assert (changed > 0) == rounds
+    assert checkpoint.read_provenance(tmp_path / "packed")["pack"]["rounding"]["weights"] == changed
+    unpack_checkpoint(tmp_path / "packed", tmp_path / "unpacked")
+    assert _bits(weights(tmp_path / "unpacked")) == _bits({k: v.to(target) + 0.0 for k, v in weights(pruned).items()})
 
 
 def test_float32_is_packed_as_float16(tmp_path: Path) -> None:

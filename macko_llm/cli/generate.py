@@ -91,9 +91,9 @@ def generate(
     from macko_llm.loading import load
     from macko_llm.text import encode_prompt
 
+    config = models.load_config(folder, trust_remote_code=trust_remote_code)
     tokenizer = models.load_tokenizer(folder, trust_remote_code=trust_remote_code)
     prompts = [encode_prompt(tokenizer, text, chat=chat, system_prompt=system_prompt) for text in texts]
-    config = models.load_config(folder, trust_remote_code=trust_remote_code)
     generation.check_prompts(prompts, max_new_tokens, config)
     loaded = load(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     if len(prompts) == 1:

@@ -17,6 +17,7 @@ def inspect(packed: PackedArgument, trust_remote_code: TrustOption = False, as_j
     folder = checkpoint.locate(packed)
     refusals.require_packed(folder)
 
+    from macko_llm import models
     from macko_llm.packing import inspect_checkpoint  # takes seconds, which a wrong call need not wait for
 
     with progress_bars() as progress:
@@ -30,5 +31,7 @@ def inspect(packed: PackedArgument, trust_remote_code: TrustOption = False, as_j
     print(
         f"{len(report.layers) - len(report.kept_dense)} of {len(report.layers)} layers packed as {report.value_dtype}, "
         f"{report.sparsity:.1%} sparsity, pruned by: {pruned_by}; {megabytes(report.bytes_packed)} instead of "
-        f"{megabytes(report.bytes_dense)}. Every invariant of the format holds."
+        f"{megabytes(report.bytes_dense)}. Every packed matrix is valid, and the files hold the whole model."
     )
+    if not models.has_tokenizer(folder):
+        print("There is no tokenizer, which `macko generate` and `macko eval-perplexity` need.")

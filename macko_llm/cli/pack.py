@@ -65,8 +65,19 @@ def pack(
         print_layers(report)
     verb = "Would pack" if dry_run else "Packed"
     print(f"{verb} {megabytes(report.bytes_dense)} into {megabytes(report.bytes_packed)} {_ratio(report)}: {output}")
+    if report.rounding.weights:
+        print(_say_rounding(report))
     if report.kept_dense:
         print(_say_kept_dense(report))
+
+
+def _say_rounding(report: "PackReport") -> str:
+    rounding = report.rounding
+    zeros = f", {rounding.zeros} became zero" if rounding.zeros else ""
+    return (
+        f"{rounding.weights} weights were rounded to {report.value_dtype}, by {rounding.largest:.2g} of their value at most"
+        f"{zeros}; `macko unpack` gives the rounded ones back."
+    )
 
 
 def _say_kept_dense(report: "PackReport") -> str:

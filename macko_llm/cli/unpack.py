@@ -21,7 +21,7 @@ def unpack(
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Give the pruned dense checkpoint back, bit for bit.
+    """Give the dense checkpoint back, bit for bit as it was packed.
 
     Examples:
         macko unpack ./packed -o pruned
