@@ -25,7 +25,7 @@ def load(path: str, **options: Any) -> PreTrainedModel:
     """Load a causal language model, dense or packed, ready for inference.
 
     Args:
-        path: a folder or a hub id.
+        path: a folder or a hub id, with @ and a revision behind it where it is not the newest that is wanted.
         options: dtype, device and trust_remote_code of `macko_llm.loading.load`.
 
     Raises:

@@ -29,13 +29,19 @@ _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msg
 LENGTH_BYTES = 8
 """Of the header's length, at the start of a safetensors file."""
 _NEEDED_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken"]
+_UNNEEDED_FILES = ["original/*", "onnx/*", "consolidated*"]  # the same weights in other forms
 
 
 def locate(model: str | Path) -> Path:
     """The local folder of a model: the folder itself, or the download of a hub id.
 
+    Args:
+        model: a folder, or owner/name with @ and a branch, a tag or a commit behind it where it is not the newest that is
+            wanted. HF_TOKEN and HF_HUB_CACHE are what they are to the hub's own tools.
+
     Raises:
         CheckpointError: there is no such model, or the folder holds none.
+        UsageError: a folder with a revision.
     """
     folder = Path(model).expanduser()
     if folder.is_dir():
@@ -44,13 +50,24 @@ def locate(model: str | Path) -> Path:
         return folder
     if folder.is_file():
         raise CheckpointError(f"{folder} is a file; name the folder that holds it, {folder.absolute().parent}.")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)) or str(model).startswith("."):
-        raise CheckpointError(f"There is no model {model}; name an existing folder or a hub id such as owner/name.")
+    name, _, revision = str(model).partition("@")
+    if revision and Path(name).expanduser().exists():
+        raise UsageError(f"{name} is a folder, which has no revision {revision}; leave the revision out.")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
+        raise CheckpointError(f"There is no model {name}; name an existing folder or a hub id such as owner/name.")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(model), allow_patterns=_NEEDED_FILES))
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision or None,
+                cache_dir=os.environ.get("HF_HUB_CACHE"),
+                allow_patterns=_NEEDED_FILES,
+                ignore_patterns=_UNNEEDED_FILES,
+            )
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
             f"There is no folder {model}, and the hub did not give a model of that name ({type(error).__name__}); "

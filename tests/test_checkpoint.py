@@ -41,7 +41,7 @@ def test_locate_refuses_a_folder_without_config_and_a_file(tmp_path: Path) -> No
         checkpoint.locate(tmp_path)
     file = tmp_path / "model.safetensors"
     file.touch()
-    with pytest.raises(CheckpointError, match="name an existing folder"):
+    with pytest.raises(CheckpointError, match="is a file; name the folder that holds it"):
         checkpoint.locate(file)
 
 

@@ -7,6 +7,7 @@ import typer
 
 from macko_llm.cli.console import gigabytes_per_second, megabytes, plain_errors, print_json, print_table, progress_bars
 from macko_llm.cli.options import DeviceOption, DtypeOption, JsonOption, parse_list, parse_sparsity
+from macko_llm.cli.surroundings import with_hub
 from macko_llm.defaults import BENCHMARK_CONTEXT, MAX_NEW_TOKENS
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ NOTHING = "-"
 
 
 @plain_errors
+@with_hub
 def decode(
     model: Annotated[
         str | None,
@@ -105,7 +107,7 @@ def decode(
 
 def print_decode(report: "DecodeReport", command: str) -> None:
     """A line a row, and below what a reader must know."""
-    print_table(_title(report), COLUMNS, [_cells(row) for row in report.rows])
+    print_table(_title(report), COLUMNS, [_cells(row) for row in report.rows], names=2)
     for row in report.rows:
         if row.note:
             print(f"{row.name}: {row.note}.")

@@ -11,11 +11,14 @@ import typer
 from macko_llm.cli.console import plain_errors, print_json, progress_bars
 from macko_llm.cli.options import DeviceOption, JsonOption, expanded_path
 from macko_llm.cli.reports import print_quality
+from macko_llm.cli.surroundings import with_hub, with_threads
 from macko_llm.defaults import QUALITY_SEQLEN
 from macko_llm.recipe import PruneRecipe
 
 
 @plain_errors
+@with_hub
+@with_threads
 def quality(
     model: Annotated[str | None, typer.Argument(help="A folder or hub id, dense. [default: the bundled model]")] = None,
     calibration: Annotated[

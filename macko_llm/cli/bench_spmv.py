@@ -128,7 +128,7 @@ def command_line(
 
 def print_spmv(report: "SpmvReport", command: str) -> None:
     """A line a case, and below what a reader must know."""
-    print_table(_title(report.conditions), COLUMNS, [_row(case) for case in report.cases])
+    print_table(_title(report.conditions), COLUMNS, [_row(case) for case in report.cases], names=3)
     for note in dict.fromkeys(note for case in report.cases for note in case.notes):
         print(f"* {note}")
     print(f"Errors are relative to float64. Measured {report.conditions.date} with\n{command}")

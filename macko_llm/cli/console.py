@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -27,6 +27,8 @@ DEBUG_VARIABLE = "MACKO_DEBUG"
 SIGNAL_EXIT_CODE = 128
 """What shells add to the number of the signal that ended a process."""
 SECONDS_BETWEEN_LINES = 10.0
+NAME_WIDTH = 20
+"""Columns that the names in a table get at least."""
 PIPE_WIDTH = 160
 """Columns of a table that is not printed to a terminal, wide enough never to cut a name."""
 _OUTPUT_ERRORS = {errno.EPIPE, errno.ENOSPC, errno.EFBIG, errno.EBADF}
@@ -46,15 +48,22 @@ def plain_errors(command: Callable[Arguments, Result]) -> Callable[Arguments, Re
             raise
         except KeyboardInterrupt as interrupt:
             number = interrupt.args[0] if isinstance(interrupt, _SignalReceivedError) else signal.SIGINT
-            print_error("Interrupted; nothing unfinished was left behind.")
+            _say("Interrupted; nothing unfinished was left behind.", kwargs)
             raise typer.Exit(SIGNAL_EXIT_CODE + number) from None
         except Exception as error:
             if os.environ.get(DEBUG_VARIABLE, "") not in ("", "0"):
                 raise
-            print_error(_sentence(error))
+            _say(_sentence(error), kwargs)
             raise typer.Exit(error.exit_code if isinstance(error, MackoError) else 1) from None
 
     return run
+
+
+def _say(sentence: str, options: Mapping[str, object]) -> None:
+    """An error on stderr, and where JSON is wanted, on stdout too."""
+    print_error(sentence)
+    if options.get("as_json"):
+        print_json({"error": sentence})
 
 
 class _SignalReceivedError(KeyboardInterrupt):
@@ -164,22 +173,38 @@ def print_json(content: dict[str, Any] | list[Any]) -> None:
     print(json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False))
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on stdout; the first column is text, the others are numbers."""
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, names: int = 1) -> None:
+    """A table on stdout; the first column is text, the others are numbers.
+
+    Nothing is cut. Where a terminal is too narrow for all columns, as many as fit come first, and the others below, behind
+    the first `names` columns, which say what a row is about.
+    """
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    # Numbers are never cut: a terminal that is too narrow wraps lines, which can be read.
-    needed = sum(max(len(row[i]) for row in [columns, *rows]) + 3 for i in range(len(columns))) + 1
-    width = max(Console().width if sys.stdout.isatty() else PIPE_WIDTH, needed)
-    console = Console(width=width)
-    table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD)
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+    widths = [max(len(row[i]) for row in [columns, *rows]) + 3 for i in range(len(columns))]
+    terminal = Console().width if sys.stdout.isatty() else max(PIPE_WIDTH, sum(widths) + 1)
+    widths[0] = min(widths[0], NAME_WIDTH + 3)  # longer names are folded where they must be
+    for number, part in enumerate(_column_groups(widths, names, terminal)):
+        table = Table(title=title or None if number == 0 else None, title_justify="left", box=box.SIMPLE_HEAD)
+        for column in part:
+            justify, fold = ("left", "fold") if column == 0 else ("right", "ellipsis")
+            table.add_column(columns[column], justify=justify, overflow=fold, no_wrap=column > 0)  # type: ignore[arg-type]
+        for row in rows:
+            table.add_row(*(row[column] for column in part))
+        Console(width=max(terminal, sum(widths[column] for column in part) + 1)).print(table)
+
+
+def _column_groups(widths: Sequence[int], names: int, limit: int) -> list[list[int]]:
+    """The numbers of the columns of each table, of which all begin with the first ones."""
+    first = list(range(names))
+    groups = [[*first]]
+    for column in range(names, len(widths)):
+        if len(groups[-1]) > names and sum(widths[i] for i in [*groups[-1], column]) + 1 > limit:
+            groups.append([*first])
+        groups[-1].append(column)
+    return groups
 
 
 def megabytes(count: int) -> str:

@@ -9,9 +9,11 @@ import typer
 from macko_llm.cli.console import plain_errors, print_json, progress_bars
 from macko_llm.cli.options import JsonOption, expanded_path
 from macko_llm.cli.reports import print_quality
+from macko_llm.cli.surroundings import with_threads
 
 
 @plain_errors
+@with_threads
 def demo(
     output: Annotated[
         Path,

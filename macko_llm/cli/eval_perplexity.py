@@ -15,10 +15,13 @@ from macko_llm.cli.options import (
     ModelArgument,
     TrustOption,
 )
+from macko_llm.cli.surroundings import with_hub, with_threads
 from macko_llm.defaults import EVALUATION_SEQLEN
 
 
 @plain_errors
+@with_hub
+@with_threads
 def eval_perplexity(
     model: ModelArgument,
     dataset: Annotated[str, typer.Option(help=f"wikitext2, c4, {SOURCES}.")] = "wikitext2",

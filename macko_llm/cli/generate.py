@@ -10,11 +10,14 @@ import typer
 
 from macko_llm.cli.console import megabytes, plain_errors, print_json
 from macko_llm.cli.options import DeviceOption, DtypeOption, JsonOption, ModelArgument, TrustOption, expanded_path
+from macko_llm.cli.surroundings import with_hub, with_threads
 from macko_llm.defaults import MAX_NEW_TOKENS, TEMPERATURE
 from macko_llm.errors import UsageError
 
 
 @plain_errors
+@with_hub
+@with_threads
 def generate(
     model: ModelArgument,
     prompt: Annotated[

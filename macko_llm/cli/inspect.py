@@ -3,9 +3,12 @@
 from macko_llm.cli.console import megabytes, plain_errors, print_json, progress_bars
 from macko_llm.cli.options import JsonOption, PackedArgument, TrustOption
 from macko_llm.cli.reports import pack_report_json, print_layers
+from macko_llm.cli.surroundings import with_hub, with_threads
 
 
 @plain_errors
+@with_hub
+@with_threads
 def inspect(packed: PackedArgument, trust_remote_code: TrustOption = False, as_json: JsonOption = False) -> None:
     """Say what is inside a packed checkpoint, and check every invariant of the format.
 

@@ -12,11 +12,12 @@ import macko_llm
 from macko_llm.cli.bench_decode import decode
 from macko_llm.cli.bench_quality import quality
 from macko_llm.cli.bench_spmv import spmv
-from macko_llm.cli.console import print_error, written_output
+from macko_llm.cli.console import print_error, print_json, written_output
 from macko_llm.cli.demo import demo
 from macko_llm.cli.doctor import doctor
 from macko_llm.cli.eval_perplexity import eval_perplexity
 from macko_llm.cli.generate import generate
+from macko_llm.cli.help import PlainCommand, with_plain_words
 from macko_llm.cli.inspect import inspect
 from macko_llm.cli.pack import pack
 from macko_llm.cli.prune import prune
@@ -26,6 +27,10 @@ from macko_llm.errors import UsageError
 
 class PlainGroup(typer.core.TyperGroup):
     """Says a wrong call in one sentence too, where typer would draw a box around it."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """See click's `Command.get_params`."""
+        return with_plain_words(super().get_params(ctx))
 
     def main(self, args: Sequence[str] | None = None, *rest: Any, standalone_mode: bool = True, **options: Any) -> Any:
         """Run the command line; see click's `Command.main`."""
@@ -48,14 +53,18 @@ class PlainGroup(typer.core.TyperGroup):
                 raise
             context = getattr(error, "ctx", None)
             path = context.command_path if context else "macko"
-            print_error(f"{' '.join(message().split()).rstrip('.')}; see `{path} --help`.")
+            sentence = f"{' '.join(message().split()).rstrip('.')}; see `{path} --help`."
+            print_error(sentence)
+            if "--json" in arguments:
+                print_json({"error": sentence})
             sys.exit(getattr(error, "exit_code", UsageError.exit_code))
 
 
 app = typer.Typer(
     name="macko",
     cls=PlainGroup,
-    help="Prune language models without structure, store them sparse, run them faster and smaller than dense.",
+    help="Prune language models without structure, store them sparse, run them faster and smaller than dense on NVIDIA GPUs, "
+    "and smaller on CPUs.",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="markdown",
@@ -77,18 +86,20 @@ def _root(
     del version
 
 
-app.command()(prune)
-app.command()(pack)
-app.command()(unpack)
-app.command()(generate)
-app.command("eval-perplexity")(eval_perplexity)
-app.command()(inspect)
-app.command()(doctor)
-app.command()(demo)
-bench = typer.Typer(help="Measure.")
-bench.command()(quality)
-bench.command()(spmv)
-bench.command()(decode)
+app.command(cls=PlainCommand)(prune)
+app.command(cls=PlainCommand)(pack)
+app.command(cls=PlainCommand)(unpack)
+app.command(cls=PlainCommand)(generate)
+app.command("eval-perplexity", cls=PlainCommand)(eval_perplexity)
+app.command(cls=PlainCommand)(inspect)
+app.command(cls=PlainCommand)(doctor)
+app.command(cls=PlainCommand)(demo)
+bench = typer.Typer(
+    cls=PlainGroup, help="Measure: sizes and perplexities, whole models token by token, single products."
+)
+bench.command(cls=PlainCommand)(quality)
+bench.command(cls=PlainCommand)(spmv)
+bench.command(cls=PlainCommand)(decode)
 app.add_typer(bench, name="bench")
 
 

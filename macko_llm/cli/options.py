@@ -6,6 +6,7 @@ from typing import Annotated, TypeVar
 
 import typer
 
+from macko_llm.defaults import MODEL_DTYPE_NAMES
 from macko_llm.errors import UsageError
 
 Value = TypeVar("Value")
@@ -16,6 +17,15 @@ def expanded_path(text: str | Path) -> Path:
     return Path(text).expanduser()
 
 
+def model_dtypes() -> list[str]:
+    """What shells complete for --dtype."""
+    return ["auto", *MODEL_DTYPE_NAMES]
+
+
+def _devices() -> list[str]:
+    return ["auto", "cpu", "cuda"]
+
+
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A folder or a hub id, dense or packed.")]
 DenseArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A folder or a hub id of a dense model.")]
 PackedArgument = Annotated[str, typer.Argument(metavar="PACKED", help="A folder or a hub id of a packed model.")]
@@ -24,10 +34,20 @@ OutputOption = Annotated[
 ]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace a model that lies in the output folder.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
-DeviceOption = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")]
-DtypeOption = Annotated[str, typer.Option(help="auto (the checkpoint's), float16, bfloat16 or float32.")]
+DeviceOption = Annotated[
+    str,
+    typer.Option(
+        metavar="DEVICE", autocompletion=_devices, help="auto (a GPU if there is one), cpu, cuda, cuda:1, ..."
+    ),
+]
+DtypeOption = Annotated[
+    str,
+    typer.Option(
+        metavar="DTYPE", autocompletion=model_dtypes, help="auto (the checkpoint's), float16, bfloat16 or float32."
+    ),
+]
 TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
-ShardSizeOption = Annotated[str, typer.Option(help="Largest weight file, such as 5GB or 500MB.")]
+ShardSizeOption = Annotated[str, typer.Option(metavar="SIZE", help="Largest weight file, such as 5GB or 500MB.")]
 
 
 SOURCES = (

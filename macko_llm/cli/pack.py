@@ -7,7 +7,8 @@ import typer
 from macko_llm.cli.console import megabytes, plain_errors, print_json, progress_bars
 from macko_llm.cli.options import DenseArgument, JsonOption, OutputOption, OverwriteOption, ShardSizeOption, TrustOption
 from macko_llm.cli.reports import pack_report_json, print_layers
-from macko_llm.defaults import MAX_SHARD_SIZE
+from macko_llm.cli.surroundings import with_hub, with_threads
+from macko_llm.defaults import MAX_SHARD_SIZE, VALUE_DTYPE_NAMES
 
 if TYPE_CHECKING:
     from macko_llm.packing import PackReport
@@ -17,12 +18,23 @@ NAMES_LISTED = 8
 """A large model has hundreds of layers; --json and --dry-run name them all."""
 
 
+def _dtypes() -> list[str]:
+    return [*VALUE_DTYPE_NAMES]
+
+
 @plain_errors
+@with_hub
+@with_threads
 def pack(
     model: DenseArgument,
     output: OutputOption,
     dtype: Annotated[
-        str | None, typer.Option(help="float16 or bfloat16. [default: the checkpoint's, float16 for float32]")
+        str | None,
+        typer.Option(
+            metavar="DTYPE",
+            autocompletion=_dtypes,
+            help="float16 or bfloat16. [default: the checkpoint's, float16 for float32]",
+        ),
     ] = None,
     max_shard_size: ShardSizeOption = MAX_SHARD_SIZE,
     trust_remote_code: TrustOption = False,

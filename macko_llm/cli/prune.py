@@ -17,9 +17,15 @@ from macko_llm.cli.options import (
     OverwriteOption,
     TrustOption,
     expanded_path,
+    model_dtypes,
 )
+from macko_llm.cli.surroundings import with_hub, with_threads
 from macko_llm.defaults import CALIBRATION_SEQLEN
 from macko_llm.recipe import METHODS, PruneRecipe, load_recipe, make_recipe
+
+
+def _methods() -> list[str]:
+    return [*METHODS]
 
 
 def _help(text: str, setting: str) -> str:
@@ -28,10 +34,14 @@ def _help(text: str, setting: str) -> str:
 
 
 @plain_errors
+@with_hub
+@with_threads
 def prune(
     model: DenseArgument,
     output: OutputOption,
-    method: Annotated[str | None, typer.Option(help=_help(f"{' or '.join(METHODS)}.", "method"))] = None,
+    method: Annotated[
+        str | None, typer.Option(autocompletion=_methods, help=_help(f"{' or '.join(METHODS)}.", "method"))
+    ] = None,
     sparsity: Annotated[
         float | None, typer.Option(help=_help("Share of each row to remove, in [0, 1).", "sparsity"))
     ] = None,
@@ -62,7 +72,12 @@ def prune(
     seqlen: Annotated[int | None, typer.Option(help=_help("Tokens in each of them.", "seqlen"))] = None,
     seed: Annotated[int | None, typer.Option(help=_help("Of the calibration draw.", "seed"))] = None,
     dtype: Annotated[
-        str | None, typer.Option(help=_help("auto, float16, bfloat16 or float32, to compute and save in.", "dtype"))
+        str | None,
+        typer.Option(
+            metavar="DTYPE",
+            autocompletion=model_dtypes,
+            help=_help("auto, float16, bfloat16 or float32, to compute and save in.", "dtype"),
+        ),
     ] = None,
     device: DeviceOption = "auto",
     recipe: Annotated[

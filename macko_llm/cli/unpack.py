@@ -9,10 +9,13 @@ from macko_llm.cli.options import (
     ShardSizeOption,
     TrustOption,
 )
+from macko_llm.cli.surroundings import with_hub, with_threads
 from macko_llm.defaults import MAX_SHARD_SIZE
 
 
 @plain_errors
+@with_hub
+@with_threads
 def unpack(
     packed: PackedArgument,
     output: OutputOption,

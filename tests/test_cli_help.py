@@ -1,0 +1,195 @@
+"""What a user sees: help, tables on narrow terminals, errors as JSON, completion."""
+
+import json
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import typer.main
+from typer.testing import CliRunner
+
+from macko_llm.cli import bench_decode, bench_spmv
+from macko_llm.cli.console import print_table
+from macko_llm.cli.main import app
+
+COMMANDS = [
+    *(
+        [name]
+        for name in ("prune", "pack", "unpack", "generate", "eval-perplexity", "inspect", "doctor", "demo", "bench")
+    ),
+    ["bench", "quality"],
+    ["bench", "spmv"],
+    ["bench", "decode"],
+    [],
+]
+
+
+def _help(command: list[str]) -> list[str]:
+    result = CliRunner().invoke(app, [*command, "--help"], env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"})
+    assert result.exit_code == 0, result.output
+    return [line.rstrip() for line in result.stdout.splitlines()]
+
+
+def test_every_command_is_looked_at() -> None:
+    group = typer.main.get_command(app)
+    named = {command[0] for command in COMMANDS if len(command) == 1}
+    assert named == set(group.commands)  # type: ignore[attr-defined]
+    assert {command[1] for command in COMMANDS if len(command) == 2} == set(group.commands["bench"].commands)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_help_fits_and_speaks_of_no_types(command: list[str]) -> None:
+    lines = _help(command)
+    assert all(len(line) <= 80 for line in lines)
+    text = "\n".join(lines)
+    for kind in ("<bool>", "<str>", "<int>", "<float>", "<list", "<path>"):
+        assert kind not in text
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_examples_stand_line_by_line(command: list[str]) -> None:
+    lines = [line.strip() for line in _help(command)]
+    if "Examples:" not in lines:
+        assert not command or command == ["bench"] or command == ["doctor"]
+        return
+    block = lines[lines.index("Examples:") + 1 :]
+    examples = [line for line in block[: next(i for i, line in enumerate(block) if line.startswith("╭"))] if line]
+    assert examples[0].startswith("macko ")
+    for line in examples:
+        assert "macko" not in line.removeprefix("macko")[1:] or "| macko" in line or "macko-" in line, line
+
+
+def test_help_says_what_cpus_and_benchmarks_are_about() -> None:
+    text = " ".join(" ".join(_help([])).replace("│", " ").split())
+    assert "faster and smaller than dense on NVIDIA GPUs, and smaller on CPUs" in text
+    assert "Measure: sizes and perplexities, whole models" in text
+
+
+# Tables
+
+
+@contextmanager
+def _terminal(columns: int) -> Iterator[Callable[[], str]]:
+    """Stdout as a terminal of that width; what has been printed comes from the function."""
+    reader, writer = pty.openpty()
+    before, width = sys.stdout, os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = str(columns)
+    sys.stdout = os.fdopen(writer, "w")
+
+    def printed() -> str:
+        sys.stdout.flush()
+        text = b""
+        while select.select([reader], [], [], 0.2)[0]:
+            text += os.read(reader, 4096)
+        return text.decode()
+
+    try:
+        yield printed
+    finally:
+        sys.stdout.close()
+        sys.stdout = before
+        os.close(reader)
+        os.environ.pop("COLUMNS")
+        if width is not None:
+            os.environ["COLUMNS"] = width
+
+
+def _plain(text: str) -> list[str]:
+    return [re.sub(r"\x1b\[[0-9;]*m", "", line).rstrip() for line in text.splitlines()]
+
+
+LAYER = ["model.layers.31.mlp.gate_proj", "11008 x 4096", "50.0%", "90.18 MB", "56.64 MB"]
+DECODED = [
+    "macko, packed",
+    "50.0%",
+    "309.0",
+    "309.0",
+    "1.93x",
+    "3.236",
+    "3.092",
+    "0.078",
+    "0.067",
+    "8.55 GB",
+    "59 ms",
+    "fused",
+]
+PRODUCT = ["22016 x 4096", "50.0%", "1", "101.23", "1234.56", "37.82", "2890", "93%", "1.47x", "1.1e-03", "1.1e-03"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "row", "names"),
+    [
+        (["layer", "shape", "sparsity", "dense", "packed"], LAYER, 1),
+        (
+            ["layer", "shape"],
+            ["model.language_model.layers.31.self_attn.compressed_query_projection.weight", "1 x 1"],
+            1,
+        ),
+        (bench_decode.COLUMNS, DECODED, 2),
+        (bench_spmv.COLUMNS, [*PRODUCT, "180.36 MB", "109.25 MB"], 3),
+    ],
+)
+def test_tables_fit_a_terminal_and_lose_nothing(columns: list[str], row: list[str], names: int) -> None:
+    with _terminal(80) as printed:
+        print_table("A title", columns, [row, row], names=names)
+        lines = _plain(printed())
+    assert all(len(line) <= 80 for line in lines)
+    text = " ".join(" ".join(lines).split())
+    assert "\u2026" not in text
+    for cell in [*columns[1:], *row[1:]]:
+        assert cell in text
+    assert row[0] in text or row[0] in "".join(line.strip().split(" ")[0] for line in lines)
+
+
+def test_a_table_for_a_program_is_one_however_wide(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table("", [f"column {number}" for number in range(30)], [[f"value {number}" for number in range(30)]])
+    printed = capsys.readouterr().out
+    assert sum("column" in line for line in printed.splitlines()) == 1
+    assert all(f"value {number}" in printed for number in range(30))
+
+
+# JSON and completion
+
+
+@pytest.mark.parametrize(
+    ("call", "exit_code"),
+    [
+        ("generate nowhere --prompt Hi --json", 1),
+        ("prune nowhere -o out --sparsity 2 --json", 2),
+        ("inspect --json", 2),
+        ("bench spmv --no-such-option --json", 2),
+    ],
+)
+def test_an_error_is_json_too_where_json_is_wanted(call: str, exit_code: int) -> None:
+    result = CliRunner().invoke(app, call.split())
+    assert result.exit_code == exit_code
+    content = json.loads(result.stdout)
+    assert content.keys() == {"error"}
+    assert result.stderr == f"macko: {content['error']}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "completions"),
+    [
+        ("macko generate x --dtype ", ["auto", "float16", "bfloat16", "float32"]),
+        ("macko generate x --dtype b", ["bfloat16"]),
+        ("macko prune x --method ", ["wanda", "magnitude"]),
+        ("macko pack x --dtype f", ["float16"]),
+        ("macko inspect x --re", ["--revision"]),
+        ("macko bench ", ["quality", "spmv", "decode"]),
+    ],
+)
+def test_shells_complete_values(words: str, completions: list[str], tmp_path: Path) -> None:
+    count = len(words.split()) - (0 if words.endswith(" ") else 1)
+    environment = {**os.environ, "_MACKO_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(count)}
+    call = [sys.executable, "-c", "from macko_llm.cli.main import app; app(prog_name='macko')"]
+    said = subprocess.run(call, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert set(completions) <= set(said.stdout.split()), said
+    assert all(word.startswith(words.split(" ")[-1]) for word in said.stdout.split())
