@@ -193,3 +193,18 @@ def test_shells_complete_values(words: str, completions: list[str], tmp_path: Pa
     said = subprocess.run(call, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert set(completions) <= set(said.stdout.split()), said
     assert all(word.startswith(words.split(" ")[-1]) for word in said.stdout.split())
+
+
+def test_options_are_called_what_they_are_called() -> None:
+    """Some releases of typer take a metavar that equals the option's name for the name."""
+
+    def names(command: object) -> Iterator[str]:
+        for parameter in command.params:  # type: ignore[attr-defined]
+            if parameter.param_type_name == "option":
+                yield from parameter.opts
+        for inner in getattr(command, "commands", {}).values():
+            yield from names(inner)
+
+    found = set(names(typer.main.get_command(app)))
+    assert {"--device", "--dtype", "--token", "--json", "-o"} <= found
+    assert not [name for name in found if name != name.lower()]

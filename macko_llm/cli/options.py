@@ -37,13 +37,19 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print exactly one JSON
 DeviceOption = Annotated[
     str,
     typer.Option(
-        metavar="DEVICE", autocompletion=_devices, help="auto (a GPU if there is one), cpu, cuda, cuda:1, ..."
+        "--device",
+        metavar="DEVICE",
+        autocompletion=_devices,
+        help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...",
     ),
 ]
 DtypeOption = Annotated[
     str,
     typer.Option(
-        metavar="DTYPE", autocompletion=model_dtypes, help="auto (the checkpoint's), float16, bfloat16 or float32."
+        "--dtype",
+        metavar="DTYPE",
+        autocompletion=model_dtypes,
+        help="auto (the checkpoint's), float16, bfloat16 or float32.",
     ),
 ]
 TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]

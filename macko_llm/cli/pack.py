@@ -31,6 +31,7 @@ def pack(
     dtype: Annotated[
         str | None,
         typer.Option(
+            "--dtype",
             metavar="DTYPE",
             autocompletion=_dtypes,
             help="float16 or bfloat16. [default: the checkpoint's, float16 for float32]",

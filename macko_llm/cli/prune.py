@@ -74,6 +74,7 @@ def prune(
     dtype: Annotated[
         str | None,
         typer.Option(
+            "--dtype",
             metavar="DTYPE",
             autocompletion=model_dtypes,
             help=_help("auto, float16, bfloat16 or float32, to compute and save in.", "dtype"),

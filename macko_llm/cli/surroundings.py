@@ -20,7 +20,9 @@ Result = TypeVar("Result")
 _RevisionOption = Annotated[str | None, typer.Option(metavar="NAME", help="Branch, tag or commit of a hub id.")]
 _TokenOption = Annotated[
     str | None,
-    typer.Option(metavar="TOKEN", help="For gated models; `hf auth login` and HF_TOKEN keep it out of histories."),
+    typer.Option(
+        "--token", metavar="TOKEN", help="For gated models; `hf auth login` and HF_TOKEN keep it out of histories."
+    ),
 ]
 _CacheDirOption = Annotated[
     Path | None, typer.Option(metavar="DIR", parser=expanded_path, help="Where downloaded models are kept.")
