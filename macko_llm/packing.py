@@ -396,11 +396,11 @@ macko generate PATH --prompt "Once upon a time"
 ```
 
 ```python
-import macko_llm  # teaches transformers the format
+import macko_llm
 
 model = macko_llm.load("PATH")
 # or: transformers.AutoModelForCausalLM.from_pretrained("PATH")
 ```
 
-Without `import macko_llm`, transformers does not know the format and would start from random weights.
+Where macko is not installed, transformers does not know the format and starts from random weights.
 """
