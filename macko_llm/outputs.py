@@ -269,9 +269,8 @@ def _move_in(partial: Path, target: Path, old: set[str]) -> None:
         for name in new:
             if not (partial / name).exists():
                 (target / name).rename(partial / name)
-        for path in replaced.iterdir():
-            path.rename(target / path.name)
-        replaced.rmdir()
+        if replaced.exists():
+            _restore(replaced, target)
         raise
     shutil.rmtree(replaced)
 
@@ -281,9 +280,13 @@ def _recover(partial: Path, target: Path) -> None:
     if any((folder / CONFIG_FILE).is_file() for folder in (partial, target)):
         _move_in(partial, target, set())
         return
-    for path in (target / _REPLACED).iterdir():  # the new files are gone
+    _restore(target / _REPLACED, target)  # the new files are gone
+
+
+def _restore(replaced: Path, target: Path) -> None:
+    for path in replaced.iterdir():
         path.rename(target / path.name)
-    (target / _REPLACED).rmdir()
+    replaced.rmdir()
 
 
 def _open_to_readers(folder: Path) -> None:

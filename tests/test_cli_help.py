@@ -208,3 +208,10 @@ def test_options_are_called_what_they_are_called() -> None:
     found = set(names(typer.main.get_command(app)))
     assert {"--device", "--dtype", "--token", "--json", "-o"} <= found
     assert not [name for name in found if name != name.lower()]
+
+
+def test_figures_of_a_cpu_are_not_shown_without_a_word() -> None:
+    call = ["bench", "spmv", "--device", "cpu", "--shape", "64x64", "--sparsity", "0.5", "--threads", "1"]
+    result = CliRunner().invoke(app, call)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("On a CPU packed models decode more slowly than dense ones for now") == 1

@@ -7,7 +7,8 @@ import typer
 
 from macko_llm.cli.console import gigabytes_per_second, megabytes, plain_errors, print_json, print_table, progress_bars
 from macko_llm.cli.options import DeviceOption, DtypeOption, JsonOption, parse_list, parse_sparsity
-from macko_llm.cli.surroundings import with_hub
+from macko_llm.cli.reports import note_on_cpu
+from macko_llm.cli.surroundings import with_hub, with_threads
 from macko_llm.defaults import BENCHMARK_CONTEXT, MAX_NEW_TOKENS
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ NOTHING = "-"
 
 @plain_errors
 @with_hub
+@with_threads
 def decode(
     model: Annotated[
         str | None,
@@ -117,6 +119,7 @@ def print_decode(report: "DecodeReport", command: str) -> None:
             f"Dense limit: {report.dense_limit_tokens_per_second:.1f} tokens/s, the weights of a token "
             f"({megabytes(report.dense_bytes)}) at {read} GB/s read."
         )
+    note_on_cpu(report.machine.device)
     print(f"Medians of {report.runs} runs. Measured {report.machine.date} with\n{command}")
 
 

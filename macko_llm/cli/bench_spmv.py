@@ -10,6 +10,8 @@ import typer
 
 from macko_llm.cli.console import gigabytes_per_second, megabytes, plain_errors, print_json, print_table, progress_bars
 from macko_llm.cli.options import DeviceOption, JsonOption, expanded_path, parse_list, parse_sparsity
+from macko_llm.cli.reports import note_on_cpu
+from macko_llm.cli.surroundings import with_threads
 from macko_llm.defaults import MAX_ENTRIES
 from macko_llm.errors import UsageError
 
@@ -34,6 +36,7 @@ COLUMNS = (
 
 
 @plain_errors
+@with_threads
 def spmv(
     shape: Annotated[
         list[str] | None, typer.Option(metavar="ROWSxCOLS,...", help="[default: the shapes of Llama-2-7B]")
@@ -131,6 +134,7 @@ def print_spmv(report: "SpmvReport", command: str) -> None:
     print_table(_title(report.conditions), COLUMNS, [_row(case) for case in report.cases], names=3)
     for note in dict.fromkeys(note for case in report.cases for note in case.notes):
         print(f"* {note}")
+    note_on_cpu(report.conditions.device)
     print(f"Errors are relative to float64. Measured {report.conditions.date} with\n{command}")
 
 

@@ -29,8 +29,13 @@ def print_quality(report: "QualityReport") -> None:
         f"calibration tokens, {report.recipe.dtype}, {report.device}"
     )
     print_table(title, ["", "sparsity", "on disk", "in memory", "perplexity", "tokens/s"], rows)
-    if report.device == "cpu":
-        print("On a CPU packed models decode more slowly than dense ones for now; on NVIDIA GPUs they are faster.\n")
+    note_on_cpu(report.device)
+
+
+def note_on_cpu(device: str) -> None:
+    """Say of figures from a CPU that they are not what packing is for."""
+    if device == "cpu":
+        print("On a CPU packed models decode more slowly than dense ones for now; on NVIDIA GPUs they are faster.")
 
 
 def pack_report_json(report: "PackReport") -> dict[str, object]:
