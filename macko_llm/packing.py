@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from macko_llm.progress import Progress, no_progress
 from macko_llm.shards import ShardWriter
 from macko_llm.version import __version__
 
+_CAST_HEADERS = (*VALUE_HEADERS.values(), "F32", "F64")
 _ROUNDED_AT_ONCE = 1 << 22  # weights, which are compared in float64
 
 
@@ -55,14 +56,24 @@ class Rounding:
         weights: how many have another value.
         zeros: how many of those became zero.
         largest: the largest relative change of the others.
+        subnormal: how many of the others are too small for the dtype's full precision.
+        tensors: how many hold such weights.
     """
 
     weights: int = 0
     zeros: int = 0
     largest: float = 0.0
+    subnormal: int = 0
+    tensors: int = 0
 
     def __add__(self, other: "Rounding") -> "Rounding":
-        return Rounding(self.weights + other.weights, self.zeros + other.zeros, max(self.largest, other.largest))
+        return Rounding(
+            self.weights + other.weights,
+            self.zeros + other.zeros,
+            max(self.largest, other.largest),
+            self.subnormal + other.subnormal,
+            self.tensors + other.tensors,
+        )
 
 
 @dataclass(frozen=True)
@@ -121,6 +132,9 @@ def pack_checkpoint(
     linears = _shapes(skeleton)
     infos = _infos(source, skeleton)
     _check_dense(linears, infos)
+    for key, info in infos.items():  # embeddings and norms are cast, too
+        if info.dtype.startswith("F") and info.dtype not in _CAST_HEADERS:
+            raise _needs_scales(key, info)
     value_dtype = dtype or _own_dtype(
         {infos[f"{name}.weight"].dtype for name in linears}, checkpoint.read_config(source)
     )
@@ -280,11 +294,15 @@ def _check_dense(linears: dict[str, tuple[int, int]], infos: dict[str, TensorInf
                 f"{name}.weight is {list(info.shape)}, but config.json makes it {list(shape)}; "
                 "download the model again."
             )
-        if info.dtype not in (*VALUE_HEADERS.values(), "F32", "F64"):
-            raise CheckpointError(
-                f"{name}.weight is stored as {info.dtype}, which needs scales to be understood; pack a model whose weights "
-                "are 16-bit or float32."
-            )
+        if info.dtype not in _CAST_HEADERS:
+            raise _needs_scales(f"{name}.weight", info)
+
+
+def _needs_scales(key: str, info: TensorInfo) -> CheckpointError:
+    return CheckpointError(
+        f"{key} is stored as {info.dtype}, which needs scales to be understood; pack a model whose weights are 16-bit or "
+        "float32."
+    )
 
 
 def _tensors(infos: dict[str, TensorInfo]) -> Iterator[tuple[str, Tensor]]:
@@ -313,16 +331,18 @@ def _cast(tensor: Tensor, dtype: torch.dtype, name: str) -> tuple[Tensor, Roundi
 
 
 def _rounding(exact: Tensor, rounded: Tensor) -> Rounding:
-    total = Rounding()
+    total, tiny = Rounding(), torch.finfo(rounded.dtype).tiny
     for some, others in zip(
         exact.flatten().split(_ROUNDED_AT_ONCE), rounded.flatten().split(_ROUNDED_AT_ONCE), strict=True
     ):
         before, after = some.double(), others.double()
         change = (after - before).abs() / before.abs()  # NaN where zero stays zero
         changed, zeros = before != after, (after == 0) & (before != 0)
-        largest = change[changed & ~zeros].amax().item() if (changed & ~zeros).any() else 0.0
-        total += Rounding(int(changed.sum()), int(zeros.sum()), largest)
-    return total
+        kept = changed & ~zeros
+        largest = change[kept].amax().item() if kept.any() else 0.0
+        subnormal = int((kept & (after.abs() < tiny)).sum())
+        total += Rounding(int(changed.sum()), int(zeros.sum()), largest, subnormal)
+    return replace(total, tensors=int(total.weights > 0))
 
 
 def _pack_layer(name: str, weight: Tensor) -> tuple[LayerReport, dict[str, Tensor]]:

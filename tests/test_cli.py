@@ -123,7 +123,7 @@ def test_pack_and_unpack(tmp_path: Path) -> None:
     said = macko("pack", "pruned", "-o", packed, "--overwrite", "--dtype", "bfloat16").stdout
     assert re.fullmatch(
         r"Packed .* into .* \(1\.\d\dx smaller, 50\.0% sparsity\): .*packed\n"
-        r"\d+ weights were rounded to bfloat16, by 0\.0\d+ of .*\n",
+        r"\d+ weights of \d+ tensors were rounded to bfloat16, by 0\.0\d+ of .*\n",
         said,
     )
     macko("pack", "pruned", "-o", packed, "--overwrite")

@@ -115,20 +115,23 @@ def test_what_was_rounded_is_reported(
     monkeypatch.setattr(packing, "_ROUNDED_AT_ONCE", 1000)
     pruned = _pruned(tmp_path, "llama", stored)
     tiny = weights(pruned)[f"{UP}.weight"]
-    tiny[0, tiny[0].nonzero()[:3, 0]] = torch.tensor([1e-9, -2e-9, 3e-9]).to(
-        stored
-    )  # in float16 nothing is left of them
+    # In float16 nothing is left of three of them, and little precision of the fourth.
+    tiny[0, tiny[0].nonzero()[:4, 0]] = torch.tensor([1e-9, -2e-9, 3e-9, 1.3e-6]).to(stored)
     edit_weights(pruned, {f"{UP}.weight": tiny})
     report = pack_checkpoint(pruned, tmp_path / "packed", dtype=asked)
     target = getattr(torch, report.value_dtype)
-    changed, zeros, largest = 0, 0, 0.0
+    smallest = {torch.float16: 2.0**-14, torch.bfloat16: 2.0**-126}[target]
+    changed, zeros, largest, subnormal, tensors = 0, 0, 0.0, 0, 0
     for tensor in weights(pruned).values():
         before, after = tensor.double().numpy(), tensor.to(target).double().numpy()
         changed += int((before != after).sum())
         zeros += int(((before != after) & (after == 0)).sum())
+        subnormal += int(((before != after) & (after != 0) & (abs(after) < smallest)).sum())
+        tensors += int((before != after).any())
         kept = after != 0
         largest = max(largest, abs(after[kept] / before[kept] - 1).max())
-    assert report.rounding == Rounding(changed, zeros, pytest.approx(largest, rel=1e-6))
+    assert report.rounding == Rounding(changed, zeros, pytest.approx(largest, rel=1e-6), subnormal, tensors)
+    assert (subnormal > 0) == (rounds and target == torch.float16)
     assert (changed > 0) == rounds
     assert checkpoint.read_provenance(tmp_path / "packed")["pack"]["rounding"]["weights"] == changed
     unpack_checkpoint(tmp_path / "packed", tmp_path / "unpacked")
@@ -330,6 +333,16 @@ def test_weights_that_are_not_finite(name: str, value: float, llama: Path, tmp_p
         pack_checkpoint(folder, tmp_path / "packed")
     assert_plain(str(caught.value))
     assert _names(tmp_path) == ["pruned"]
+
+
+def test_no_tensor_that_needs_scales_is_packed(llama: Path, tmp_path: Path) -> None:
+    """Not in the blocks, and not outside them."""
+    for key in (f"{UP}.weight", "model.norm.weight"):
+        model = copy_model(llama / "dense", tmp_path / key)
+        edit_weights(model, {key: weights(model)[key].to(torch.float8_e4m3fn)})
+        with pytest.raises(CheckpointError, match=f"^{key} is stored as F8_E4M3, which needs scales") as caught:
+            pack_checkpoint(model, tmp_path / "out")
+        assert_plain(str(caught.value))
 
 
 def test_calls_that_make_no_sense(llama: Path, tmp_path: Path) -> None:

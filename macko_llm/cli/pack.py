@@ -87,9 +87,10 @@ def pack(
 def _say_rounding(report: "PackReport") -> str:
     rounding = report.rounding
     zeros = f", {rounding.zeros} became zero" if rounding.zeros else ""
+    subnormal = f", {rounding.subnormal} subnormal" if rounding.subnormal else ""
     return (
-        f"{rounding.weights} weights were rounded to {report.value_dtype}, by {rounding.largest:.2g} of their value at most"
-        f"{zeros}; `macko unpack` gives the rounded ones back."
+        f"{rounding.weights} weights of {rounding.tensors} tensors were rounded to {report.value_dtype}, by "
+        f"{rounding.largest:.2g} of their value at most{zeros}{subnormal}; `macko unpack` gives the rounded ones back."
     )
 
 
