@@ -32,6 +32,11 @@ _NEEDED_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py
 _UNNEEDED_FILES = ["original/*", "onnx/*", "consolidated*"]  # the same weights in other forms
 
 
+def expanded_path(text: str | Path) -> Path:
+    """A path as the shell would have written it: a tilde becomes a home folder, unless nobody has that name."""
+    return Path(os.path.expanduser(text))  # noqa: PTH111 - pathlib's raises an error instead
+
+
 def locate(model: str | Path) -> Path:
     """The local folder of a model: the folder itself, or the download of a hub id.
 
@@ -43,7 +48,7 @@ def locate(model: str | Path) -> Path:
         CheckpointError: there is no such model, or the folder holds none.
         UsageError: a folder with a revision.
     """
-    folder = Path(model).expanduser()
+    folder = expanded_path(model)
     if folder.is_dir():
         if not (folder / CONFIG_FILE).is_file():
             raise CheckpointError(f"{folder} has no {CONFIG_FILE}; name the folder of a Hugging Face model.")
@@ -51,7 +56,7 @@ def locate(model: str | Path) -> Path:
     if folder.is_file():
         raise CheckpointError(f"{folder} is a file; name the folder that holds it, {folder.absolute().parent}.")
     name, _, revision = str(model).partition("@")
-    if revision and Path(name).expanduser().exists():
+    if revision and expanded_path(name).exists():
         raise UsageError(f"{name} is a folder, which has no revision {revision}; leave the revision out.")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
         raise CheckpointError(f"There is no model {name}; name an existing folder or a hub id such as owner/name.")
@@ -79,15 +84,21 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:
-        CheckpointError: the file is missing or is not a JSON object.
+        CheckpointError: the file cannot be read or is not a JSON object.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise _cannot_read(path, error) from error
+    except ValueError as error:
         raise CheckpointError(f"{path} cannot be read as JSON ({error}); download or write the model again.") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} does not hold a JSON object; download or write the model again.")
     return content
+
+
+def _cannot_read(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(f"{path} cannot be read ({error.strerror or error}); check its rights and the disk.")
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -210,6 +221,8 @@ def open_tensors(file: Path) -> Iterator[Any]:
     try:
         with safe_open(file, framework="pt") as reader:
             yield reader
+    except PermissionError as error:
+        raise _cannot_read(file, error) from error
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{file} is corrupt or truncated ({error}); download or write the model again."

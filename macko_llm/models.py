@@ -45,11 +45,13 @@ _OF_FILES = ("size mismatch", "loading state_dict", "unable to open file", "unab
 _BUILD_ERRORS = (
     ValueError, LookupError, ImportError, AttributeError, TypeError, ArithmeticError, AssertionError, RuntimeError,
 )  # fmt: skip
-_COUNTS = ("num_hidden_layers", "vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads")
-# One of them is there, or there is no tokenizer.
-_TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.*", "*.vocab", "*.tiktoken", "*.model", "tekken.json",
+_COUNTS = (
+    "num_hidden_layers", "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
+    "head_dim",
 )  # fmt: skip
+_VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.*", "*.vocab", "*.tiktoken", "*.model", "tekken.json")
+_TOKENIZER_CONFIG = "tokenizer_config.json"  # enough for a tokenizer of bytes
+_TOKENIZER_SETTINGS = ("tokenizer.json", _TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json")
 _REASON_LENGTH = 200
 
 
@@ -92,21 +94,22 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedC
     checkpoint.read_config(folder)  # a file that is no JSON gets a plainer error here
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (StrictDataclassError, AttributeError, TypeError, ArithmeticError) as error:
-        raise CheckpointError(
-            f"The config.json of {folder} makes no sense ({_reason(error)}); download the model again."
-        ) from error
+    except (StrictDataclassError, AttributeError, TypeError, ArithmeticError, IndexError) as error:
+        raise _makes_no_sense(folder, _reason(error)) from error
     except (ValueError, KeyError, OSError, ImportError) as error:
         raise CheckpointError(
             f"The config.json of {folder} is not understood ({_reason(error)}); "
             "update transformers, or add --trust-remote-code if you trust the model's own code."
         ) from error
+    if not all(isinstance(name, str) for name in config.architectures or ()):
+        raise _makes_no_sense(folder, f"architectures is {config.architectures}")
+    text_config: object = config.get_text_config()
+    if not isinstance(text_config, PretrainedConfig):
+        raise _makes_no_sense(folder, f"the config of the text model is {text_config!r}")
     for name in _COUNTS:  # of nothing transformers makes a model of nothing
-        count = getattr(config.get_text_config(), name, None)
+        count = getattr(text_config, name, None)
         if isinstance(count, int) and count < 1:
-            raise CheckpointError(
-                f"The config.json of {folder} makes no sense ({name} is {count}); download the model again."
-            )
+            raise _makes_no_sense(folder, f"{name} is {count}")
     return config
 
 
@@ -194,7 +197,10 @@ def plain_errors(folder: Path, device: torch.device) -> Iterator[None]:
 def _from_pretrained(
     folder: Path, dtype: torch.dtype | str, device: torch.device, trust_remote_code: bool
 ) -> PreTrainedModel:
-    _require_causal(folder, load_config(folder, trust_remote_code=trust_remote_code))
+    config = load_config(folder, trust_remote_code=trust_remote_code)
+    _require_causal(folder, config)
+    # transformers stumbles over an index that is broken, without a word of it.
+    checkpoint.weight_files(folder, getattr(config, "transformers_weights", None))
     with plain_errors(folder, device):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -220,27 +226,35 @@ def _from_pretrained(
 
 def has_tokenizer(folder: Path) -> bool:
     """Whether the folder holds the files of a tokenizer."""
-    return any(any(folder.glob(name)) for name in _TOKENIZER_FILES)
+    return any(path.is_file() for name in (*_VOCABULARY_FILES, _TOKENIZER_CONFIG) for path in folder.glob(name))
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of the model in `folder`.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is none, or it is damaged or incomplete.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not has_tokenizer(folder):
         raise CheckpointError(
-            f"{folder} has no tokenizer (such as {' or '.join(_TOKENIZER_FILES[:2])}); "
+            f"{folder} has no tokenizer (such as {' or '.join(_VOCABULARY_FILES[:2])}); "
             "copy the tokenizer files of the model into it."
         )
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, OSError, AttributeError, TypeError, ImportError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # tokenizers raises Exception itself
+        for file in (folder / name for name in _TOKENIZER_SETTINGS):
+            if file.is_file():
+                checkpoint.read_json(file)  # a file that is no JSON gets a plainer error here
+        if not any(path.is_file() for name in _VOCABULARY_FILES for path in folder.glob(name)):
+            raise _no_vocabulary(folder) from error
         raise CheckpointError(
             f"{folder} has no usable tokenizer ({_reason(error)}); copy the tokenizer files of the model into it."
         ) from error
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # what some classes make of no files
+        raise _no_vocabulary(folder)
+    return tokenizer
 
 
 def max_positions(config: PretrainedConfig) -> int | None:
@@ -376,6 +390,17 @@ def _require_causal(folder: Path, config: PretrainedConfig) -> None:
         )
 
 
+def _makes_no_sense(folder: Path, what: str) -> CheckpointError:
+    return CheckpointError(f"The config.json of {folder} makes no sense ({what}); download the model again.")
+
+
+def _no_vocabulary(folder: Path) -> CheckpointError:
+    return CheckpointError(
+        f"The tokenizer of {folder} has no vocabulary (such as {' or '.join(_VOCABULARY_FILES[:2])}); "
+        "copy the tokenizer files of the model into it."
+    )
+
+
 def _cannot_build(folder: Path, error: Exception) -> CheckpointError:
     return CheckpointError(
         f"The model in {folder} cannot be built ({_reason(error)}); download it again, or install what it needs."
@@ -392,14 +417,16 @@ def _cannot_load(folder: Path, device: torch.device, error: Exception) -> Checkp
     if isinstance(error, getattr(torch, "AcceleratorError", ())) or text.startswith("CUDA error"):
         reason = text.partition("\n")[0]  # the other lines advise who programs for CUDA
         return CheckpointError(f"{_gpu_name(device)} failed while {folder} was loaded ({reason}); see `macko doctor`.")
+    if isinstance(error, PermissionError):
+        return CheckpointError(f"The weights of {folder} may not be read ({_reason(error)}); check their rights.")
     if not isinstance(error, RuntimeError) or any(words in text for words in _OF_FILES):
         return CheckpointError(
             f"The weights of {folder} are missing, corrupt or truncated ({_reason(error)}); "
             "download or write the model again, as safetensors."
         )
+    where = "" if device.type == "meta" else f" to {device}"
     return CheckpointError(
-        f"{folder} cannot be loaded to {device} ({_reason(error)}); "
-        "see `macko doctor`, or the traceback with MACKO_DEBUG=1."
+        f"{folder} cannot be loaded{where} ({_reason(error)}); see `macko doctor`, or the traceback with MACKO_DEBUG=1."
     )
 
 

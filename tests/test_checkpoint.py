@@ -79,6 +79,22 @@ def test_a_config_that_is_no_json_object(content: str, tmp_path: Path) -> None:
     assert_plain(str(caught.value))
 
 
+def test_files_that_may_not_be_read_are_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    folder = _model_folder(tmp_path / "model")
+    monkeypatch.setattr(Path, "read_text", refuse)
+    monkeypatch.setattr(checkpoint, "safe_open", refuse)
+    for read in (
+        lambda: checkpoint.read_config(folder),
+        lambda: checkpoint.tensor_infos([folder / "model.safetensors"]),
+    ):
+        with pytest.raises(CheckpointError, match=r"cannot be read \(Permission denied\); check its rights") as caught:
+            read()
+        assert_plain(str(caught.value))
+
+
 def test_provenance_is_stamped_and_read_back(tmp_path: Path) -> None:
     assert checkpoint.read_provenance(tmp_path) == {}
     checkpoint.write_provenance(tmp_path, {"prune": {"method": "wanda"}, "macko_version": "0.0.1"})

@@ -1,5 +1,7 @@
 """Every error that a user can run into: one sentence on stderr, the right exit code, and nothing left behind."""
 
+import errno
+import json
 import re
 import shutil
 import socket
@@ -93,7 +95,8 @@ WANDA = "--calibration text.txt --nsamples 2 --seqlen 16"
         ("generate t5 --prompt Hi", FAILED_JOB, "tokenizer|not a causal language model"),
         (f"prune gpt2 -o out {WANDA}", FAILED_JOB, "Conv1D layer, as in GPT-2"),
         (f"prune mixtral -o out {WANDA}", FAILED_JOB, "several experts"),
-        ("generate no-weights --prompt Hi --max-new-tokens 2", FAILED_JOB, "missing, corrupt or truncated"),
+        ("generate ~nobody-here/model --prompt Hi", FAILED_JOB, "no model ~nobody-here/model"),
+        ("generate no-weights --prompt Hi --max-new-tokens 2", FAILED_JOB, "no safetensors weights"),
         ("pack no-weights -o out", FAILED_JOB, "no safetensors weights"),
         (f"prune no-tokenizer -o out {WANDA}", FAILED_JOB, "no-tokenizer has no tokenizer"),
         ("generate no-tokenizer --prompt Hi", FAILED_JOB, "no-tokenizer has no tokenizer"),
@@ -299,10 +302,14 @@ SENSELESS = {
     "num_hidden_layers": [-1, 0, "two"],
     "vocab_size": [0, -1],
     "hidden_size": [0, 100],
+    "intermediate_size": [0, -3],
+    "head_dim": [0],
     "num_attention_heads": [0, 7],
     "num_key_value_heads": [0],
     "hidden_act": ["nothing"],
-    "dtype": [7, "float7"],
+    "dtype": [7, "float7", [1]],
+    "architectures": [[3]],
+    "text_config": [5],
     "pad_token_id": [10**6],
     "transformers_weights": [5],
     "rope_parameters": ["x"],
@@ -333,7 +340,76 @@ def test_a_config_that_makes_no_sense_is_named(
         assert_plain(sentence.removeprefix("macko: "))
         assert "Unexpected" not in sentence, call
         assert "tokenizer" not in sentence, call
+        assert "meta" not in sentence, call
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", r"index\.json cannot be read as JSON"),
+        ("[]", r"index\.json does not hold a JSON object"),
+        ("{}", "lacks its shards"),
+        ('{"weight_map": [1]}', "lacks its shards"),
+        ('{"metadata": {}, "weight_map": {"a": "gone.safetensors"}}', r"lacks gone\.safetensors"),
+    ],
+)
+def test_an_index_that_makes_no_sense_is_named(
+    content: str, words: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = copy_model(folder / "packed", tmp_path / "broken")
+    (broken / "model.safetensors").rename(broken / "model-00001-of-00001.safetensors")
+    (broken / "model.safetensors.index.json").write_text(content)
+    monkeypatch.chdir(tmp_path)
+    for call in ("generate broken --prompt Hi -n 2", "inspect broken", "unpack broken -o out"):
+        assert re.search(words, _refusal(call)), call
+
+
+NO_VOCABULARY = r"The tokenizer of broken has no vocabulary \(such as tokenizer\.json or tokenizer\.model\); copy"
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("tokenizer.json", "", r"^broken/tokenizer\.json cannot be read as JSON"),
+        ("tokenizer.json", "[1]", r"^broken/tokenizer\.json does not hold a JSON object"),
+        ("tokenizer.json", '{"added_tokens": [], "model": {"type": "BPE"}}', "has no usable tokenizer"),
+        ("tokenizer_config.json", "null", r"^broken/tokenizer_config\.json does not hold a JSON object"),
+        ("tokenizer.json", None, NO_VOCABULARY),
+    ],
+)
+def test_a_damaged_tokenizer_is_named(
+    file: str, content: str | None, words: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = copy_model(folder / "packed", tmp_path / "broken")
+    (broken / file).unlink()
+    if content is not None:
+        (broken / file).write_text(content)
+    monkeypatch.chdir(tmp_path)
+    assert re.search(words, _refusal("generate broken --prompt Hi -n 2"))
+
+
+@pytest.mark.parametrize("kind", ["LlamaTokenizer", "PreTrainedTokenizerFast", None])
+def test_a_tokenizer_without_a_vocabulary_is_none(
+    kind: str | None, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some classes of transformers make an empty tokenizer of no files, others complain at length."""
+    broken = copy_model(folder / "packed", tmp_path / "broken")
+    (broken / "tokenizer.json").unlink()
+    (broken / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind} if kind else {}))
+    monkeypatch.chdir(tmp_path)
+    assert re.search(NO_VOCABULARY, _refusal("generate broken --prompt Hi -n 2"))
+
+
+def _refusal(call: str) -> str:
+    """The sentence with which a job fails."""
+    with quiet_transformers():
+        result = CliRunner().invoke(app, call.split())
+    assert result.exit_code == FAILED_JOB, (call, result.output)
+    sentence = result.stderr.splitlines()[-1].removeprefix("macko: ")
+    assert_plain(sentence)
+    assert "Unexpected" not in sentence, call
+    return sentence
 
 
 def test_inspect_says_what_it_looked_at(folder: Path, tmp_path: Path) -> None:
@@ -351,3 +427,21 @@ def test_a_file_that_cannot_be_used_is_named_with_the_reason(tmp_path: Path, mon
     result = CliRunner().invoke(app, ["generate", "model", "--prompt", "Hi"])
     assert result.exit_code == FAILED_JOB
     assert f"{tmp_path / 'gone'} cannot be used (No such file or directory); check the path" in result.stderr
+
+
+def test_an_error_of_the_system_without_a_file_is_given_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: str) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("macko_llm.refusals.find_model", fail)
+    assert _refusal("generate model --prompt Hi").startswith("A file cannot be used (Input/output error); check")
+
+
+def test_an_output_folder_of_a_user_who_is_none_is_a_name(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it is to a shell."""
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, ["pack", str(folder / "pruned"), "--output=~nobody-here"])
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "~nobody-here" / "config.json").is_file()

@@ -122,6 +122,12 @@ def test_errors_of_files_blame_the_files(tmp_path: Path) -> None:
         assert "some-model are missing, corrupt or truncated (" in _said(error, CPU)
 
 
+def test_files_that_may_not_be_read_are_not_called_damaged() -> None:
+    assert _said(PermissionError(13, "Permission denied"), CPU) == (
+        "The weights of some-model may not be read ([Errno 13] Permission denied); check their rights."
+    )
+
+
 # Anything else
 
 
@@ -129,6 +135,12 @@ def test_an_unknown_error_is_quoted_and_the_files_are_not_blamed() -> None:
     said = _said(RuntimeError("Tensor.item() cannot be called on meta tensors"), GPU)
     assert "some-model cannot be loaded to cuda:1 (Tensor.item() cannot be called on meta tensors)" in said
     assert not re.search("corrupt|download", said)
+
+
+def test_a_model_that_is_only_looked_at_is_loaded_nowhere() -> None:
+    assert _said(RuntimeError("no such thing"), torch.device("meta")).startswith(
+        "some-model cannot be loaded (no such thing);"
+    )
 
 
 def test_an_error_of_macko_passes_as_it_is() -> None:

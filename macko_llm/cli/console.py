@@ -234,10 +234,9 @@ def _sentence(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError) and error.name:
         package = error.name.partition(".")[0]
         return f"The package {package} is missing; install it with `pip install {package}`."
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return (
-            f"{os.fsdecode(error.filename)} cannot be used ({error.strerror}); check the path, its rights and the disk."
-        )
+    if isinstance(error, OSError) and error.strerror:
+        what = "A file" if error.filename is None else os.fsdecode(error.filename)
+        return f"{what} cannot be used ({error.strerror}); check the path, its rights and the disk."
     what = ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
     return f"Unexpected {what}; set {DEBUG_VARIABLE}=1 for the traceback, and report it."
 

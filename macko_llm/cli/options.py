@@ -1,5 +1,6 @@
 """Arguments and options that several commands share, and how their texts are read."""
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, TypeVar
@@ -14,7 +15,7 @@ Value = TypeVar("Value")
 
 def expanded_path(text: str | Path) -> Path:
     """A path as the shell would have written it: `--output=~/out` reaches a program with the tilde in it."""
-    return Path(text).expanduser()
+    return Path(os.path.expanduser(text))  # noqa: PTH111 - pathlib's fails where nobody has that name
 
 
 def model_dtypes() -> list[str]:
