@@ -268,7 +268,8 @@ def _quiet_libraries() -> None:
     # Read when the libraries are imported, which commands do only once they run.
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if sys.stderr is None or not sys.stderr.isatty():  # who waits for a download at a terminal sees how far it is
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("DATASETS_VERBOSITY", "critical")
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler: nothing

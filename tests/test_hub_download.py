@@ -1,0 +1,123 @@
+"""Models of the hub, downloaded by the hub's own client from a small server: what is fetched, as whom, and what is shown."""
+
+import json
+import os
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from hashlib import sha1
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+from families import save_model
+
+from macko_llm.packing import pack_checkpoint
+
+COMMIT = "c" * 40
+OTHER_FORMS = ["original/model.safetensors", "onnx/config.json", "consolidated.00.safetensors", "pytorch_model.bin"]
+
+
+@dataclass
+class Hub:
+    url: str
+    sent: set[str] = field(default_factory=set)
+    tokens: set[str | None] = field(default_factory=set)
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    """The model owner/name, whose one branch is "branch", with its weights in other forms besides."""
+    folder = tmp_path / "model"
+    pack_checkpoint(save_model(tmp_path / "dense", "llama"), folder)
+    for name in OTHER_FORMS:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("not needed")
+    files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            path = urlsplit(self.path).path
+            if "/owner/name/" in path:  # the client asks for more, which is nobody's
+                served.tokens.add(self.headers["Authorization"])
+            name = path.removeprefix(f"/owner/name/resolve/{COMMIT}/")
+            if path == "/api/models/owner/name/revision/branch":
+                self._send(json.dumps({"id": "owner/name", "sha": COMMIT, "siblings": []}).encode())
+            elif path == f"/api/models/owner/name/tree/{COMMIT}":
+                entries = [
+                    {"type": "file", "path": name, "size": len(content), "oid": sha1(content).hexdigest()}
+                    for name, content in files.items()
+                ]
+                self._send(json.dumps(entries).encode())
+            elif name in files:
+                served.sent.add(name)
+                self._send(files[name])
+            else:
+                self.send_error(404)
+
+        do_HEAD = do_GET  # noqa: N815
+
+        def _send(self, content: bytes) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.send_header("Content-Type", "application/json")
+            self.send_header("ETag", f'"{sha1(content).hexdigest()}"')
+            self.send_header("X-Repo-Commit", COMMIT)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(content)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    served = Hub(f"http://127.0.0.1:{server.server_port}")
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield served
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def _inspect(hub: Hub, cache: Path, *options: str, stderr: int = subprocess.PIPE) -> subprocess.Popen[str]:
+    settings = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TQDM_"))}
+    settings |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(cache), "NO_PROXY": "127.0.0.1"}
+    call = [sys.executable, "-m", "macko_llm", "inspect", "owner/name", "--revision", "branch", "--json", *options]
+    return subprocess.Popen(call, env=settings, stdout=subprocess.PIPE, stderr=stderr, text=True)
+
+
+def test_what_is_needed_is_fetched_with_the_token(hub: Hub, tmp_path: Path) -> None:
+    job = _inspect(hub, tmp_path / "home", "--token", "secret", "--cache-dir", str(tmp_path / "cache"))
+    stdout, stderr = job.communicate()
+    assert job.returncode == 0, stderr
+    assert json.loads(stdout)["valid"]
+    assert {"config.json", "model.safetensors", "tokenizer.json", "macko.json"} <= hub.sent
+    assert not hub.sent & set(OTHER_FORMS)
+    assert hub.tokens == {"Bearer secret"}
+    assert "secret" not in stdout + stderr
+    assert (tmp_path / "cache" / "models--owner--name" / "snapshots" / COMMIT / "config.json").is_file()
+    assert "Downloading" not in stderr  # bars are for terminals
+
+
+def test_a_terminal_shows_how_far_a_download_is(hub: Hub, tmp_path: Path) -> None:
+    fcntl, pty, termios = (pytest.importorskip(name) for name in ("fcntl", "pty", "termios"))  # Windows has none
+    terminal, end = pty.openpty()
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))  # a bar takes the width that there is
+    with os.fdopen(terminal, "rb", buffering=0) as screen:
+        job = _inspect(hub, tmp_path / "home", stderr=end)
+        os.close(end)
+        shown = b""
+        try:
+            while part := screen.read(4096):
+                shown += part
+        except OSError:  # what Linux says when nobody holds the other end any more
+            pass
+        stdout, _ = job.communicate()
+    assert job.returncode == 0, shown
+    assert json.loads(stdout)["valid"]
+    assert b"Downloading" in shown
