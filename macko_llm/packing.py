@@ -220,6 +220,7 @@ def inspect_checkpoint(
     Raises:
         UsageError: `source` is not packed.
         CheckpointError: loading would refuse `source`, or a matrix breaks an invariant of the format.
+        NonFiniteError: a tensor that is not packed holds NaN or infinity, which packing never writes.
     """
     started = time.perf_counter()
     refusals.require_packed(source)
@@ -236,6 +237,8 @@ def inspect_checkpoint(
             bytes_dense += layers[name].bytes_dense
         elif array not in ARRAY_NAMES:
             bytes_dense += tensor.nbytes
+            if infos[key].dtype in _CAST_HEADERS and not torch.isfinite(tensor).all():
+                raise NonFiniteError(f"{key} holds NaN or infinity; pack the model again, or download it again.")
             if name in linears and array == "weight":
                 layers[name] = _layer_report(tensor, None)
     progress("checking", len(infos), len(infos))

@@ -148,7 +148,7 @@ def test_inspect() -> None:
     table = macko("inspect", "packed").stdout
     assert re.search(rf"{UP} +160 x 64 +50\.0% +20\.48 kB +13\.44 kB", table)
     assert "14 of 14 layers packed as float16" in table
-    assert "Every packed matrix is valid, and the files hold the whole model." in table
+    assert "Every packed matrix is valid, every other tensor finite, and the files hold the whole model." in table
 
 
 @pytest.mark.parametrize("model", ["dense", "packed"])

@@ -415,11 +415,19 @@ def _refusal(call: str) -> str:
 def test_inspect_says_what_it_looked_at(folder: Path, tmp_path: Path) -> None:
     packed = copy_model(folder / "packed", tmp_path / "packed")
     said = CliRunner().invoke(app, ["inspect", str(packed)]).stdout
-    assert "Every packed matrix is valid, and the files hold the whole model." in said
+    assert "Every packed matrix is valid, every other tensor finite, and the files hold the whole model." in said
     assert "no tokenizer" not in said
     for file in packed.glob("tokenizer*"):
         file.unlink()
     assert "There is no tokenizer, which `macko generate`" in CliRunner().invoke(app, ["inspect", str(packed)]).stdout
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.embed_tokens.weight"])
+def test_inspect_looks_at_what_is_not_packed(name: str, value: float, folder: Path, tmp_path: Path) -> None:
+    packed = copy_model(folder / "packed", tmp_path / "packed")
+    _with_weight(packed, name, value)
+    assert _refusal(f"inspect {packed}").startswith(f"{name} holds NaN or infinity; pack the model again")
 
 
 def test_a_file_that_cannot_be_used_is_named_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

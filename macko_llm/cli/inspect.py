@@ -34,7 +34,8 @@ def inspect(packed: PackedArgument, trust_remote_code: TrustOption = False, as_j
     print(
         f"{len(report.layers) - len(report.kept_dense)} of {len(report.layers)} layers packed as {report.value_dtype}, "
         f"{report.sparsity:.1%} sparsity, pruned by: {pruned_by}; {megabytes(report.bytes_packed)} instead of "
-        f"{megabytes(report.bytes_dense)}. Every packed matrix is valid, and the files hold the whole model."
+        f"{megabytes(report.bytes_dense)}. Every packed matrix is valid, every other tensor finite, and the files hold the "
+        "whole model."
     )
     if not models.has_tokenizer(folder):
         print("There is no tokenizer, which `macko generate` and `macko eval-perplexity` need.")

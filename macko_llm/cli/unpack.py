@@ -24,7 +24,7 @@ def unpack(
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Give the dense checkpoint back, bit for bit as it was packed.
+    """Give the dense checkpoint back, bit for bit as it was packed: what packing rounded stays rounded.
 
     Examples:
         macko unpack ./packed -o pruned
