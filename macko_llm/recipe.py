@@ -16,6 +16,9 @@ else:
     import tomli as tomllib
 
 METHODS = ("wanda", "magnitude")
+"""What `pruning.methods.METHODS` has, which cannot be imported without torch."""
+WITHOUT_CALIBRATION = ("magnitude",)
+"""Those that look at the weights alone."""
 UNSTRUCTURED = "unstructured"
 REGEX_PREFIX = "re:"
 """Begins a pattern of layer names that is a regular expression."""
@@ -83,6 +86,11 @@ class PruneRecipe:
     def group(self) -> tuple[int, int] | None:
         """(n, m) of an n:m pattern, None for an unstructured one."""
         return _parse_pattern(self.pattern)
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether calibration text is read."""
+        return self.method not in WITHOUT_CALIBRATION
 
     def settings(self) -> dict[str, Any]:
         """The settings that say something, by name, as TOML and JSON have them."""

@@ -103,7 +103,7 @@ def test_prune(tmp_path: Path) -> None:
     assert (record["method"], record["nsamples"], record["seqlen"]) == ("wanda", 4, 24)
     result = macko("prune", "dense", "-o", tmp_path / "out", "--method", "magnitude", "--overwrite")
     assert re.fullmatch(r"Pruned 14 layers to 50\.0% sparsity with magnitude in .* s: .*out\n", result.stdout)
-    assert "pruning layers: 0/14" in result.stderr.splitlines()
+    assert "pruning blocks: 0/2" in result.stderr.splitlines()
 
 
 def test_pack_and_unpack(tmp_path: Path) -> None:

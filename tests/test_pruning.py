@@ -17,7 +17,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from macko_llm.errors import CalibrationError, CheckpointError, NonFiniteError, UsageError
 from macko_llm.models import cache_argument
-from macko_llm.pruning import pipeline, prune_model
+from macko_llm.pruning import prune_model
+from macko_llm.pruning.methods import base
 from macko_llm.pruning.replay import record_block_arguments
 from macko_llm.recipe import PruneRecipe
 
@@ -115,7 +116,7 @@ def test_wanda_in_groups(family: str, pattern: str) -> None:
 
 
 def test_rows_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "_WEIGHTS_AT_ONCE", 500)  # 7 rows of 64 columns, and a last piece that is smaller
+    monkeypatch.setattr(base, "WEIGHTS_AT_ONCE", 500)  # 7 rows of 64 columns, and a last piece that is smaller
     _check_wanda(FAMILIES["llama"](), TOKENS, PruneRecipe())
 
 

@@ -124,7 +124,7 @@ def prune(
     from macko_llm import calibration as sources
     from macko_llm import refusals
 
-    if settings.method == "wanda":
+    if settings.needs_calibration:
         sources.check_source(settings.calibration, settings.split, settings.text_column)
     refusals.check_device(device)
     refusals.check_prune(model, output, settings, overwrite=overwrite)

@@ -23,13 +23,11 @@ from macko_llm.calibration import (
 from macko_llm.defaults import CALIBRATION_SEQLEN, MAX_SHARD_SIZE
 from macko_llm.errors import CalibrationError, CheckpointError, NonFiniteError, UsageError
 from macko_llm.progress import Progress, no_progress
-from macko_llm.pruning.replay import first_hidden_states, record_block_arguments, run_block, watched_inputs
-from macko_llm.pruning.scores import magnitude_scores, removed_per_row, select, squared_norms, wanda_scores
+from macko_llm.pruning.methods import METHODS, Amount
+from macko_llm.pruning.observing import observed_blocks
+from macko_llm.pruning.scores import removed_per_row
 from macko_llm.pruning.selection import chosen_linears
 from macko_llm.recipe import PruneRecipe
-
-# Scores are held for as many rows at once as have about this many weights (64 MiB of fp32).
-_WEIGHTS_AT_ONCE = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -37,13 +35,13 @@ class PruneReport:
     """What pruning did.
 
     Attributes:
-        method: "wanda" or "magnitude".
+        method: the recipe's.
         pattern: "unstructured" or "n:m".
         sparsity: share of zeros over all pruned linears.
         layers: qualified name of each pruned linear -> its share of zeros.
         seconds: wall-clock time of the pruning, without loading and saving.
-        calibration_sha256: hash of the calibration tokens, None for a method that needs none.
-        nsamples: calibration sequences, 0 for a method that needs none.
+        calibration_sha256: hash of the calibration tokens, None for a recipe that needs none.
+        nsamples: calibration sequences, 0 for a recipe that needs none.
         seqlen: tokens in each of them.
     """
 
@@ -123,7 +121,7 @@ def prune_checkpoint(
     models.resolve_device(device)
     folder, skeleton, recipe = _prepare(model, Path(target), recipe, trust_remote_code, overwrite)
     tokens = None
-    if recipe.method == "wanda":
+    if recipe.needs_calibration:
         progress("drawing calibration tokens", 0, 1)
         tokens = _calibrate(folder, recipe, trust_remote_code)
         _check_tokens(skeleton, tokens)
@@ -150,19 +148,19 @@ def prune_model(
 ) -> PruneReport:
     """Prune the linears inside the decoder blocks of a model, in place.
 
-    Wanda goes block by block: statistics on the still dense block, pruning, and a second run, so that the next block sees what
-    the pruned one computes. A weight shared by several linears is pruned once, where it is first met, with the inputs of all
-    linears of that block that share it.
+    It goes block by block: statistics on the still dense block, pruning, and a second run, so that the next block sees what
+    the pruned one computes; without calibration, pruning alone. A weight shared by several linears is pruned once, where it is
+    first met, with the inputs of all linears of that block that share it.
 
     Args:
         model: on any device; evaluated in eval mode, whatever its mode.
-        tokens: int64 [nsamples, seqlen], equally long sequences without padding; None will do for "magnitude".
+        tokens: int64 [nsamples, seqlen], equally long sequences without padding; None will do where the recipe needs none.
         recipe: the settings of calibration and `dtype` are not looked at: the tokens and the model decide.
         progress: called with (what, done, total).
 
     Raises:
         UsageError: sizes that do not fit the pattern, layer names that fit nothing, sequences longer than the model takes, no
-            tokens for Wanda.
+            tokens where the recipe needs some.
         CheckpointError: blocks of an unsupported kind.
         CalibrationError: token ids outside the vocabulary, or a linear that no token reaches.
         NonFiniteError: NaN or infinity in weights or activations.
@@ -173,22 +171,18 @@ def prune_model(
     for name, linear in layers.items():
         if not linear.weight.isfinite().all():
             raise NonFiniteError(f"The weights of {name} hold NaN or infinity; use an undamaged checkpoint.")
-    if recipe.method == "magnitude":
+    if not recipe.needs_calibration:
         tokens = None
     elif tokens is None:
-        raise UsageError("Wanda needs calibration tokens; give some, or use the method magnitude.")
+        raise UsageError("The recipe needs calibration tokens; give some, or use a method that needs none.")
     else:
         _check_tokens(model, tokens)
 
     training = model.training
     model.eval()
     try:
-        if recipe.sparsity == 0:
-            pass
-        elif tokens is None:
-            _prune_by_magnitude(layers, recipe, progress)
-        else:
-            _prune_by_wanda(model, layers, tokens, recipe, progress)
+        if recipe.sparsity > 0:
+            _prune_blocks(model, layers, tokens, recipe, progress)
     finally:
         model.train(training)
     zeros = {name: int((linear.weight == 0).sum()) for name, linear in layers.items()}
@@ -204,59 +198,18 @@ def prune_model(
     )
 
 
-def _prune_by_magnitude(layers: dict[str, nn.Linear], recipe: PruneRecipe, progress: Progress) -> None:
-    for done, linear in enumerate(layers.values()):
-        progress("pruning layers", done, len(layers))
-        _remove_lowest(linear.weight, None, recipe)
-    progress("pruning layers", len(layers), len(layers))
-
-
-def _prune_by_wanda(
-    model: PreTrainedModel, layers: dict[str, nn.Linear], tokens: torch.Tensor, recipe: PruneRecipe, progress: Progress
+def _prune_blocks(
+    model: PreTrainedModel,
+    layers: dict[str, nn.Linear],
+    tokens: torch.Tensor | None,
+    recipe: PruneRecipe,
+    progress: Progress,
 ) -> None:
-    blocks = models.decoder_blocks(model)
-    arguments = record_block_arguments(model, blocks, tokens)
-    states = first_hidden_states(model, next(iter(blocks.values())), tokens)
-    dense = {id(linear.weight): name for name, linear in layers.items()}  # not pruned yet, by weight: it may be shared
-    for done, (block, given) in enumerate(zip(blocks.values(), arguments, strict=True)):
-        progress("pruning blocks", done, len(blocks))
-        linears = [part for part in block.modules() if isinstance(part, nn.Linear) and id(part.weight) in dense]
-        sums: dict[int, torch.Tensor] = {}
-
-        def see(linear: nn.Linear, inputs: torch.Tensor, sums: dict[int, torch.Tensor] = sums) -> None:
-            key = id(linear.weight)
-            sums[key] = sums[key] + squared_norms(inputs) if key in sums else squared_norms(inputs)
-
-        with watched_inputs(linears, see):
-            for hidden in states:
-                run_block(block, hidden, given)
-        for weight in {id(linear.weight): linear.weight for linear in linears}.values():
-            statistic = _mean_statistic(dense.pop(id(weight)), sums.get(id(weight)), len(states))
-            _remove_lowest(weight, statistic, recipe)
-        if done + 1 < len(blocks):  # nothing sees what the last block computes
-            for index, hidden in enumerate(states):
-                states[index] = run_block(block, hidden, given)
-    progress("pruning blocks", len(blocks), len(blocks))
-
-
-def _mean_statistic(name: str, total: torch.Tensor | None, nsamples: int) -> torch.Tensor:
-    if total is None:
-        raise CalibrationError(f"No calibration token reached {name}; use more text, or the method magnitude.")
-    if not total.isfinite().all():
-        raise NonFiniteError(
-            f"The inputs of {name} hold NaN or infinity; use --dtype float32, or another checkpoint if that does not help."
-        )
-    return total / nsamples
-
-
-def _remove_lowest(weight: torch.Tensor, statistic: torch.Tensor | None, recipe: PruneRecipe) -> None:
-    """Write +0.0 over the weights [rows, cols] that matter least; a statistic, fp32 [cols], makes it Wanda."""
-    if removed_per_row(weight.shape[1], recipe.sparsity, recipe.group) == 0:
-        return
-    for rows in weight.data.split(max(1, _WEIGHTS_AT_ONCE // weight.shape[1])):
-        scores = magnitude_scores(rows) if statistic is None else wanda_scores(rows, statistic)
-        # Weights of -0.0 that stay become +0.0: packing stores no zero, so only then does unpacking give the same bits.
-        rows.masked_fill_(select(scores, recipe.sparsity, recipe.group) | (rows == 0), 0.0)
+    amount = Amount(recipe.sparsity, recipe.group)
+    for _, methods in observed_blocks(model, layers, tokens, METHODS[recipe.method], progress, "pruning blocks"):
+        for name, method in methods.items():
+            weight = layers[name].weight.data
+            weight.copy_(method.prune(name, weight, amount))
 
 
 def _shapes(layers: dict[str, nn.Linear]) -> dict[str, tuple[int, int]]:
@@ -267,12 +220,12 @@ def _prepare(
     model: str | Path, target: Path, recipe: PruneRecipe, trust_remote_code: bool, overwrite: bool
 ) -> tuple[Path, PreTrainedModel, PruneRecipe]:
     """Refuse what can be refused without weights; the model's folder, its skeleton, and the recipe with its gaps filled."""
-    if recipe.method == "wanda":
+    if recipe.needs_calibration:
         check_source(recipe.calibration, recipe.split, recipe.text_column)
     folder = refusals.check_prune(model, target, recipe, overwrite=overwrite)
     skeleton = models.skeleton(folder, trust_remote_code=trust_remote_code)
     _check_group(_shapes(chosen_linears(skeleton, recipe)), recipe)
-    if recipe.method == "wanda":
+    if recipe.needs_calibration:
         recipe = _fill_gaps(recipe, skeleton.config)
     return folder, skeleton, recipe
 

@@ -1,0 +1,132 @@
+"""Going through a model block by block, with an observer for every distinct input of the linears."""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from macko_llm import models
+from macko_llm.errors import CalibrationError, CheckpointError
+from macko_llm.progress import Progress
+from macko_llm.pruning.methods import Observer
+from macko_llm.pruning.replay import (
+    BlockArguments,
+    first_hidden_states,
+    record_block_arguments,
+    run_block,
+    watched_inputs,
+)
+
+T = TypeVar("T", bound=Observer)
+_Identity = tuple[Any, ...]
+
+
+def observed_blocks(
+    model: PreTrainedModel,
+    layers: dict[str, nn.Linear],
+    tokens: Tensor | None,
+    new: Callable[[int, torch.device], T],
+    progress: Progress,
+    what: str,
+) -> Iterator[tuple[str, dict[str, T]]]:
+    """The decoder blocks in turn, each with the observers of its layers, which saw all that its linears multiplied.
+
+    What is done to the layers before the next block is asked for is what that block's inputs are computed with. A weight that
+    several blocks share comes with the first of them.
+
+    Args:
+        model: in eval mode.
+        layers: qualified name -> linear, one for each weight.
+        tokens: int64 [nsamples, seqlen]; None for observers that need to see nothing.
+        new: (cols, device) -> an observer.
+        progress: called with (what, done, total).
+        what: is done to the blocks, for progress.
+
+    Raises:
+        CheckpointError: blocks of an unsupported kind.
+        CalibrationError: a linear that no token reaches.
+    """
+    blocks = models.decoder_blocks(model)
+    left = {id(linear.weight): name for name, linear in layers.items()}
+    arguments: list[BlockArguments] = []
+    states: list[Tensor] = []
+    if tokens is not None:
+        arguments = record_block_arguments(model, blocks, tokens)
+        states = first_hidden_states(model, next(iter(blocks.values())), tokens)
+    for done, (block_name, block) in enumerate(blocks.items()):
+        progress(what, done, len(blocks))
+        linears = [part for part in block.modules() if isinstance(part, nn.Linear) and id(part.weight) in left]
+        weights = {id(linear.weight): linear.weight for linear in linears}
+        if tokens is None:
+            observers = {key: new(weight.shape[1], weight.device) for key, weight in weights.items()}
+        else:
+            observers = _observe(block_name, block, arguments[done], states, linears, new)
+        by_name = {left.pop(key): observers.get(key) for key in weights}
+        for name, observer in by_name.items():
+            if observer is None:
+                raise CalibrationError(
+                    f"No calibration token reached {name}; use more text, or leave it out with --ignore."
+                )
+        yield block_name, cast(dict[str, T], by_name)
+        del observers, by_name  # before the next block's take their memory
+        if tokens is not None and done + 1 < len(blocks):  # nothing sees what the last block computes
+            for index, hidden in enumerate(states):
+                states[index] = run_block(block, hidden, arguments[done])
+    progress(what, len(blocks), len(blocks))
+
+
+def _observe(
+    name: str,
+    block: nn.Module,
+    arguments: BlockArguments,
+    states: Sequence[Tensor],
+    linears: Sequence[nn.Linear],
+    new: Callable[[int, torch.device], T],
+) -> dict[int, T]:
+    """The observer of each weight, by its id; weights share one as long as their linears see the same tensors."""
+    observers: dict[int, T] = {}
+    for hidden in states:
+        seen: dict[int, list[_Identity]] = {}  # of each weight
+        inputs: dict[_Identity, Tensor] = {}  # kept alive, so that no two of them have the same storage
+
+        def see(
+            linear: nn.Linear,
+            tensor: Tensor,
+            seen: dict[int, list[_Identity]] = seen,
+            inputs: dict[_Identity, Tensor] = inputs,
+        ) -> None:
+            identity = _identity(tensor)
+            seen.setdefault(id(linear.weight), []).append(identity)
+            inputs[identity] = tensor
+
+        with watched_inputs(linears, see):
+            run_block(block, hidden, arguments)
+        for identity, tensor in inputs.items():
+            if _identity(tensor) != identity:
+                raise CheckpointError(
+                    f"The block {name} writes over the input of a linear layer, which is not supported; use another model."
+                )
+        alike: dict[tuple[int, tuple[_Identity, ...]], list[int]] = {}
+        for weight, identities in seen.items():
+            alike.setdefault((id(observers.get(weight)), tuple(identities)), []).append(weight)
+        for (_, sequence), members in alike.items():
+            observer = observers.get(members[0])
+            if observer is None:
+                tensor = inputs[sequence[0]]
+                observer = new(tensor.shape[-1], tensor.device)
+            elif any(other is observer for weight, other in observers.items() if weight not in members):
+                observer = copy.deepcopy(observer)  # here their ways part
+            observers.update(dict.fromkeys(members, observer))
+            for index, identity in enumerate(sequence):
+                observer.observe(inputs[identity], 0 if index else 1)
+    return observers
+
+
+def _identity(tensor: Tensor) -> _Identity:
+    """Equal for tensors that are alive together and hold the same numbers because they are the same memory."""
+    version = 0 if tensor.is_inference() else tensor._version
+    storage = tensor.untyped_storage()._cdata
+    return storage, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, version
