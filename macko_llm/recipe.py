@@ -15,7 +15,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-METHODS = ("wanda", "magnitude")
+METHODS = ("wanda", "magnitude", "sparsegpt")
 """What `pruning.methods.METHODS` has, which cannot be imported without torch."""
 WITHOUT_CALIBRATION = ("magnitude",)
 """Those that look at the weights alone."""
@@ -29,8 +29,9 @@ class PruneRecipe:
     """The settings of one pruning run.
 
     Attributes:
-        method: "wanda" (Sun et al., 2024, arXiv 2306.11695) or "magnitude".
-        sparsity: share of the weights of every output row that is removed, in [0, 1).
+        method: "wanda" (Sun et al., 2024, arXiv 2306.11695), "magnitude", or "sparsegpt" (Frantar and Alistarh, 2023,
+            arXiv 2301.00774).
+        sparsity: share of the weights of every output row that is removed, in [0, 1); of every 128 columns by SparseGPT.
         pattern: "unstructured", or "n:m": the n lowest of every m consecutive columns go. n:m fixes the sparsity to n / m.
         targets: patterns of the layers to prune (`macko_llm.pruning.selection.fits`); none means every linear of the blocks.
         ignore: patterns of layers to leave dense; they win over `targets`.
@@ -62,7 +63,7 @@ class PruneRecipe:
     def __post_init__(self) -> None:
         _check_types(self)
         if self.method not in METHODS:
-            raise UsageError(f"There is no pruning method {self.method!r}; use {' or '.join(METHODS)}.")
+            raise UsageError(f"There is no pruning method {self.method!r}; use {one_of(METHODS)}.")
         if not 0 <= self.sparsity < 1:
             raise UsageError(f"The sparsity {self.sparsity} is outside [0, 1); 0.5 removes half of the weights.")
         if self.nsamples < 1:
@@ -100,6 +101,11 @@ class PruneRecipe:
             for name, value in values.items()
             if value not in (None, ())
         }
+
+
+def one_of(words: tuple[str, ...]) -> str:
+    """The words as a sentence has them: "one, two or three"."""
+    return " or ".join((", ".join(words[:-1]), words[-1])) if len(words) > 1 else words[0]
 
 
 def load_recipe(path: Path) -> dict[str, Any]:

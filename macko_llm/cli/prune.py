@@ -21,7 +21,7 @@ from macko_llm.cli.options import (
 )
 from macko_llm.cli.surroundings import with_hub, with_threads
 from macko_llm.defaults import CALIBRATION_SEQLEN
-from macko_llm.recipe import METHODS, PruneRecipe, load_recipe, make_recipe
+from macko_llm.recipe import METHODS, PruneRecipe, load_recipe, make_recipe, one_of
 
 
 def _methods() -> list[str]:
@@ -40,7 +40,7 @@ def prune(
     model: DenseArgument,
     output: OutputOption,
     method: Annotated[
-        str | None, typer.Option(autocompletion=_methods, help=_help(f"{' or '.join(METHODS)}.", "method"))
+        str | None, typer.Option(autocompletion=_methods, help=_help(f"{one_of(METHODS)}.", "method"))
     ] = None,
     sparsity: Annotated[
         float | None, typer.Option(help=_help("Share of each row to remove, in [0, 1).", "sparsity"))

@@ -86,3 +86,24 @@ def remove_lowest(weight: Tensor, amount: Amount, scores: Callable[[Tensor], Ten
         # Weights of -0.0 that stay become +0.0: packing stores no zero, so only then does unpacking give the same bits.
         pieces.append(rows.masked_fill(select(scores(rows), amount.sparsity, amount.group) | (rows == 0), 0.0))
     return torch.cat(pieces)
+
+
+def rounded(name: str, values: Tensor, gone: Tensor, dtype: torch.dtype) -> Tensor:
+    """Weights that were computed anew, as they are stored.
+
+    Args:
+        name: of the layer, for errors.
+        values: fp32 [rows, cols].
+        gone: bool [rows, cols], what shall be zero.
+        dtype: of the result.
+
+    Raises:
+        NonFiniteError: a weight overflows the dtype.
+    """
+    weight = values.to(dtype)
+    if not weight.isfinite().all():
+        raise NonFiniteError(
+            f"The weights of {name} overflow {str(dtype).removeprefix('torch.')} when they make up for the removed ones; "
+            "use --dtype bfloat16 or float32."
+        )
+    return weight.masked_fill_(gone | (weight == 0), 0.0)
