@@ -19,6 +19,8 @@ METHODS = ("wanda", "magnitude", "sparsegpt")
 """What `pruning.methods.METHODS` has, which cannot be imported without torch."""
 WITHOUT_CALIBRATION = ("magnitude",)
 """Those that look at the weights alone."""
+NO_UPDATE = "none"
+UPDATES = (NO_UPDATE, "admm")
 UNSTRUCTURED = "unstructured"
 REGEX_PREFIX = "re:"
 """Begins a pattern of layer names that is a regular expression."""
@@ -33,6 +35,8 @@ class PruneRecipe:
             arXiv 2301.00774).
         sparsity: share of the weights of every output row that is removed, in [0, 1); of every 128 columns by SparseGPT.
         pattern: "unstructured", or "n:m": the n lowest of every m consecutive columns go. n:m fixes the sparsity to n / m.
+        update: "admm" (Boža, 2024, arXiv 2401.02938) gives the weights that the method keeps the values with which the outputs
+            of their layer change least; "none" leaves them to the method.
         targets: patterns of the layers to prune (`macko_llm.pruning.selection.fits`); none means every linear of the blocks.
         ignore: patterns of layers to leave dense; they win over `targets`.
         calibration: "c4", "wikitext2", a dataset of the hub, or a path; see `macko_llm.calibration`.
@@ -50,6 +54,7 @@ class PruneRecipe:
     method: str = "wanda"
     sparsity: float = 0.5
     pattern: str = UNSTRUCTURED
+    update: str = NO_UPDATE
     targets: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
     calibration: str = "c4"
@@ -64,6 +69,8 @@ class PruneRecipe:
         _check_types(self)
         if self.method not in METHODS:
             raise UsageError(f"There is no pruning method {self.method!r}; use {one_of(METHODS)}.")
+        if self.update not in UPDATES:
+            raise UsageError(f"There is no update {self.update!r}; use {one_of(UPDATES)}.")
         if not 0 <= self.sparsity < 1:
             raise UsageError(f"The sparsity {self.sparsity} is outside [0, 1); 0.5 removes half of the weights.")
         if self.nsamples < 1:
@@ -91,7 +98,7 @@ class PruneRecipe:
     @property
     def needs_calibration(self) -> bool:
         """Whether calibration text is read."""
-        return self.method not in WITHOUT_CALIBRATION
+        return self.method not in WITHOUT_CALIBRATION or self.update != NO_UPDATE
 
     def settings(self) -> dict[str, Any]:
         """The settings that say something, by name, as TOML and JSON have them."""

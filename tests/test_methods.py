@@ -1,5 +1,7 @@
 """Pruning methods, each against definitions that share no code with it."""
 
+import copy
+
 import pytest
 import torch
 from families import FAMILIES, random_tokens
@@ -10,7 +12,7 @@ from torch import Tensor
 from macko_llm import recipe
 from macko_llm.errors import CalibrationError, NonFiniteError
 from macko_llm.pruning import prune_model
-from macko_llm.pruning.methods import METHODS, Amount, Method, sparsegpt
+from macko_llm.pruning.methods import METHODS, UPDATES, Amount, Method, method_maker, sparsegpt
 from macko_llm.recipe import PruneRecipe
 
 CPU = torch.device("cpu")
@@ -19,6 +21,14 @@ CPU = torch.device("cpu")
 def test_recipes_know_the_methods_and_which_of_them_calibrate() -> None:
     assert tuple(METHODS) == recipe.METHODS
     assert {name for name, method in METHODS.items() if not method.needs_calibration} == {*recipe.WITHOUT_CALIBRATION}
+    assert (recipe.NO_UPDATE, *UPDATES) == recipe.UPDATES
+
+
+def test_a_recipe_needs_calibration_for_its_method_or_for_its_update() -> None:
+    for method in METHODS:
+        for update in recipe.UPDATES:
+            made = method_maker(method, update)(4, CPU)
+            assert PruneRecipe(method=method, update=update).needs_calibration == made.needs_calibration
 
 
 def _inputs(cols: int, seed: int = 0, sequences: int = 3, tokens: int = 200) -> Tensor:
@@ -47,15 +57,16 @@ ALL = [pytest.param(name, id=name) for name in METHODS]
 
 
 @pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("update", recipe.UPDATES)
 @pytest.mark.parametrize("group", [None, (2, 4), (4, 8)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_what_goes_is_a_positive_zero_and_so_are_zeros_that_stay(
-    name: str, group: tuple[int, int] | None, dtype: torch.dtype
+    name: str, update: str, group: tuple[int, int] | None, dtype: torch.dtype
 ) -> None:
     weight = _weight(12, 144).to(dtype)
     weight[3, :100] = -0.0
     before = weight.clone()
-    pruned = _observed(METHODS[name](144, CPU), _inputs(144)).prune("layer", weight, Amount(0.5, group))
+    pruned = _observed(method_maker(name, update)(144, CPU), _inputs(144)).prune("layer", weight, Amount(0.5, group))
     assert pruned.dtype == dtype
     assert torch.equal(weight, before)
     assert not pruned[pruned == 0].signbit().any()
@@ -76,10 +87,11 @@ def test_inputs_that_are_not_finite_name_the_layer(name: str, bad: float) -> Non
 
 
 @pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("update", recipe.UPDATES)
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
-def test_a_model_of_grouped_heads_is_pruned(name: str, pattern: str) -> None:
+def test_a_model_of_grouped_heads_is_pruned(name: str, update: str, pattern: str) -> None:
     model = FAMILIES["qwen2"]()
-    report = prune_model(model, random_tokens(4, 20), PruneRecipe(method=name, pattern=pattern))
+    report = prune_model(model, random_tokens(4, 20), PruneRecipe(method=name, update=update, pattern=pattern))
     assert report.sparsity == pytest.approx(0.5, abs=1e-3)
     assert model(random_tokens(1, 20)).logits.isfinite().all()
 
@@ -173,10 +185,10 @@ def test_sparsegpt_takes_exactly_the_budget_of_every_block_where_all_weights_tie
 
 def test_weights_that_share_inputs_do_not_change_one_another() -> None:
     inputs, weights = _inputs(40), [_weight(5, 40, seed) for seed in range(3)]
-    for name in METHODS:
-        shared = _observed(METHODS[name](40, CPU), inputs)
+    for new in [method_maker(name, update) for name in METHODS for update in recipe.UPDATES]:
+        shared = _observed(new(40, CPU), inputs)
         for weight in weights:
-            alone = _observed(METHODS[name](40, CPU), inputs)
+            alone = _observed(new(40, CPU), inputs)
             assert torch.equal(shared.prune("a", weight, Amount(0.5)), alone.prune("a", weight, Amount(0.5)))
 
 
@@ -194,3 +206,61 @@ def test_weights_that_overflow_name_the_layer() -> None:
     weight = torch.tensor([[60000.0, 60001.0]], dtype=torch.float16)
     with pytest.raises(NonFiniteError, match="The weights of the_layer overflow float16"):
         _observed(sparsegpt.SparseGPT(2, CPU), inputs).prune("the_layer", weight, Amount(0.5))
+
+
+# ADMM
+
+
+def _least_squares(inputs: Tensor, weight: Tensor, kept: Tensor) -> Tensor:
+    """The best values for the kept weights of every row, solved densely in float64."""
+    tokens = inputs.reshape(-1, inputs.shape[-1]).double()
+    best = torch.zeros_like(weight, dtype=torch.float64)
+    for row, columns in enumerate(kept):
+        target = tokens @ weight[row].double()[:, None]
+        best[row, columns] = torch.linalg.lstsq(tokens[:, columns], target, driver="gelsd").solution[:, 0]
+    return best
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("amount", [Amount(0.5), Amount(0.8), Amount(0.5, (2, 4))])
+def test_admm_comes_close_to_the_least_error_with_the_same_zeros(name: str, amount: Amount) -> None:
+    inputs, weight = _inputs(96), _weight(12, 96)
+    alone = _observed(METHODS[name](96, CPU), inputs).prune("layer", weight, amount)
+    fitted = _observed(method_maker(name, "admm")(96, CPU), inputs).prune("layer", weight, amount)
+    assert torch.equal(fitted == 0, alone == 0)
+    least = _error(inputs, weight, _least_squares(inputs, weight, alone != 0))
+    assert least * 1.1 < _error(inputs, weight, alone)
+    assert _error(inputs, weight, fitted) < 1.02 * least
+
+
+@given(
+    st.sampled_from(["wanda", "magnitude"]),
+    st.integers(1, 6),
+    st.integers(2, 40),
+    st.integers(1, 60),
+    st.integers(0, 99),
+)
+def test_admm_never_does_harm_to_a_mask(name: str, rows: int, cols: int, tokens: int, seed: int) -> None:
+    inputs, weight = _inputs(cols, seed, 1, tokens), _weight(rows, cols, seed)
+    inputs[..., seed % cols] = 0
+    alone = _observed(METHODS[name](cols, CPU), inputs).prune("layer", weight, Amount(0.5))
+    fitted = _observed(method_maker(name, "admm")(cols, CPU), inputs).prune("layer", weight, Amount(0.5))
+    assert (fitted[alone == 0] == 0).all()
+    assert _error(inputs, weight, fitted) <= _error(inputs, weight, alone) * (1 + 1e-4) + 1e-9
+
+
+def test_admm_lowers_the_error_of_a_layer_in_a_model() -> None:
+    dense, tokens, errors = FAMILIES["llama"](), random_tokens(4, 30), {}
+    before = dense(tokens).logits
+    for update in recipe.UPDATES:
+        pruned = copy.deepcopy(dense)
+        prune_model(pruned, tokens, PruneRecipe(update=update))
+        errors[update] = (pruned(tokens).logits - before).square().sum().item()
+    assert errors["admm"] < 0.9 * errors["none"]
+
+
+def test_admm_changes_nothing_where_nothing_goes() -> None:
+    weight = _weight(4, 16)
+    assert torch.equal(
+        _observed(method_maker("wanda", "admm")(16, CPU), _inputs(16)).prune("a", weight, Amount(0.01)), weight
+    )

@@ -66,6 +66,7 @@ def test_macko_json_says_how_it_was_made(llama: Path, tmp_path: Path, text: str)
     assert record["macko_version"] == macko_llm.__version__
     assert record["prune"] == {
         "method": "wanda",
+        "update": "none",
         "sparsity": 0.6,
         "pattern": "unstructured",
         "calibration": text,

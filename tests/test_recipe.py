@@ -8,7 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from macko_llm.errors import UsageError
-from macko_llm.recipe import METHODS, PruneRecipe, load_recipe, make_recipe, to_toml
+from macko_llm.recipe import METHODS, UPDATES, PruneRecipe, load_recipe, make_recipe, to_toml
 
 
 def test_flags_override_the_file_and_the_file_overrides_defaults() -> None:
@@ -31,6 +31,7 @@ def test_a_flag_of_zero_is_not_a_missing_flag() -> None:
         ({"sparsity": "0.5"}, "type float"),
         ({"sparsity": True}, "type float"),
         ({"method": "random"}, "wanda, magnitude"),
+        ({"update": "sgd"}, "no update 'sgd'; use none or admm"),
         ({"pattern": "4:4"}, "2:4 or 4:8"),
         ({"pattern": "0:4"}, "2:4 or 4:8"),
         ({"pattern": "5:4"}, "2:4 or 4:8"),
@@ -98,6 +99,7 @@ def _is_no_regex(pattern: str) -> bool:
 _RECIPES = st.builds(
     PruneRecipe,
     method=st.sampled_from(METHODS),
+    update=st.sampled_from(UPDATES),
     sparsity=st.floats(0, 1, exclude_max=True),
     calibration=st.text(st.characters(exclude_categories=["Cs"]), min_size=1),
     targets=st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(_is_no_regex)),

@@ -21,11 +21,15 @@ from macko_llm.cli.options import (
 )
 from macko_llm.cli.surroundings import with_hub, with_threads
 from macko_llm.defaults import CALIBRATION_SEQLEN
-from macko_llm.recipe import METHODS, PruneRecipe, load_recipe, make_recipe, one_of
+from macko_llm.recipe import METHODS, UPDATES, PruneRecipe, load_recipe, make_recipe, one_of
 
 
 def _methods() -> list[str]:
     return [*METHODS]
+
+
+def _updates() -> list[str]:
+    return [*UPDATES]
 
 
 def _help(text: str, setting: str) -> str:
@@ -41,6 +45,13 @@ def prune(
     output: OutputOption,
     method: Annotated[
         str | None, typer.Option(autocompletion=_methods, help=_help(f"{one_of(METHODS)}.", "method"))
+    ] = None,
+    update: Annotated[
+        str | None,
+        typer.Option(
+            autocompletion=_updates,
+            help=_help(f"{one_of(UPDATES)}: re-fit the weights that the method keeps.", "update"),
+        ),
     ] = None,
     sparsity: Annotated[
         float | None, typer.Option(help=_help("Share of each row to remove, in [0, 1).", "sparsity"))
@@ -99,6 +110,8 @@ def prune(
 
         macko prune ./model -o pruned --sparsity 0.6 --calibration my-texts.jsonl
 
+        macko prune ./model -o pruned --method sparsegpt --update admm
+
         macko prune ./model -o pruned --ignore down_proj --ignore "model.layers.0.*"
 
         macko prune ./model -o pruned --calibration HuggingFaceFW/fineweb-edu:sample-10BT
@@ -107,6 +120,7 @@ def prune(
     """
     flags = {
         "method": method,
+        "update": update,
         "sparsity": sparsity,
         "pattern": pattern,
         "targets": targets or None,

@@ -23,7 +23,7 @@ from macko_llm.calibration import (
 from macko_llm.defaults import CALIBRATION_SEQLEN, MAX_SHARD_SIZE
 from macko_llm.errors import CalibrationError, CheckpointError, NonFiniteError, UsageError
 from macko_llm.progress import Progress, no_progress
-from macko_llm.pruning.methods import METHODS, Amount
+from macko_llm.pruning.methods import Amount, method_maker
 from macko_llm.pruning.observing import observed_blocks
 from macko_llm.pruning.scores import removed_per_row
 from macko_llm.pruning.selection import chosen_linears
@@ -206,7 +206,8 @@ def _prune_blocks(
     progress: Progress,
 ) -> None:
     amount = Amount(recipe.sparsity, recipe.group)
-    for _, methods in observed_blocks(model, layers, tokens, METHODS[recipe.method], progress, "pruning blocks"):
+    new = method_maker(recipe.method, recipe.update)
+    for _, methods in observed_blocks(model, layers, tokens, new, progress, "pruning blocks"):
         for name, method in methods.items():
             weight = layers[name].weight.data
             weight.copy_(method.prune(name, weight, amount))
