@@ -15,7 +15,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-METHODS = ("wanda", "magnitude", "sparsegpt")
+METHODS = ("wanda", "magnitude", "ria", "sparsegpt")
 """What `pruning.methods.METHODS` has, which cannot be imported without torch."""
 WITHOUT_CALIBRATION = ("magnitude",)
 """Those that look at the weights alone."""
@@ -31,8 +31,8 @@ class PruneRecipe:
     """The settings of one pruning run.
 
     Attributes:
-        method: "wanda" (Sun et al., 2024, arXiv 2306.11695), "magnitude", or "sparsegpt" (Frantar and Alistarh, 2023,
-            arXiv 2301.00774).
+        method: "wanda" (Sun et al., 2024, arXiv 2306.11695), "magnitude", "ria" (Zhang et al., ICLR 2024) or "sparsegpt"
+            (Frantar and Alistarh, 2023, arXiv 2301.00774).
         sparsity: share of the weights of every output row that is removed, in [0, 1); of every 128 columns by SparseGPT.
         pattern: "unstructured", or "n:m": the n lowest of every m consecutive columns go. n:m fixes the sparsity to n / m.
         update: "admm" (Boža, 2024, arXiv 2401.02938) gives the weights that the method keeps the values with which the outputs

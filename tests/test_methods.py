@@ -12,7 +12,7 @@ from torch import Tensor
 from macko_llm import recipe
 from macko_llm.errors import CalibrationError, NonFiniteError
 from macko_llm.pruning import prune_model
-from macko_llm.pruning.methods import METHODS, UPDATES, Amount, Method, method_maker, sparsegpt
+from macko_llm.pruning.methods import METHODS, UPDATES, Amount, Method, base, method_maker, sparsegpt
 from macko_llm.recipe import PruneRecipe
 
 CPU = torch.device("cpu")
@@ -94,6 +94,32 @@ def test_a_model_of_grouped_heads_is_pruned(name: str, update: str, pattern: str
     report = prune_model(model, random_tokens(4, 20), PruneRecipe(method=name, update=update, pattern=pattern))
     assert report.sparsity == pytest.approx(0.5, abs=1e-3)
     assert model(random_tokens(1, 20)).logits.isfinite().all()
+
+
+# RIA
+
+
+@pytest.mark.parametrize("amount", [Amount(0.5), Amount(0.3), Amount(0.5, (2, 4))])
+@pytest.mark.parametrize("at_once", [1 << 24, 100])
+def test_ria_removes_what_its_formula_says(amount: Amount, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "WEIGHTS_AT_ONCE", at_once)
+    inputs, weight = _inputs(24), _weight(9, 24)
+    weight[:, 5] = 0
+    weight[4] = 0
+    pruned = _observed(METHODS["ria"](24, CPU), inputs).prune("layer", weight, amount)
+    norms = inputs.double().square().sum(dim=(0, 1)).div(3).sqrt().tolist()
+    values = weight.double().abs().tolist()
+    column_sums = [sum(column) for column in zip(*values, strict=True)]
+    for row, kept in zip(values, pruned.tolist(), strict=True):
+        scores = [
+            (value / (column_sums[at] or 1) + value / (sum(row) or 1)) * norms[at] ** 0.5
+            for at, value in enumerate(row)
+        ]
+        n, m = amount.group or (int(24 * amount.sparsity), 24)
+        for start in range(0, 24, m):
+            order = sorted(range(start, start + m), key=lambda at: (scores[at], at))
+            for at in order:
+                assert kept[at] == (0.0 if at in order[:n] else weight[values.index(row), at].item())
 
 
 # SparseGPT

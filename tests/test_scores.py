@@ -6,9 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from macko_llm.pruning.scores import (
+    column_sums,
     lowest,
     magnitude_scores,
     removed_per_row,
+    ria_scores,
     select,
     squared_norms,
     wanda_scores,
@@ -70,6 +72,19 @@ def test_wanda_scores_by_hand() -> None:
     scores = wanda_scores(weight, torch.tensor([4.0, 9.0, 0.0]))
     assert scores.dtype == torch.float32
     assert scores.tolist() == [[2.0, 6.0, 0.0], [8.0, 0.0, 0.0]]
+
+
+def test_ria_scores_by_hand() -> None:
+    weight = torch.tensor([[1.0, -3.0], [-1.0, 0.0]], dtype=torch.float16)
+    scores = ria_scores(weight, column_sums(weight), torch.tensor([16.0, 81.0]))
+    assert scores.dtype == torch.float32
+    assert scores.tolist() == [[(1 / 2 + 1 / 4) * 2, (3 / 3 + 3 / 4) * 3], [(1 / 2 + 1) * 2, 0.0]]
+    assert column_sums(torch.full((3, 1), 60000.0, dtype=torch.float16)).tolist() == [180000.0]
+
+
+def test_ria_scores_of_rows_and_columns_of_zeros_are_zero() -> None:
+    weight = torch.tensor([[0.0, 2.0], [0.0, 0.0]])
+    assert ria_scores(weight, column_sums(weight), torch.ones(2)).tolist() == [[0.0, 2.0], [0.0, 0.0]]
 
 
 def test_scores_are_computed_in_fp32() -> None:

@@ -33,6 +33,29 @@ def magnitude_scores(weight: torch.Tensor) -> torch.Tensor:
     return weight.float().abs()
 
 
+def column_sums(weight: torch.Tensor) -> torch.Tensor:
+    """Sums of |W| [rows, cols] over the rows, fp32 [cols]."""
+    return weight.abs().sum(dim=0, dtype=torch.float32)
+
+
+def ria_scores(weight: torch.Tensor, columns: torch.Tensor, statistic: torch.Tensor) -> torch.Tensor:
+    """(|W| / column sum + |W| / row sum) * norm^0.5: RIA with alpha = 0.5 (Zhang et al., ICLR 2024).
+
+    Args:
+        weight: [rows, cols], floating point; any rows of a matrix.
+        columns: fp32 [cols], `column_sums` of the whole matrix.
+        statistic: fp32 [cols], mean over the calibration sequences of `squared_norms`.
+
+    Returns:
+        fp32 [rows, cols], never negative; 0 where a weight is, even if nothing else in its row or column is not.
+    """
+    magnitudes = weight.float().abs()
+    rows = magnitudes.sum(dim=1, keepdim=True)
+    tiny = torch.finfo(torch.float32).tiny
+    relative = magnitudes / columns.clamp_min(tiny) + magnitudes / rows.clamp_min(tiny)
+    return relative * statistic.sqrt().sqrt()
+
+
 def removed_per_row(cols: int, sparsity: float, group: tuple[int, int] | None) -> int:
     """How many columns of each output row go: `int(cols * sparsity)`, or n of every m for a group (n, m) that divides cols."""
     if group is None:

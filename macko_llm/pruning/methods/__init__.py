@@ -8,11 +8,12 @@ import torch
 from macko_llm.pruning.methods.admm import Admm
 from macko_llm.pruning.methods.base import Amount, Method, Observer
 from macko_llm.pruning.methods.magnitude import Magnitude
+from macko_llm.pruning.methods.ria import Ria
 from macko_llm.pruning.methods.sparsegpt import SparseGPT
 from macko_llm.pruning.methods.wanda import Wanda
 from macko_llm.recipe import NO_UPDATE
 
-METHODS: dict[str, type[Method]] = {"wanda": Wanda, "magnitude": Magnitude, "sparsegpt": SparseGPT}
+METHODS: dict[str, type[Method]] = {"wanda": Wanda, "magnitude": Magnitude, "ria": Ria, "sparsegpt": SparseGPT}
 """By the names of `recipe.METHODS`."""
 UPDATES = {"admm": Admm}
 """What re-fits the weights that a method keeps, by the names of `recipe.UPDATES`."""
