@@ -21,6 +21,8 @@ WITHOUT_CALIBRATION = ("magnitude",)
 """Those that look at the weights alone."""
 NO_UPDATE = "none"
 UPDATES = (NO_UPDATE, "admm")
+UNIFORM = "uniform"
+ALLOCATIONS = (UNIFORM, "owl")
 UNSTRUCTURED = "unstructured"
 REGEX_PREFIX = "re:"
 """Begins a pattern of layer names that is a regular expression."""
@@ -37,6 +39,8 @@ class PruneRecipe:
         pattern: "unstructured", or "n:m": the n lowest of every m consecutive columns go. n:m fixes the sparsity to n / m.
         update: "admm" (Boža, 2024, arXiv 2401.02938) gives the weights that the method keeps the values with which the outputs
             of their layer change least; "none" leaves them to the method.
+        allocation: "uniform", or "owl" (Yin et al., 2024, arXiv 2310.05175): blocks with more outliers keep more, and as many
+            weights go in all. Not with an n:m pattern.
         targets: patterns of the layers to prune (`macko_llm.pruning.selection.fits`); none means every linear of the blocks.
         ignore: patterns of layers to leave dense; they win over `targets`.
         calibration: "c4", "wikitext2", a dataset of the hub, or a path; see `macko_llm.calibration`.
@@ -55,6 +59,7 @@ class PruneRecipe:
     sparsity: float = 0.5
     pattern: str = UNSTRUCTURED
     update: str = NO_UPDATE
+    allocation: str = UNIFORM
     targets: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
     calibration: str = "c4"
@@ -71,6 +76,8 @@ class PruneRecipe:
             raise UsageError(f"There is no pruning method {self.method!r}; use {one_of(METHODS)}.")
         if self.update not in UPDATES:
             raise UsageError(f"There is no update {self.update!r}; use {one_of(UPDATES)}.")
+        if self.allocation not in ALLOCATIONS:
+            raise UsageError(f"There is no allocation {self.allocation!r}; use {one_of(ALLOCATIONS)}.")
         if not 0 <= self.sparsity < 1:
             raise UsageError(f"The sparsity {self.sparsity} is outside [0, 1); 0.5 removes half of the weights.")
         if self.nsamples < 1:
@@ -86,6 +93,11 @@ class PruneRecipe:
                 raise UsageError(f"{name} is empty; name one, or leave it out for the usual one.")
         fixed = _pattern_sparsity(self.pattern)
         if fixed is not None:
+            if self.allocation != UNIFORM:
+                raise UsageError(
+                    f"The pattern {self.pattern} fixes the sparsity of every layer, which {self.allocation} would vary; "
+                    f"use the allocation {UNIFORM}, or the pattern {UNSTRUCTURED}."
+                )
             if self.sparsity not in (fixed, PruneRecipe.sparsity):
                 raise _sparsity_conflict(self.pattern, fixed, self.sparsity)
             object.__setattr__(self, "sparsity", fixed)
@@ -98,7 +110,7 @@ class PruneRecipe:
     @property
     def needs_calibration(self) -> bool:
         """Whether calibration text is read."""
-        return self.method not in WITHOUT_CALIBRATION or self.update != NO_UPDATE
+        return self.method not in WITHOUT_CALIBRATION or self.update != NO_UPDATE or self.allocation != UNIFORM
 
     def settings(self) -> dict[str, Any]:
         """The settings that say something, by name, as TOML and JSON have them."""

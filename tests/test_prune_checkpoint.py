@@ -67,6 +67,7 @@ def test_macko_json_says_how_it_was_made(llama: Path, tmp_path: Path, text: str)
     assert record["prune"] == {
         "method": "wanda",
         "update": "none",
+        "allocation": "uniform",
         "sparsity": 0.6,
         "pattern": "unstructured",
         "calibration": text,

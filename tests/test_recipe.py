@@ -8,7 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from macko_llm.errors import UsageError
-from macko_llm.recipe import METHODS, UPDATES, PruneRecipe, load_recipe, make_recipe, to_toml
+from macko_llm.recipe import ALLOCATIONS, METHODS, UPDATES, PruneRecipe, load_recipe, make_recipe, to_toml
 
 
 def test_flags_override_the_file_and_the_file_overrides_defaults() -> None:
@@ -32,6 +32,11 @@ def test_a_flag_of_zero_is_not_a_missing_flag() -> None:
         ({"sparsity": True}, "type float"),
         ({"method": "random"}, "wanda, magnitude"),
         ({"update": "sgd"}, "no update 'sgd'; use none or admm"),
+        ({"allocation": "fair"}, "no allocation 'fair'; use uniform or owl"),
+        (
+            {"allocation": "owl", "pattern": "2:4"},
+            "pattern 2:4 fixes the sparsity of every layer, which owl would vary",
+        ),
         ({"pattern": "4:4"}, "2:4 or 4:8"),
         ({"pattern": "0:4"}, "2:4 or 4:8"),
         ({"pattern": "5:4"}, "2:4 or 4:8"),
@@ -100,6 +105,7 @@ _RECIPES = st.builds(
     PruneRecipe,
     method=st.sampled_from(METHODS),
     update=st.sampled_from(UPDATES),
+    allocation=st.sampled_from(ALLOCATIONS),
     sparsity=st.floats(0, 1, exclude_max=True),
     calibration=st.text(st.characters(exclude_categories=["Cs"]), min_size=1),
     targets=st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(_is_no_regex)),

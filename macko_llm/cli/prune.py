@@ -21,7 +21,7 @@ from macko_llm.cli.options import (
 )
 from macko_llm.cli.surroundings import with_hub, with_threads
 from macko_llm.defaults import CALIBRATION_SEQLEN
-from macko_llm.recipe import METHODS, UPDATES, PruneRecipe, load_recipe, make_recipe, one_of
+from macko_llm.recipe import ALLOCATIONS, METHODS, UPDATES, PruneRecipe, load_recipe, make_recipe, one_of
 
 
 def _methods() -> list[str]:
@@ -30,6 +30,10 @@ def _methods() -> list[str]:
 
 def _updates() -> list[str]:
     return [*UPDATES]
+
+
+def _allocations() -> list[str]:
+    return [*ALLOCATIONS]
 
 
 def _help(text: str, setting: str) -> str:
@@ -51,6 +55,13 @@ def prune(
         typer.Option(
             autocompletion=_updates,
             help=_help(f"{one_of(UPDATES)}: re-fit the weights that the method keeps.", "update"),
+        ),
+    ] = None,
+    allocation: Annotated[
+        str | None,
+        typer.Option(
+            autocompletion=_allocations,
+            help=_help(f"{one_of(ALLOCATIONS)}: blocks with more outliers keep more.", "allocation"),
         ),
     ] = None,
     sparsity: Annotated[
@@ -112,6 +123,8 @@ def prune(
 
         macko prune ./model -o pruned --method sparsegpt --update admm
 
+        macko prune ./model -o pruned --sparsity 0.7 --allocation owl
+
         macko prune ./model -o pruned --ignore down_proj --ignore "model.layers.0.*"
 
         macko prune ./model -o pruned --calibration HuggingFaceFW/fineweb-edu:sample-10BT
@@ -121,6 +134,7 @@ def prune(
     flags = {
         "method": method,
         "update": update,
+        "allocation": allocation,
         "sparsity": sparsity,
         "pattern": pattern,
         "targets": targets or None,

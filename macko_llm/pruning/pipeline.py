@@ -23,11 +23,13 @@ from macko_llm.calibration import (
 from macko_llm.defaults import CALIBRATION_SEQLEN, MAX_SHARD_SIZE
 from macko_llm.errors import CalibrationError, CheckpointError, NonFiniteError, UsageError
 from macko_llm.progress import Progress, no_progress
+from macko_llm.pruning.allocation import block_sparsities, layer_sparsities, outlier_ratio
 from macko_llm.pruning.methods import Amount, method_maker
+from macko_llm.pruning.methods.norms import InputNorms
 from macko_llm.pruning.observing import observed_blocks
 from macko_llm.pruning.scores import removed_per_row
 from macko_llm.pruning.selection import chosen_linears
-from macko_llm.recipe import PruneRecipe
+from macko_llm.recipe import UNIFORM, PruneRecipe
 
 
 @dataclass(frozen=True)
@@ -205,12 +207,38 @@ def _prune_blocks(
     recipe: PruneRecipe,
     progress: Progress,
 ) -> None:
-    amount = Amount(recipe.sparsity, recipe.group)
+    amounts = _amounts(model, layers, tokens, recipe, progress)
     new = method_maker(recipe.method, recipe.update)
     for _, methods in observed_blocks(model, layers, tokens, new, progress, "pruning blocks"):
         for name, method in methods.items():
             weight = layers[name].weight.data
-            weight.copy_(method.prune(name, weight, amount))
+            weight.copy_(method.prune(name, weight, amounts[name]))
+
+
+def _amounts(
+    model: PreTrainedModel,
+    layers: dict[str, nn.Linear],
+    tokens: torch.Tensor | None,
+    recipe: PruneRecipe,
+    progress: Progress,
+) -> dict[str, Amount]:
+    """How much of each layer goes; what a spread over the blocks asks of the dense model takes a pass of its own."""
+    if recipe.allocation == UNIFORM:
+        return dict.fromkeys(layers, Amount(recipe.sparsity, recipe.group))
+    names, ratios, sizes = [], [], []
+    for _, norms in observed_blocks(model, layers, tokens, InputNorms, progress, "measuring blocks"):
+        if norms:
+            weights = [(layers[name].weight, seen.statistic(name)) for name, seen in norms.items()]
+            names.append([*norms])
+            ratios.append(outlier_ratio(weights))
+            sizes.append(sum(weight.numel() for weight, _ in weights))
+    wanted = {
+        name: share
+        for block, share in zip(names, block_sparsities(ratios, sizes, recipe.sparsity), strict=True)
+        for name in block
+    }
+    shares = layer_sparsities(_shapes(layers), wanted, recipe.sparsity)
+    return {name: Amount(share) for name, share in shares.items()}
 
 
 def _shapes(layers: dict[str, nn.Linear]) -> dict[str, tuple[int, int]]:
