@@ -180,7 +180,9 @@ def test_an_error_is_json_too_where_json_is_wanted(call: str, exit_code: int) ->
     [
         ("macko generate x --dtype ", ["auto", "float16", "bfloat16", "float32"]),
         ("macko generate x --dtype b", ["bfloat16"]),
-        ("macko prune x --method ", ["wanda", "magnitude"]),
+        ("macko prune x --method ", ["wanda", "magnitude", "ria", "sparsegpt"]),
+        ("macko prune x --update ", ["none", "admm"]),
+        ("macko prune x --allocation ", ["uniform", "owl"]),
         ("macko pack x --dtype f", ["float16"]),
         ("macko inspect x --re", ["--revision"]),
         ("macko bench ", ["quality", "spmv", "decode"]),

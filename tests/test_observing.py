@@ -1,6 +1,7 @@
 """Which linears share an observer, and what each observer sees."""
 
 import copy
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -11,6 +12,9 @@ from transformers import PreTrainedModel
 
 from macko_llm.errors import CheckpointError
 from macko_llm.progress import no_progress
+from macko_llm.pruning import prune_model
+from macko_llm.pruning.methods import METHODS
+from macko_llm.pruning.methods.wanda import Wanda
 from macko_llm.pruning.observing import observed_blocks
 from macko_llm.pruning.selection import chosen_linears
 from macko_llm.recipe import PruneRecipe
@@ -127,3 +131,21 @@ def test_a_weight_that_is_used_twice_sees_both_inputs_of_a_sequence() -> None:
     log = _first_block(model)["mlp.one"]
     assert log.sequences == [1, 0] * 3
     assert all(torch.equal(log.inputs[at] * 2, log.inputs[at + 1]) for at in (0, 2, 4))
+
+
+def test_no_two_blocks_have_observers_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They may hold half a gigabyte each."""
+    alive: weakref.WeakSet[Wanda] = weakref.WeakSet()
+    most = 0
+
+    class Counted(Wanda):
+        def __init__(self, cols: int, device: torch.device) -> None:
+            nonlocal most
+            super().__init__(cols, device)
+            alive.add(self)
+            most = max(most, len(alive))
+
+    monkeypatch.setitem(METHODS, "wanda", Counted)
+    prune_model(FAMILIES["llama"](), TOKENS, PruneRecipe())
+    assert most == 4
+    assert not alive

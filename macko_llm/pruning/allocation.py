@@ -9,7 +9,7 @@ from macko_llm.pruning.methods.base import WEIGHTS_AT_ONCE
 from macko_llm.pruning.scores import removed_per_row, wanda_scores
 
 _OUTLIER = 5.0  # M: how many times the mean score of its block makes a weight an outlier
-_SPREAD = 0.08  # lambda: how far sparsities lie from the target at most, on average over both sides
+_SPREAD = 0.08  # lambda: half of what lies between the least and the most sparsity of a block
 
 
 def outlier_ratio(weights: Sequence[tuple[Tensor, Tensor]]) -> float:
@@ -42,7 +42,7 @@ def block_sparsities(ratios: Sequence[float], sizes: Sequence[int], sparsity: fl
     low, high = min(ratios), max(ratios)
     if low == high:
         return [sparsity] * len(ratios)
-    kept = [2 * _SPREAD * (ratio - low) / (high - low) for ratio in ratios]
+    kept = [2 * _SPREAD * ((ratio - low) / (high - low)) for ratio in ratios]
     mean = sum(size * more for size, more in zip(sizes, kept, strict=True)) / sum(sizes)
     offsets = [mean - more for more in kept]  # of the sparsity
     fit = min(1.0, sparsity / -min(offsets), (1 - sparsity) / max(offsets))

@@ -65,13 +65,14 @@ def observed_blocks(
         else:
             observers = _observe(block_name, block, arguments[done], states, linears, new)
         by_name = {left.pop(key): observers.get(key) for key in weights}
-        for name, observer in by_name.items():
-            if observer is None:
+        for name in by_name:
+            if by_name[name] is None:
                 raise CalibrationError(
                     f"No calibration token reached {name}; use more text, or leave it out with --ignore."
                 )
+        del observers  # the caller may free them one by one
         yield block_name, cast(dict[str, T], by_name)
-        del observers, by_name  # before the next block's take their memory
+        by_name.clear()  # before the next block's take their memory
         if tokens is not None and done + 1 < len(blocks):  # nothing sees what the last block computes
             for index, hidden in enumerate(states):
                 states[index] = run_block(block, hidden, arguments[done])

@@ -210,9 +210,9 @@ def _prune_blocks(
     amounts = _amounts(model, layers, tokens, recipe, progress)
     new = method_maker(recipe.method, recipe.update)
     for _, methods in observed_blocks(model, layers, tokens, new, progress, "pruning blocks"):
-        for name, method in methods.items():
+        for name in [*methods]:
             weight = layers[name].weight.data
-            weight.copy_(method.prune(name, weight, amounts[name]))
+            weight.copy_(methods.pop(name).prune(name, weight, amounts[name]))  # frees what has pruned its last weight
 
 
 def _amounts(

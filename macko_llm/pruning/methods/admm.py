@@ -60,10 +60,10 @@ class Admm(InputGram):
     def _matrices(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
         """The inputs' norms [cols], their damped Gram matrix at norm 1, and its inverse with the penalty, [cols, cols]."""
         if self._prepared is None:
-            gram = self.gram(name)
+            gram = self.take_gram(name)
             norms = gram.diagonal().sqrt()
             norms = torch.where(norms > 0, norms, 1.0)
-            gram = gram / norms / norms[:, None]
+            gram.div_(norms).div_(norms[:, None])
             gram.diagonal().add_(_DAMPING)
             penalised = gram.clone()
             penalised.diagonal().add_(_PENALTY)

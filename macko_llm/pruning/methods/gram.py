@@ -17,12 +17,17 @@ class InputGram:
         tokens = inputs.reshape(-1, inputs.shape[-1]).float()
         self._total.addmm_(tokens.T, tokens)
 
-    def gram(self, name: str) -> Tensor:
-        """The sum divided by the mean of its diagonal: its scale changes no result. fp32 [cols, cols], a new tensor.
+    def take_gram(self, name: str) -> Tensor:
+        """The sum divided by the mean of its diagonal, as its scale changes no result; the observer has none afterwards.
+
+        Returns:
+            fp32 [cols, cols].
 
         Raises:
             NonFiniteError: NaN or infinity in the inputs; `name` is the layer's.
         """
-        mean = self._total.diagonal().mean()
+        gram = self._total
+        mean = gram.diagonal().mean()
         check_inputs(name, mean)  # what is not finite in an input is so in its square
-        return self._total / torch.where(mean > 0, mean, 1.0)
+        del self._total
+        return gram.div_(torch.where(mean > 0, mean, 1.0))

@@ -45,7 +45,7 @@ class SparseGPT(InputGram):
     def _factor(self, name: str) -> tuple[Tensor, Tensor]:
         """The factor of the inverse Hessian, and which columns no input reaches; the same for all weights."""
         if self._prepared is None:
-            hessian = self.gram(name)
+            hessian = self.take_gram(name)
             dead = hessian.diagonal() == 0
             damping = _DAMPING * hessian.diagonal().mean()
             hessian.diagonal()[dead] = 1
