@@ -78,15 +78,23 @@ def library_path() -> Path:
     """Where the library that belongs to this package lies.
 
     Raises:
-        NativeError: it was not built.
+        NativeError: it was not built, or a folder of sources hides the package that was.
     """
     name = {"win32": "macko.dll", "darwin": "libmacko.dylib"}.get(sys.platform, "libmacko.so")
     # An editable install keeps the Python files and the library in two folders; both are on the package's path.
     spec = importlib.util.find_spec("macko_llm")
-    for folder in spec.submodule_search_locations or () if spec else ():
+    folders = list(spec.submodule_search_locations or ()) if spec else []
+    for folder in folders:
         path = Path(folder) / "lib" / name
         if path.is_file():
             return path
+    for place in sys.path:
+        hidden = Path(place) / "macko_llm"
+        if folders and (hidden / "__init__.py").is_file() and (hidden / "lib" / name).is_file():
+            raise NativeError(
+                f"The native library is missing from {folders[0]}, which hides the package installed in {hidden}; "
+                f"start Python in another folder, and take {Path(folders[0]).parent} out of PYTHONPATH."
+            )
     raise NativeError("The native library is missing; build it with `pip install .` in the project's folder.")
 
 

@@ -5,9 +5,12 @@ The real modules run in processes of their own; what is about order and failure 
 
 import importlib
 import importlib.util
+import os
+import shutil
 import subprocess
 import sys
 import threading
+import venv
 from collections.abc import Iterator
 from importlib.machinery import ModuleSpec, SourceFileLoader
 from pathlib import Path
@@ -140,8 +143,8 @@ def test_plain_transformers_loads_packed_where_macko_is_installed(packed: Path) 
 def _start(folder: Path, code: str = "") -> subprocess.CompletedProcess[str]:
     """A Python that begins with macko's line, and finds the package in `folder` alone."""
     start = f"import site, sys\nsys.path.insert(0, {str(folder)!r})\nsite.addsitedir({str(STARTUP.parent)!r})\n"
-    # -S: without the packages of this environment, and its own such line
-    command = [sys.executable, "-S", "-c", start + code]
+    # without PYTHONPATH, the packages of this environment, and its own such line
+    command = [sys.executable, "-E", "-S", "-c", start + code]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=folder)
 
 
@@ -152,6 +155,27 @@ def test_every_python_begins_with_three_small_modules_and_none_of_others() -> No
     assert (run.stdout.split(), run.stderr) == (["macko_llm", "macko_llm.import_hook", "macko_llm.version"], "")
     others = "print(*{name.partition('.')[0] for name in sys.modules} & {'typing', 'importlib', 'ctypes', 'json'})"
     assert _start(Path(import_hook.__file__).parents[1], others).stdout.split() == []
+
+
+def test_python_in_the_folder_of_the_sources_takes_the_package_that_is_installed(tmp_path: Path) -> None:
+    venv.create(tmp_path / "venv", symlinks=sys.platform != "win32")
+    python = tmp_path / "venv" / ("Scripts" if sys.platform == "win32" else "bin") / "python"
+    for folder in ("sources", "site"):
+        (tmp_path / folder / "macko_llm").mkdir(parents=True)
+        (tmp_path / folder / "macko_llm" / "__init__.py").write_text(f"place = {folder!r}")
+
+    def taken() -> str:
+        command = [str(python), "-c", "import macko_llm; print(macko_llm.place)"]
+        clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path / "sources", env=clean)
+        return run.stdout.strip()
+
+    ask = [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    site_packages = Path(subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip())
+    shutil.copytree(tmp_path / "site" / "macko_llm", site_packages / "macko_llm")
+    assert taken() == "sources"
+    shutil.copy(STARTUP, site_packages)
+    assert taken() == "site"
 
 
 @pytest.mark.parametrize("left", [None, "", "import macko_llm.import_hook", "1 / 0", "not Python"])

@@ -32,8 +32,9 @@ def fresh_library() -> Iterator[None]:
 
 @pytest.fixture
 def package_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """An empty folder in which the wrapper looks for the library."""
+    """An empty folder in which the wrapper looks for the library; no other package of this name is there."""
     monkeypatch.setattr(macko_llm.__spec__, "submodule_search_locations", [str(tmp_path)])
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if not Path(place, "macko_llm").is_dir()])
     return tmp_path
 
 
@@ -42,6 +43,29 @@ def test_the_library_has_the_version_of_this_package() -> None:
     assert native.library().macko_abi_version() == native.ABI_VERSION
     header = (Path(__file__).parents[1] / "csrc" / "macko.h").read_text()
     assert f"#define MACKO_ABI_VERSION {native.ABI_VERSION}\n" in header
+
+
+def test_sources_that_hide_the_installed_package_are_named_with_it(
+    package_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    name = native_library_name()
+    installed = tmp_path_factory.mktemp("site-packages") / "macko_llm"
+    (installed / "lib").mkdir(parents=True)
+    (installed / "lib" / name).write_bytes(b"")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(installed.parent)])
+    with pytest.raises(NativeError, match="is missing; build it"):  # a library without its package helps nobody
+        native.library_path()
+    (installed / "__init__.py").write_text("")
+    with pytest.raises(NativeError) as error:
+        native.library_path()
+    assert str(error.value) == (
+        f"The native library is missing from {package_folder}, which hides the package installed in {installed}; "
+        f"start Python in another folder, and take {package_folder.parent} out of PYTHONPATH."
+    )
+
+
+def native_library_name() -> str:
+    return {"win32": "macko.dll", "darwin": "libmacko.dylib"}.get(sys.platform, "libmacko.so")
 
 
 def header_signatures() -> dict[str, list[type]]:
