@@ -18,6 +18,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -39,6 +40,7 @@ _SIBLINGS = (
 """What model families call the linear layers of one module that read the same input, in the order of a group."""
 _CPU_IS_FULL = ("allocate memory", "not enough memory")
 """Words of torch's CPU allocator and of the system, in an error of any kind, for lack of memory."""
+_GPU_IS_FULL = "out of memory"
 _OF_FILES = ("size mismatch", "loading state_dict", "unable to open file", "unable to mmap", "required mapping size")
 """Words of the RuntimeErrors by which torch and transformers complain of files, or of what these hold."""
 # What constructors of models make of a config.json that makes no sense.
@@ -371,6 +373,28 @@ def in_groups(names: Iterable[str], model: nn.Module) -> list[list[str]]:
     return [list(group) for group in dict.fromkeys(tuple(group_of.get(name, [name])) for name in named)]
 
 
+def save_model(model: PreTrainedModel, source: Path, folder: Path, max_shard_size: str) -> None:
+    """Write a changed model as an ordinary checkpoint, with what surrounds the weights in the folder it was loaded from.
+
+    Args:
+        model: as transformers loaded it from `source`; its generation config is not to be used afterwards.
+        source: a local checkpoint.
+        folder: exists.
+        max_shard_size: of a weight file, such as "5GB".
+    """
+    if (source / "generation_config.json").is_file():
+        # The model's own file is copied as it is; transformers refuses to write some that are published (Llama 2's).
+        model.generation_config = GenerationConfig()
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    checkpoint.copy_side_files(source, folder)
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an error of torch or of Python says that the memory of a GPU or of the CPU is full."""
+    kinds = (torch.OutOfMemoryError, MemoryError)
+    return isinstance(error, kinds) or any(words in str(error) for words in (_GPU_IS_FULL, *_CPU_IS_FULL))
+
+
 def memory_bytes(model: nn.Module) -> int:
     """Bytes of all parameters and buffers, each storage counted once."""
     tensors = [*model.parameters(), *model.buffers()]
@@ -409,10 +433,10 @@ def _cannot_build(folder: Path, error: Exception) -> CheckpointError:
 
 def _cannot_load(folder: Path, device: torch.device, error: Exception) -> CheckpointError:
     text = str(error)
-    gpu_is_full = isinstance(error, torch.OutOfMemoryError) or "out of memory" in text
+    gpu_is_full = isinstance(error, torch.OutOfMemoryError) or _GPU_IS_FULL in text
     if gpu_is_full and device.type != "cpu":
         return CheckpointError(f"{folder} does not fit on {device}; use --device cpu.")
-    if gpu_is_full or isinstance(error, MemoryError) or any(words in text for words in _CPU_IS_FULL):
+    if lacks_memory(error):
         return CheckpointError(f"{folder} does not fit in the CPU's memory; free some of it, or use a smaller model.")
     if isinstance(error, getattr(torch, "AcceleratorError", ())) or text.startswith("CUDA error"):
         reason = text.partition("\n")[0]  # the other lines advise who programs for CUDA

@@ -78,6 +78,25 @@ def check_prune(model: str | Path, target: Path, recipe: PruneRecipe, *, overwri
     return folder
 
 
+def check_tune(model: str | Path, target: Path, *, dtype: str, overwrite: bool) -> Path:
+    """The model's folder, for `tuning.pipeline.tune_checkpoint`.
+
+    Raises:
+        UsageError: the model is packed or quantized, `target` would cost data, no such dtype.
+        CheckpointError: there is no such model, or its config.json is missing or broken.
+    """
+    outputs.check_output(target, overwrite=overwrite)
+    check_dtype(dtype)
+    folder = checkpoint.locate(model)
+    outputs.check_output(target, overwrite=overwrite, source=folder)
+    method = checkpoint.quantization_method(folder)
+    if method == checkpoint.QUANT_METHOD:
+        raise UsageError(f"{folder} is packed; unpack it first with `macko unpack`.")
+    if method is not None:
+        raise UsageError(f"{folder} is quantized with {method}; tune a pruned model whose weights are dense.")
+    return folder
+
+
 def require_packed(folder: Path) -> None:
     """Raise UsageError unless `folder` holds a packed checkpoint."""
     if not checkpoint.is_packed(folder):

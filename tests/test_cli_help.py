@@ -22,7 +22,7 @@ from macko_llm.cli.main import app
 COMMANDS = [
     *(
         [name]
-        for name in ("prune", "pack", "unpack", "generate", "eval-perplexity", "inspect", "doctor", "demo", "bench")
+        for name in ("prune", "tune", "pack", "unpack", "generate", "eval-perplexity", "inspect", "doctor", "demo", "bench")
     ),
     ["bench", "quality"],
     ["bench", "spmv"],
@@ -183,6 +183,7 @@ def test_an_error_is_json_too_where_json_is_wanted(call: str, exit_code: int) ->
         ("macko prune x --method ", ["wanda", "magnitude", "ria", "sparsegpt"]),
         ("macko prune x --update ", ["none", "admm"]),
         ("macko prune x --allocation ", ["uniform", "owl"]),
+        ("macko tune x --dtype b", ["bfloat16"]),
         ("macko pack x --dtype f", ["float16"]),
         ("macko inspect x --re", ["--revision"]),
         ("macko bench ", ["quality", "spmv", "decode"]),

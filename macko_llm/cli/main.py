@@ -21,6 +21,7 @@ from macko_llm.cli.help import PlainCommand, with_plain_words
 from macko_llm.cli.inspect import inspect
 from macko_llm.cli.pack import pack
 from macko_llm.cli.prune import prune
+from macko_llm.cli.tune import tune
 from macko_llm.cli.unpack import unpack
 from macko_llm.errors import UsageError
 
@@ -87,6 +88,7 @@ def _root(
 
 
 app.command(cls=PlainCommand)(prune)
+app.command(cls=PlainCommand)(tune)
 app.command(cls=PlainCommand)(pack)
 app.command(cls=PlainCommand)(unpack)
 app.command(cls=PlainCommand)(generate)
