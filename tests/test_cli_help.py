@@ -22,7 +22,18 @@ from macko_llm.cli.main import app
 COMMANDS = [
     *(
         [name]
-        for name in ("prune", "tune", "pack", "unpack", "generate", "eval-perplexity", "inspect", "doctor", "demo", "bench")
+        for name in (
+            "prune",
+            "tune",
+            "pack",
+            "unpack",
+            "generate",
+            "eval-perplexity",
+            "inspect",
+            "doctor",
+            "demo",
+            "bench",
+        )
     ),
     ["bench", "quality"],
     ["bench", "spmv"],

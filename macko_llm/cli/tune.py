@@ -18,7 +18,7 @@ from macko_llm.cli.options import (
 )
 from macko_llm.cli.surroundings import with_hub, with_threads
 from macko_llm.defaults import CALIBRATION_SEQLEN
-from macko_llm.tuning.settings import TuneRecipe
+from macko_llm.tuning.settings import RATE_OF_WIDTH, TuneRecipe
 
 
 @plain_errors
@@ -45,8 +45,11 @@ def tune(
         typer.Option(help=f"Tokens in a sequence. [default: {CALIBRATION_SEQLEN}, or the longest context]"),
     ] = None,
     learning_rate: Annotated[
-        float, typer.Option(help="Of AdamW at its highest; it falls to zero by the end.")
-    ] = TuneRecipe.learning_rate,
+        float | None,
+        typer.Option(
+            help=f"Of AdamW at its highest; it falls to zero by the end. [default: {RATE_OF_WIDTH:g} / the model's width]"
+        ),
+    ] = None,
     warmup: Annotated[float, typer.Option(help="Share of the steps in which it rises to that.")] = TuneRecipe.warmup,
     weight_decay: Annotated[float, typer.Option(help="Of AdamW.")] = TuneRecipe.weight_decay,
     seed: Annotated[int, typer.Option(help="Of the draw of the sequences.")] = TuneRecipe.seed,
@@ -66,8 +69,8 @@ def tune(
 ) -> None:
     """Train the weights that pruning kept, so that they make up for the others.
 
-    What is zero stays zero. Embeddings, norms and the lm_head stay as they are. Writes an ordinary dense checkpoint, and macko.json
-    that says how it was made.
+    What is zero stays zero; embeddings, norms and the lm_head stay as they are. Writes an ordinary dense checkpoint, and
+    macko.json that says how it was made.
 
     Examples:
         macko tune pruned -o tuned --dataset wikitext2
@@ -76,7 +79,7 @@ def tune(
 
         macko tune pruned -o tuned --dataset HuggingFaceFW/fineweb-edu:sample-10BT
 
-        macko tune pruned -o tuned --batch-size 1 --accumulation 8 --learning-rate 1e-5
+        macko tune pruned -o tuned --batch-size 1 --accumulation 8
     """
     recipe = TuneRecipe(
         dataset=dataset,
@@ -114,6 +117,6 @@ def tune(
         print_json({"output": str(output), **asdict(report)})
     else:
         print(
-            f"Tuned {len(report.layers)} layers, {report.sparsity:.1%} of them zero as before, in {report.steps} steps and "
+            f"Tuned {len(report.layers)} layers, {report.sparsity:.1%} of their weights zero as before, in {report.steps} steps and "
             f"{report.seconds:.1f} s: loss {report.loss_before:.3f} -> {report.loss_after:.3f}: {output}"
         )

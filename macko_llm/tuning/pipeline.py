@@ -24,7 +24,7 @@ from macko_llm.defaults import CALIBRATION_SEQLEN, MAX_SHARD_SIZE
 from macko_llm.errors import CheckpointError, UsageError
 from macko_llm.progress import Progress, no_progress
 from macko_llm.tuning.settings import TuneRecipe
-from macko_llm.tuning.training import TuneReport, pruned_linears, tune_model
+from macko_llm.tuning.training import TuneReport, pruned_linears, tune_model, usual_rate
 
 
 def tune_checkpoint(
@@ -80,15 +80,17 @@ def tune_checkpoint(
 
 
 def _fill_gaps(recipe: TuneRecipe, config: PretrainedConfig) -> TuneRecipe:
-    """The recipe with the length of sequences, and the split and column of a dataset, that will be used."""
+    """The recipe with the length of sequences, the learning rate, and the split and column of a dataset, that will be used."""
     if is_token_file(recipe.dataset):
         seqlen = load_tokens(Path(recipe.dataset).expanduser()).shape[1]
         if recipe.seqlen not in (seqlen, None):
-            raise UsageError(f"{recipe.dataset} holds sequences of {seqlen} tokens, used as they are; leave seqlen out.")
+            raise UsageError(
+                f"{recipe.dataset} holds sequences of {seqlen} tokens, used as they are; leave seqlen out."
+            )
     else:
         seqlen = recipe.seqlen or min(CALIBRATION_SEQLEN, models.max_positions(config) or CALIBRATION_SEQLEN)
     models.check_seqlen(seqlen, config)
-    recipe = replace(recipe, seqlen=seqlen)
+    recipe = replace(recipe, seqlen=seqlen, learning_rate=recipe.learning_rate or usual_rate(config))
     if is_dataset(recipe.dataset, recipe.split):
         recipe = replace(recipe, split=recipe.split or "train", text_column=recipe.text_column or TEXT_COLUMN)
     return recipe
@@ -125,9 +127,7 @@ def _memory_errors(folder: Path, device: torch.device) -> Iterator[None]:
         ) from error
 
 
-def _provenance(
-    model: str | Path, recipe: TuneRecipe, tokens: torch.Tensor, report: TuneReport
-) -> dict[str, Any]:
+def _provenance(model: str | Path, recipe: TuneRecipe, tokens: torch.Tensor, report: TuneReport) -> dict[str, Any]:
     return {
         **recipe.settings(),
         "model": Path(model).resolve().name if Path(model).is_dir() else str(model),

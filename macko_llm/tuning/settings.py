@@ -6,7 +6,18 @@ from typing import Any
 
 from macko_llm.errors import UsageError
 
-_AT_LEAST = {"steps": 1, "batch_size": 1, "accumulation": 1, "seqlen": 2, "learning_rate": 0, "weight_decay": 0, "warmup": 0}
+_AT_LEAST = {
+    "steps": 1,
+    "batch_size": 1,
+    "accumulation": 1,
+    "seqlen": 2,
+    "learning_rate": 0,
+    "weight_decay": 0,
+    "warmup": 0,
+}
+RATE_OF_WIDTH = 0.2
+"""The usual learning rate times the model's width: 1.6e-3 for a width of 128, 4.9e-5 for 4096. What Adam changes in one step sums
+up over the inputs of a row, so that the rate which suits falls as they grow (Yang et al., 2022, arXiv 2203.03466)."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +32,8 @@ class TuneRecipe:
         batch_size: sequences that go through the model at once.
         accumulation: batches that make up an update.
         seqlen: tokens in a sequence; None means 2048, or the model's longest context where that is shorter.
-        learning_rate: of AdamW at its highest; from there it falls to zero along half a cosine.
+        learning_rate: of AdamW at its highest, from where it falls to zero along half a cosine; None means RATE_OF_WIDTH
+            divided by the model's width.
         warmup: share of the steps, in [0, 1), over which the learning rate rises to that.
         weight_decay: of AdamW.
         seed: of the draw of the sequences.
@@ -39,7 +51,7 @@ class TuneRecipe:
     batch_size: int = 8
     accumulation: int = 1
     seqlen: int | None = None
-    learning_rate: float = 1e-3
+    learning_rate: float | None = None
     warmup: float = 0.05
     weight_decay: float = 0.0
     seed: int = 0
@@ -53,7 +65,9 @@ class TuneRecipe:
         if self.learning_rate == 0:
             raise UsageError("learning_rate is 0, with which nothing is learned; use for example 1e-4.")
         if self.warmup >= 1:
-            raise UsageError(f"warmup is {self.warmup:g}, but it is a share of the steps in [0, 1); use for example 0.05.")
+            raise UsageError(
+                f"warmup is {self.warmup:g}, but it is a share of the steps in [0, 1); use for example 0.05."
+            )
         for name in ("dataset", "split", "text_column"):
             if getattr(self, name) == "":
                 raise UsageError(f"{name} is empty; name one, or leave it out for the usual one.")

@@ -11,13 +11,13 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from macko_llm import models
 from macko_llm.errors import NonFiniteError, UsageError
 from macko_llm.progress import Progress, no_progress
 from macko_llm.tuning.masking import KeptZeros
-from macko_llm.tuning.settings import TuneRecipe
+from macko_llm.tuning.settings import RATE_OF_WIDTH, TuneRecipe
 
 MAX_GRADIENT_NORM = 1.0
 """Longer gradients are shortened to this."""
@@ -65,19 +65,22 @@ def tune_model(
 
     Raises:
         UsageError: the linears hold no zeros, or sequences longer than the model takes.
-        CheckpointError: blocks of an unsupported kind.
-        CalibrationError: token ids outside the vocabulary.
+        CheckpointError: blocks of an unsupported kind, or token ids outside the vocabulary.
         NonFiniteError: NaN or infinity in weights, or in a loss.
     """
     started = time.perf_counter()
     layers = pruned_linears(model)
+    models.check_seqlen(tokens.shape[1], model.config)
+    models.check_token_ids([int(tokens.min()), int(tokens.max())], model.config, "The text")
     weights = [linear.weight for linear in layers.values()]
     sparsity = _share_of_zeros(weights)
     first = next(_batches(tokens, recipe.batch_size * recipe.accumulation))
     with _trainable(model, weights), KeptZeros(weights) as zeros:
         before = _mean_loss(model, first, recipe.batch_size)
         if not math.isfinite(before):
-            raise NonFiniteError(f"The loss of the model is {before} before the first step; use an undamaged checkpoint.")
+            raise NonFiniteError(
+                f"The loss of the model is {before} before the first step; use an undamaged checkpoint."
+            )
         _train(model, weights, zeros, tokens, recipe, progress)
         after = _mean_loss(model, first, recipe.batch_size)
     for name, weight in zip(layers, weights, strict=True):
@@ -113,6 +116,11 @@ def pruned_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
     return dict(distinct.values())
 
 
+def usual_rate(config: PretrainedConfig) -> float:
+    """The learning rate where a recipe names none."""
+    return RATE_OF_WIDTH / float(config.get_text_config().hidden_size)
+
+
 def rate_at(step: int, steps: int, warmup: float) -> float:
     """The share of the highest learning rate that a step takes: up along a line, down along half a cosine.
 
@@ -139,7 +147,8 @@ def _train(
     accelerator = Accelerator(
         device_placement=False, mixed_precision="no", gradient_accumulation_steps=recipe.accumulation
     )
-    adamw = AdamW(weights, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    highest = recipe.learning_rate or usual_rate(model.config)
+    adamw = AdamW(weights, lr=highest, weight_decay=recipe.weight_decay)
     schedule = LambdaLR(adamw, lambda step: rate_at(step, recipe.steps, recipe.warmup))
     model, optimizer, scheduler = accelerator.prepare(model, adamw, schedule)
     batches = _batches(tokens, recipe.batch_size)
@@ -167,6 +176,7 @@ def _trainable(model: PreTrainedModel, weights: Iterable[nn.Parameter]) -> Itera
     training = model.training
     model.eval().requires_grad_(False)
     for parameter, _, _ in parameters:
+        parameter.grad = None
         parameter.data = parameter.data.float()
     for weight in weights:
         weight.requires_grad_(True)
