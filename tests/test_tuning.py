@@ -1,17 +1,17 @@
 """Tuning: what is zero stays zero, the rest learns as AdamW says, and the result is an ordinary checkpoint."""
 
 import copy
+import itertools
 import json
 import lzma
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from families import FAMILIES, MAX_POSITIONS, SENTENCES, VOCABULARY, random_tokens, save_model
-from helpers import assert_plain, edit_weights, weights
+from helpers import assert_plain, weights
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -140,7 +140,7 @@ def test_the_rate_rises_and_falls() -> None:
     rates = [rate_at(step, 100, 0.1) for step in range(100)]
     assert rates[:11] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.0])
     assert rates[55] == pytest.approx(0.5)
-    assert all(before > after > 0 for before, after in zip(rates[10:], rates[11:], strict=False))
+    assert all(before > after > 0 for before, after in itertools.pairwise(rates[10:]))
     assert [rate_at(step, 2, 0) for step in range(2)] == pytest.approx([1, 0.5])
 
 
@@ -316,7 +316,7 @@ def test_an_interruption_leaves_what_was_there(folder: Path, tmp_path: Path) -> 
     _tune(folder, tmp_path / "out", steps=1)
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
 
-    def interrupt(what: str, done: int, total: int) -> None:
+    def interrupt(what: str, done: int, _total: int) -> None:
         if (what, done) == ("tuning", 2):
             raise KeyboardInterrupt
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 from macko_llm import checkpoint, models, outputs, refusals
 from macko_llm.calibration import (

@@ -16,8 +16,10 @@ _AT_LEAST = {
     "warmup": 0,
 }
 RATE_OF_WIDTH = 0.2
-"""The usual learning rate times the model's width: 1.6e-3 for a width of 128, 4.9e-5 for 4096. What Adam changes in one step sums
-up over the inputs of a row, so that the rate which suits falls as they grow (Yang et al., 2022, arXiv 2203.03466)."""
+"""The usual learning rate times the model's width: 1.6e-3 for a width of 128, 4.9e-5 for 4096.
+
+A step of Adam changes the output of a row by what it changes of every weight of the row together, so that the rate which suits
+falls as rows get longer (Yang et al., 2022, arXiv 2203.03466)."""
 
 
 @dataclass(frozen=True)

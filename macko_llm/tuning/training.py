@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from accelerate import Accelerator
@@ -72,7 +73,7 @@ def tune_model(
     layers = pruned_linears(model)
     models.check_seqlen(tokens.shape[1], model.config)
     models.check_token_ids([int(tokens.min()), int(tokens.max())], model.config, "The text")
-    weights = [linear.weight for linear in layers.values()]
+    weights = [cast(nn.Parameter, linear.weight) for linear in layers.values()]
     sparsity = _share_of_zeros(weights)
     first = next(_batches(tokens, recipe.batch_size * recipe.accumulation))
     with _trainable(model, weights), KeptZeros(weights) as zeros:
@@ -87,7 +88,7 @@ def tune_model(
         if not math.isfinite(after) or not weight.isfinite().all():
             raise _diverged(f"Training made {name} infinite")
     return TuneReport(
-        layers={name: _share_of_zeros([linear.weight]) for name, linear in layers.items()},
+        layers={name: _share_of_zeros([weight]) for name, weight in zip(layers, weights, strict=True)},
         sparsity_before=sparsity,
         sparsity=_share_of_zeros(weights),
         loss_before=before,
