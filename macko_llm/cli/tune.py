@@ -117,6 +117,7 @@ def tune(
         print_json({"output": str(output), **asdict(report)})
     else:
         print(
-            f"Tuned {len(report.layers)} layers, {report.sparsity:.1%} of their weights zero as before, in {report.steps} steps "
-            f"and {report.seconds:.1f} s: loss {report.loss_before:.3f} -> {report.loss_after:.3f}: {output}"
+            f"Tuned {len(report.layers)} layers, {report.sparsity:.1%} of their weights zero as before, "
+            f"in {report.steps} steps and {report.seconds:.1f} s: "
+            f"loss {report.loss_before:.3f} -> {report.loss_after:.3f}: {output}"
         )

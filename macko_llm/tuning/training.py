@@ -84,9 +84,11 @@ def tune_model(
             )
         _train(model, weights, zeros, tokens, recipe, progress)
         after = _mean_loss(model, first, recipe.batch_size)
+    if not math.isfinite(after):
+        raise _diverged(f"The loss after the last step is {after}")
     for name, weight in zip(layers, weights, strict=True):
-        if not math.isfinite(after) or not weight.isfinite().all():
-            raise _diverged(f"Training made {name} infinite")
+        if not weight.isfinite().all():
+            raise _diverged(f"The tuned weights of {name} overflow {str(weight.dtype).removeprefix('torch.')}")
     return TuneReport(
         layers={name: _share_of_zeros([weight]) for name, weight in zip(layers, weights, strict=True)},
         sparsity_before=sparsity,
