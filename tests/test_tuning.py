@@ -72,6 +72,16 @@ def test_not_one_zero_comes_back(family: str, dtype: torch.dtype, weight_decay: 
     assert all(torch.equal(before[name], after[name]) for name in untouched)
 
 
+def test_a_weight_that_is_rounded_to_zero_is_a_zero_without_a_sign() -> None:
+    model = _pruned("llama", dtype=torch.float16)
+    weight = next(iter(prunable_linears(model).values())).weight
+    weight.data[weight != 0] = -(2.0**-24)  # the smallest of float16, which decay takes to four tenths of itself
+    report = tune_model(model, random_tokens(2, 16), _recipe(steps=1, learning_rate=1e-12, weight_decay=6e11, warmup=0))
+    assert (weight == 0).all()
+    assert not torch.signbit(weight).any()
+    assert report.sparsity > report.sparsity_before
+
+
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adagrad, torch.optim.AdamW])
 def test_zeros_are_kept_whatever_the_optimizer_and_however_it_begins(optimizer: type[torch.optim.Optimizer]) -> None:
     torch.manual_seed(0)
