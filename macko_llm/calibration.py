@@ -7,6 +7,8 @@ A source is one of:
 - a path: a .txt or .md file (one document), a .jsonl, .json or .parquet file (a document a record, field `text` or another),
   each also with .gz behind it, or a folder of such files, of which README.md tells about the others and is left out;
 - for calibration only, a .safetensors file with int64 `tokens` [nsamples, seqlen].
+
+With a chat template a document may also be a conversation: a list of messages, each with a string `role` and `content`.
 """
 
 import gzip
@@ -18,9 +20,10 @@ import random
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import IO, TYPE_CHECKING, Any, Literal, cast
+from typing import IO, TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 from safetensors import SafetensorError, safe_open
 
@@ -34,27 +37,35 @@ if TYPE_CHECKING:  # the checks of what is asked for do without
 DATASETS = ("c4", "wikitext2")
 Split = Literal["train", "test"]
 TEXT_COLUMN = "text"
+MESSAGES_COLUMN = "messages"
+"""Read instead where conversations are welcome and there is no `TEXT_COLUMN`."""
+Conversation: TypeAlias = list[dict[str, Any]]
+Document: TypeAlias = str | Conversation
 
 _TOKENS_SUFFIX = ".safetensors"
 # In C4 about one document in 50 is longer than 2048 tokens; this many short ones in a row mean that the text cannot serve.
 _DRAWS_IN_A_ROW = 10_000
 _C4_TEST_DOCUMENTS = 1100
+_C4_TEST_WINDOWS = 256
 # A dataset's rows are shuffled as many at a time, which is about what a file of the hub gives at once.
 _ROWS_AT_ONCE = 1000
 _HUB_DATASET = re.compile(r"\w[\w.-]*/[\w.-]+(:[^/:]+)?")
 _SUFFIXES = ".txt, .md, .json, .jsonl or .parquet"
 
 
-def check_source(source: str, split: str | None = None, text_column: str | None = None) -> None:
+def check_source(
+    source: str, split: str | None = None, text_column: str | None = None, *, chat_template: bool = False
+) -> None:
     """Refuse, before anything is read or fetched, a path that leads nowhere and settings that the source does not know.
 
     Args:
         source: see the module.
         split: of a dataset; None is its usual one.
         text_column: of a dataset, or the field of .json, .jsonl and .parquet files; None is "text".
+        chat_template: whether the documents shall be put into a chat template.
 
     Raises:
-        UsageError: a split or a column of a source that has none to choose.
+        UsageError: a split or a column of a source that has none to choose, a chat template for tokens.
         CalibrationError: there is no such path.
     """
     if source in DATASETS:
@@ -68,6 +79,8 @@ def check_source(source: str, split: str | None = None, text_column: str | None 
         return
     if not path.exists():
         raise _nothing_there(path)
+    if chat_template and is_token_file(source):
+        raise UsageError(f"{path} holds tokens, which no chat template can hold; drop --chat-template, or give text.")
     if split is not None:
         raise UsageError(f"{path} is a file and has no splits; leave the split out.")
     if text_column is not None:
@@ -98,8 +111,13 @@ def used_split(source: str, usual: Split, split: str | None = None) -> str | Non
 
 
 def load_documents(
-    source: str, usual: Split, split: str | None = None, text_column: str | None = None
-) -> Sequence[str]:
+    source: str,
+    usual: Split,
+    split: str | None = None,
+    text_column: str | None = None,
+    *,
+    conversations: bool = False,
+) -> Sequence[Document]:
     """The documents of a source, all of them.
 
     Args:
@@ -107,10 +125,12 @@ def load_documents(
         usual: what the text is for, and the split that is read where none is asked for.
         split: another split of a dataset.
         text_column: of a dataset, or the field of .json, .jsonl and .parquet files; None is "text".
+        conversations: whether documents may be lists of messages; without a column "text", the column "messages" is read.
 
     Returns:
-        At least one document. As in locuslab's reference, wikitext2's training split is one document, its lines joined by
-        spaces; its test split is its lines; c4 is the first shard of the split, of the test split the first 1100 documents.
+        At least one document, all of them texts unless conversations are welcome. As in locuslab's reference, wikitext2's
+        training split is one document, its lines joined by spaces; its test split is its lines; c4 is the first shard of the
+        split, of the test split the first 1100 documents.
 
     Raises:
         UsageError: see `check_source`.
@@ -124,22 +144,29 @@ def load_documents(
     if source == "wikitext2":
         lines = _fetch("Salesforce/wikitext", name="wikitext-2-raw-v1", split=usual)
         return [" ".join(lines)] if usual == "train" else lines
+    field = _Field(text_column or TEXT_COLUMN, conversations)
     if is_dataset(source, split):
-        documents = list(_column(source, _open_split(source, split or usual), text_column))
+        documents = list(_column(source, _open_split(source, split or usual), field))
     else:
-        documents = _read_path(Path(source).expanduser(), text_column)
+        documents = _read_path(Path(source).expanduser(), field)
     if not any(documents):
         raise CalibrationError(f"{source} holds no text; give another text, or {_SUFFIXES} files with some.")
     return documents
 
 
 def evaluation_text(source: str, split: str | None = None, text_column: str | None = None) -> str:
-    """The text of a source, by default of its test split: its documents joined by an empty line.
+    """The text of a source, by default of its test split: its documents joined by an empty line, those of c4 by a space.
 
     Raises:
         UsageError, CalibrationError: see `load_documents`.
     """
-    return "\n\n".join(load_documents(source, "test", split, text_column))
+    texts = cast(Sequence[str], load_documents(source, "test", split, text_column))
+    return (" " if source == "c4" else "\n\n").join(texts)
+
+
+def evaluation_windows(source: str) -> int | None:
+    """To how many windows, without overlap, the text of a source is cut by its published rule; None where to none."""
+    return _C4_TEST_WINDOWS if source == "c4" else None
 
 
 def is_token_file(source: str) -> bool:
@@ -155,6 +182,7 @@ def calibration_tokens(
     seed: int,
     split: str | None = None,
     text_column: str | None = None,
+    chat_template: bool = False,
 ) -> "torch.Tensor":
     """Calibration sequences of a source.
 
@@ -166,27 +194,41 @@ def calibration_tokens(
         seed: of the draw.
         split: of a dataset; None is "train".
         text_column: of a dataset, or the field of .json, .jsonl and .parquet files; None is "text".
+        chat_template: put each document into the tokenizer's chat template before the draw. A conversation is rendered as
+            it is; a text becomes what the user says, the one turn that every template takes alone.
 
     Returns:
         int64 [nsamples, seqlen] on the CPU; a .safetensors source decides its own shape.
 
     Raises:
-        UsageError: see `check_source`.
+        UsageError: see `check_source`; the tokenizer has no chat template, or the template refuses a conversation.
         CalibrationError: the source is missing, unreadable or too short.
     """
-    check_source(source, split, text_column)
+    check_source(source, split, text_column, chat_template=chat_template)
     if is_token_file(source):
         return load_tokens(Path(source).expanduser())
     if tokenizer is None:
         raise CalibrationError(f"The text of {source} needs a tokenizer; give one, or tokens in a .safetensors file.")
+    if chat_template:
+        from macko_llm.text import require_chat_template
+
+        require_chat_template(tokenizer, "--chat-template")  # before anything is fetched
     if is_dataset(source, split):
-        documents = _column(source, _open_split(source, split or "train"), text_column)
-        return draw_from_stream(tokenizer, documents, nsamples, seqlen, seed)
-    return draw_tokens(tokenizer, load_documents(source, "train", None, text_column), nsamples, seqlen, seed)
+        field = _Field(text_column or TEXT_COLUMN, chat_template)
+        stream = _column(source, _open_split(source, split or "train"), field)
+        return draw_from_stream(tokenizer, stream, nsamples, seqlen, seed, chat_template=chat_template)
+    documents = load_documents(source, "train", None, text_column, conversations=chat_template)
+    return draw_tokens(tokenizer, documents, nsamples, seqlen, seed, chat_template=chat_template)
 
 
 def draw_tokens(
-    tokenizer: "PreTrainedTokenizerBase", documents: Sequence[str], nsamples: int, seqlen: int, seed: int
+    tokenizer: "PreTrainedTokenizerBase",
+    documents: Sequence[Document],
+    nsamples: int,
+    seqlen: int,
+    seed: int,
+    *,
+    chat_template: bool = False,
 ) -> "torch.Tensor":
     """Draw token sequences as locuslab's reference does (github.com/locuslab/wanda, lib/data.py).
 
@@ -210,7 +252,7 @@ def draw_tokens(
             if index in long_enough:
                 break
             if index not in too_short:
-                tokens = tokenizer(documents[index], verbose=False)["input_ids"]
+                tokens = _token_ids(tokenizer, documents[index], chat_template)
                 longest = max(longest, len(tokens))
                 if len(tokens) > seqlen:
                     long_enough[index] = tokens
@@ -228,10 +270,12 @@ def draw_tokens(
 
 def draw_from_stream(
     tokenizer: "PreTrainedTokenizerBase",
-    documents: Iterator[str],
+    documents: Iterator[Document],
     nsamples: int,
     seqlen: int,
     seed: int,
+    *,
+    chat_template: bool = False,
 ) -> "torch.Tensor":
     """Draw token sequences from documents that come one by one, and read no more of them than needed.
 
@@ -249,7 +293,7 @@ def draw_from_stream(
     read = since_last = longest = 0
     generator = random.Random(seed)
     for document in _shuffled(documents, generator):
-        tokens = tokenizer(document, verbose=False)["input_ids"]
+        tokens = _token_ids(tokenizer, document, chat_template)
         read, since_last, longest = read + 1, since_last + 1, max(longest, len(tokens))
         if len(tokens) > seqlen:
             long_enough.append(tokens)
@@ -266,7 +310,20 @@ def draw_from_stream(
     return _token_tensor(sequences)
 
 
-def _shuffled(documents: Iterator[str], generator: random.Random) -> Iterator[str]:
+def _token_ids(tokenizer: "PreTrainedTokenizerBase", document: Document, chat_template: bool) -> list[int]:
+    if not chat_template:
+        return cast(list[int], tokenizer(cast(str, document), verbose=False)["input_ids"])
+    if not document:
+        return []
+    from macko_llm.text import render_conversation
+
+    messages = [{"role": "user", "content": document}] if isinstance(document, str) else document
+    rendered = render_conversation(tokenizer, messages, option="--chat-template")
+    # A template writes its own special tokens.
+    return cast(list[int], tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _shuffled(documents: Iterator[Document], generator: random.Random) -> Iterator[Document]:
     while some := list(itertools.islice(documents, _ROWS_AT_ONCE)):
         generator.shuffle(some)
         yield from some
@@ -361,12 +418,12 @@ def _open_dataset(source: str) -> "IterableDatasetDict":
     raise CalibrationError(f"{path} {wrong}; write {path}:{known[0]}, or another of {', '.join(known)}.")
 
 
-def _column(source: str, rows: "IterableDataset", text_column: str | None) -> Iterator[str]:
-    """The texts of a dataset's rows; rows without one are passed over."""
+def _column(source: str, rows: "IterableDataset", field: "_Field") -> Iterator[Document]:
+    """The documents of a dataset's rows; rows without one are passed over."""
     try:
         for row in rows:
-            if row.get(text_column or TEXT_COLUMN, "") is not None:
-                yield _text_of(row, text_column, source, "column")
+            if row.get(field.name_among(row), "") is not None:
+                yield _document_of(row, field, source, "column")
     except CalibrationError:
         raise
     except Exception as error:  # as in _fetch
@@ -402,14 +459,39 @@ def _text_files(folder: Path) -> list[Path]:
     return [file for file in files if file.name != "README.md"]
 
 
-def _read_path(path: Path, text_column: str | None) -> list[str]:
+@dataclass(frozen=True)
+class _Field:
+    """Which entry of a record is its document, and whether that may be a conversation."""
+
+    name: str
+    conversations: bool
+
+    def name_among(self, known: Iterable[str]) -> str:
+        instead = self.conversations and self.name == TEXT_COLUMN and TEXT_COLUMN not in known
+        return MESSAGES_COLUMN if instead and MESSAGES_COLUMN in known else self.name
+
+    def document(self, value: Any) -> Document | None:
+        """The value as a document, None if it is none."""
+        if isinstance(value, str):
+            return value
+        if not self.conversations or not isinstance(value, list) or not all(map(_is_message, value)):
+            return None
+        # Arrow gives every message the entries of all, which JSON leaves out.
+        return [{key: part for key, part in message.items() if part is not None} for message in value]
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(value.get(key), str) for key in ("role", "content"))
+
+
+def _read_path(path: Path, field: _Field) -> list[Document]:
     if path.suffix == _TOKENS_SUFFIX:
         raise CalibrationError(f"{path} holds tokens where text is needed; give a {_SUFFIXES} file.")
     if path.is_dir():
-        return [document for file in _text_files(path) for document in _read_file(file, text_column)]
+        return [document for file in _text_files(path) for document in _read_file(file, field)]
     if _kind(path) not in _READERS:
         raise CalibrationError(f"{path} is not text that can be read; give a {_SUFFIXES} file.")
-    return _read_file(path, text_column)
+    return _read_file(path, field)
 
 
 def _require_file(path: Path) -> None:
@@ -424,10 +506,10 @@ def _nothing_there(path: Path) -> CalibrationError:
     )
 
 
-def _read_file(file: Path, text_column: str | None) -> list[str]:
+def _read_file(file: Path, field: _Field) -> list[Document]:
     try:
         with cast(IO[bytes], gzip.open(file)) if file.suffix == ".gz" else file.open("rb") as content:
-            return _READERS[_kind(file)](file, content, text_column)
+            return _READERS[_kind(file)](file, content, field)
     except UnicodeDecodeError as error:
         raise CalibrationError(f"{file} is not UTF-8 text (byte {error.start}); convert it to UTF-8.") from error
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
@@ -439,11 +521,11 @@ def _read_file(file: Path, text_column: str | None) -> list[str]:
 # Each takes the file's name, for errors, its content, and the field or column that is asked for.
 
 
-def _read_txt(_file: Path, content: IO[bytes], _text_column: str | None) -> list[str]:
+def _read_txt(_file: Path, content: IO[bytes], _field: _Field) -> list[Document]:
     return [_decoded(content).read()]
 
 
-def _read_json(file: Path, content: IO[bytes], text_column: str | None) -> list[str]:
+def _read_json(file: Path, content: IO[bytes], field: _Field) -> list[Document]:
     try:
         records = json.load(_decoded(content))
     except UnicodeDecodeError:
@@ -454,20 +536,20 @@ def _read_json(file: Path, content: IO[bytes], text_column: str | None) -> list[
         raise CalibrationError(
             f"{file} is not a JSON list; write a list of strings, or of objects with a text in each."
         )
-    documents = []
+    documents: list[Document] = []
     for number, record in enumerate(records, start=1):
         if isinstance(record, str):
-            if text_column is not None:
+            if field.name != TEXT_COLUMN:
                 raise CalibrationError(
-                    f'{file}, item {number}, is a string without a field "{text_column}"; leave the text column out.'
+                    f'{file}, item {number}, is a string without a field "{field.name}"; leave the text column out.'
                 )
             documents.append(record)
         else:
-            documents.append(_text_of(record, text_column, f"{file}, item {number},", "field"))
+            documents.append(_document_of(record, field, f"{file}, item {number},", "field"))
     return documents
 
 
-def _read_jsonl(file: Path, content: IO[bytes], text_column: str | None) -> list[str]:
+def _read_jsonl(file: Path, content: IO[bytes], field: _Field) -> list[Document]:
     documents = []
     # Line by line from the file: str.splitlines would also break at U+2028, which JSON allows inside strings.
     for number, line in enumerate(_decoded(content), start=1):
@@ -477,11 +559,11 @@ def _read_jsonl(file: Path, content: IO[bytes], text_column: str | None) -> list
             record = json.loads(line)
         except (ValueError, RecursionError):
             record = None
-        documents.append(_text_of(record, text_column, f"{file}, line {number},", "field"))
+        documents.append(_document_of(record, field, f"{file}, line {number},", "field"))
     return documents
 
 
-def _read_parquet(file: Path, content: IO[bytes], text_column: str | None) -> list[str]:
+def _read_parquet(file: Path, content: IO[bytes], field: _Field) -> list[Document]:
     try:
         import pyarrow  # type: ignore[import-untyped]
         from pyarrow import parquet
@@ -489,23 +571,24 @@ def _read_parquet(file: Path, content: IO[bytes], text_column: str | None) -> li
         raise CalibrationError(
             f"The package pyarrow, which reads {file}, is missing; pip install pyarrow, or give a .txt file."
         ) from error
-    name = text_column or TEXT_COLUMN
     try:
         # From the end to the front, which is slow in a gzip stream.
         table = parquet.ParquetFile(io.BytesIO(content.read()) if file.suffix == ".gz" else content)
         columns = table.schema_arrow.names
+        name = field.name_among(columns)
         if name not in columns:
             raise _no_column(str(file), "column", name, columns)
         column = table.read(columns=[name]).column(name)
     except pyarrow.ArrowException as error:
         raise CalibrationError(f"{file} is not a parquet file that can be read; write it again.") from error
-    documents: list[str] = column.drop_null().to_pylist()
-    if not all(isinstance(document, str) for document in documents):
-        raise _no_text(str(file), "column", name)
+    values = column.drop_null().to_pylist()
+    documents = [document for value in values if (document := field.document(value)) is not None]
+    if len(documents) < len(values):
+        raise _no_text(str(file), "column", name, field)
     return documents
 
 
-_READERS: dict[str, Callable[[Path, IO[bytes], str | None], list[str]]] = {
+_READERS: dict[str, Callable[[Path, IO[bytes], _Field], list[Document]]] = {
     ".txt": _read_txt,
     ".md": _read_txt,
     ".json": _read_json,
@@ -519,25 +602,31 @@ def _decoded(content: IO[bytes]) -> io.TextIOWrapper:
     return io.TextIOWrapper(content, encoding="utf-8")
 
 
-def _text_of(record: Any, text_column: str | None, where: str, what: str) -> str:
-    """The text in a record, which `where` names and whose entries are called `what`."""
-    name = text_column or TEXT_COLUMN
+def _document_of(record: Any, field: _Field, where: str, what: str) -> Document:
+    """The document in a record, which `where` names and whose entries are called `what`."""
     if not isinstance(record, Mapping):
-        raise CalibrationError(f'{where} is not a JSON object with a string "{name}"; mend it.')
+        raise CalibrationError(f'{where} is not a JSON object with a string "{field.name}"; mend it.')
+    name = field.name_among(record)
     if name not in record:
         raise _no_column(where, what, name, record)
-    text = record[name]
-    if not isinstance(text, str):
-        raise _no_text(where, what, name)
-    return text
+    document = field.document(record[name])
+    if document is None:
+        raise _no_text(where, what, name, field)
+    return document
 
 
 def _no_column(where: str, what: str, name: str, known: Iterable[str]) -> CalibrationError:
     return CalibrationError(f'{where} has no {what} "{name}"; set the text column to one of {", ".join(known)}.')
 
 
-def _no_text(where: str, what: str, name: str) -> CalibrationError:
-    return CalibrationError(f'The {what} "{name}" of {where} is not text; set the text column to another.')
+def _no_text(where: str, what: str, name: str, field: _Field) -> CalibrationError:
+    if field.conversations:
+        return CalibrationError(
+            f'The {what} "{name}" of {where} is neither text nor a list of messages with a string "role" and "content"; '
+            "set the text column to another."
+        )
+    hint = ", or read conversations with --chat-template" if name == MESSAGES_COLUMN else ""
+    return CalibrationError(f'The {what} "{name}" of {where} is not text; set the text column to another{hint}.')
 
 
 def _too_short(seqlen: int, documents: int, longest: int) -> CalibrationError:

@@ -124,6 +124,7 @@ def cut_text(
     seqlen: int | None = None,
     stride: int | None = None,
     limit: int | None = None,
+    cut: int | None = None,
 ) -> TextWindows:
     """Make windows of a text, for which a model's weights are not needed.
 
@@ -134,6 +135,7 @@ def cut_text(
         seqlen: tokens in a window; None means 2048, or the model's longest context where that is shorter.
         stride: from one window's start to the next; None is seqlen: no overlap.
         limit: only the first windows.
+        cut: use only the first cut * seqlen tokens of the text, as some published rules do.
 
     Raises:
         UsageError: seqlen, stride or limit outside its range, or a seqlen above the model's longest context.
@@ -143,7 +145,7 @@ def cut_text(
     seqlen, stride = window_shape(config, seqlen=seqlen, stride=stride, limit=limit)
     # verbose=False: the text is cut into windows below, so that it is longer than the model reads is no news.
     token_ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
-    batches = windows(token_ids, seqlen, stride)[:limit]
+    batches = windows(token_ids if cut is None else token_ids[: cut * seqlen], seqlen, stride)[:limit]
     check_token_ids(token_ids.tolist(), config, "The text")
     return TextWindows(batches, stride)
 

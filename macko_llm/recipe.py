@@ -46,6 +46,7 @@ class PruneRecipe:
         calibration: "c4", "wikitext2", a dataset of the hub, or a path; see `macko_llm.calibration`.
         split: of a dataset; None means "train".
         text_column: of a dataset, or the field of .json, .jsonl and .parquet files; None means "text".
+        chat_template: put each document into the tokenizer's chat template; of documents without "text", "messages" is read.
         nsamples: calibration sequences.
         seqlen: tokens in each of them; None means 2048, or the model's longest context where that is shorter.
         seed: of the draw of the calibration sequences.
@@ -65,6 +66,7 @@ class PruneRecipe:
     calibration: str = "c4"
     split: str | None = None
     text_column: str | None = None
+    chat_template: bool = False
     nsamples: int = 128
     seqlen: int | None = None
     seed: int = 0
@@ -118,7 +120,7 @@ class PruneRecipe:
         return {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in values.items()
-            if value not in (None, ())
+            if value is not False and value not in (None, ())
         }
 
 
@@ -164,7 +166,9 @@ def to_toml(recipe: PruneRecipe) -> str:
     return "".join(f"{name} = {_toml_value(value)}\n" for name, value in recipe.settings().items())
 
 
-def _toml_value(value: str | float | list[str]) -> str:
+def _toml_value(value: str | float | bool | list[str]) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
     if isinstance(value, list):
         return f"[{', '.join(map(_toml_value, value))}]"
     if isinstance(value, str):
@@ -182,11 +186,12 @@ def _check_types(recipe: PruneRecipe) -> None:
             raise UsageError(f'{name} is {value!r}; it must be a list of layer names, such as ["down_proj"].')
         object.__setattr__(recipe, name, tuple(value))
         kinds[name] = (tuple,)
+    kinds["chat_template"] = (bool,)
     kinds["split"] = kinds["text_column"] = (str, type(None))
     for field in fields(recipe):
         value = getattr(recipe, field.name)
         allowed = kinds.get(field.name, (str,))
-        if isinstance(value, bool) or not isinstance(value, allowed):
+        if isinstance(value, bool) != (allowed == (bool,)) or not isinstance(value, allowed):
             raise UsageError(f"{field.name} is {value!r}; it must be of type {allowed[0].__name__}.")
     object.__setattr__(recipe, "sparsity", float(recipe.sparsity))
 

@@ -1,7 +1,7 @@
 """Text to tokens and back: prompts, chat templates, and text from tokens as they come."""
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from jinja2 import TemplateError
@@ -140,14 +140,41 @@ def _overlap(text: str, string: str) -> int:
     return next((n for n in range(min(len(text), len(string) - 1), 0, -1) if text.endswith(string[:n])), 0)
 
 
-def _render_chat(tokenizer: PreTrainedTokenizerBase, prompt: str, system_prompt: str | None) -> str:
+def require_chat_template(tokenizer: PreTrainedTokenizerBase, option: str) -> None:
+    """Raise UsageError, which names the option that asked for it, unless the tokenizer has a chat template."""
     if getattr(tokenizer, "chat_template", None) is None:
-        raise UsageError("The tokenizer has no chat template; use a chat model, or drop --chat.")
+        raise UsageError(f"The tokenizer has no chat template; use a chat model, or drop {option}.")
+
+
+def render_conversation(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, Any]],
+    *,
+    open_answer: bool = False,
+    option: str,
+) -> str:
+    """A conversation as the tokenizer's chat template writes it, special tokens included.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        messages: each with a "role" and a "content".
+        open_answer: end with what begins the model's answer.
+        option: what to drop where the template refuses the messages, for the error.
+
+    Raises:
+        UsageError: no chat template, or one that refuses the messages.
+    """
+    require_chat_template(tokenizer, option)
+    try:
+        return cast(str, tokenizer.apply_chat_template(messages, add_generation_prompt=open_answer, tokenize=False))
+    except TemplateError as error:
+        raise UsageError(f"The tokenizer's chat template refuses these messages ({error}); drop {option}.") from error
+
+
+def _render_chat(tokenizer: PreTrainedTokenizerBase, prompt: str, system_prompt: str | None) -> str:
+    require_chat_template(tokenizer, "--chat")
     messages = [{"role": "user", "content": prompt}]
     if system_prompt is not None:
         messages.insert(0, {"role": "system", "content": system_prompt})
-    try:
-        return cast(str, tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
-    except TemplateError as error:
-        fix = "drop --system-prompt" if system_prompt is not None else "drop --chat"
-        raise UsageError(f"The tokenizer's chat template refuses these messages ({error}); {fix}.") from error
+    option = "--system-prompt" if system_prompt is not None else "--chat"
+    return render_conversation(tokenizer, messages, open_answer=True, option=option)

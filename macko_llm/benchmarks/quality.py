@@ -100,7 +100,8 @@ def measure_chain(
     perplexity.window_shape(config, seqlen=seqlen, limit=limit)
     tokenizer = models.load_tokenizer(model)
     text = calibration.evaluation_text(dataset, split, text_column)
-    windows = perplexity.cut_text(tokenizer, text, config, seqlen=seqlen, limit=limit)
+    cut = calibration.evaluation_windows(dataset)
+    windows = perplexity.cut_text(tokenizer, text, config, seqlen=seqlen, limit=limit, cut=cut)
     ids = encode_prompt(tokenizer, prompt)
     measurements: list[Measurement] = []
 

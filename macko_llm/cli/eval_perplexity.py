@@ -53,6 +53,8 @@ def eval_perplexity(
 
         macko eval-perplexity ./packed --dataset held-out.txt --seqlen 512
 
+        macko eval-perplexity ./packed --dataset c4
+
         macko eval-perplexity ./packed --dataset Salesforce/wikitext:wikitext-103-raw-v1 --split validation
     """
     from macko_llm import calibration, refusals
@@ -73,7 +75,8 @@ def eval_perplexity(
         perplexity.window_shape(config, seqlen=seqlen, stride=stride, limit=limit)
         tokenizer = models.load_tokenizer(folder, trust_remote_code=trust_remote_code)
         text = calibration.evaluation_text(dataset, split, text_column)
-        windows = perplexity.cut_text(tokenizer, text, config, seqlen=seqlen, stride=stride, limit=limit)
+        cut = calibration.evaluation_windows(dataset)
+        windows = perplexity.cut_text(tokenizer, text, config, seqlen=seqlen, stride=stride, limit=limit, cut=cut)
         loaded = load(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
         report = perplexity.evaluate(
             loaded,

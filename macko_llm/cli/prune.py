@@ -90,6 +90,14 @@ def prune(
     ] = None,
     split: Annotated[str | None, typer.Option(help="Of a dataset. [default: train]")] = None,
     text_column: Annotated[str | None, typer.Option(help=TEXT_COLUMN_HELP)] = None,
+    chat_template: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat-template/--no-chat-template",
+            help='Put documents into the tokenizer\'s chat template: lists of messages (field "messages") as they are, '
+            "texts as what the user says. [default: no]",
+        ),
+    ] = None,
     nsamples: Annotated[int | None, typer.Option(help=_help("Calibration sequences.", "nsamples"))] = None,
     seqlen: Annotated[int | None, typer.Option(help=_help("Tokens in each of them.", "seqlen"))] = None,
     seed: Annotated[int | None, typer.Option(help=_help("Of the calibration draw.", "seed"))] = None,
@@ -129,6 +137,8 @@ def prune(
 
         macko prune ./model -o pruned --calibration HuggingFaceFW/fineweb-edu:sample-10BT
 
+        macko prune ./chat-model -o pruned --chat-template --calibration HuggingFaceH4/ultrachat_200k --split train_sft
+
         macko prune ./model -o pruned --recipe configs/llama2-7b-wanda-50.toml
     """
     flags = {
@@ -142,6 +152,7 @@ def prune(
         "calibration": calibration,
         "split": split,
         "text_column": text_column,
+        "chat_template": chat_template,
         "nsamples": nsamples,
         "seqlen": seqlen,
         "seed": seed,
@@ -153,7 +164,9 @@ def prune(
     from macko_llm import refusals
 
     if settings.needs_calibration:
-        sources.check_source(settings.calibration, settings.split, settings.text_column)
+        sources.check_source(
+            settings.calibration, settings.split, settings.text_column, chat_template=settings.chat_template
+        )
     refusals.check_device(device)
     refusals.check_prune(model, output, settings, overwrite=overwrite)
 

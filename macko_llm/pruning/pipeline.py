@@ -293,6 +293,7 @@ def _calibrate(folder: Path, recipe: PruneRecipe, trust_remote_code: bool) -> to
         recipe.seed,
         split=recipe.split,
         text_column=recipe.text_column,
+        chat_template=recipe.chat_template,
     )
 
 
