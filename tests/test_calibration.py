@@ -453,7 +453,7 @@ def test_c4_is_its_first_shard_and_1100_documents_of_the_first_for_tests(
     test = hub.texts("allenai/c4/en/c4-validation.00000-of-00008.json.gz train")  # a file by itself is called train
     assert list(load_documents("c4", "train")) == train
     assert list(load_documents("c4", "test")) == test[:1100]
-    assert evaluation_text("c4") == "\n\n".join(test[:1100])
+    assert evaluation_text("c4") == " ".join(test[:1100])
 
 
 def test_wikitext2_is_one_document_to_calibrate_and_lines_to_evaluate(monkeypatch: pytest.MonkeyPatch) -> None:

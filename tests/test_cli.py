@@ -293,6 +293,31 @@ def test_chat(folder: Path) -> None:
     macko("generate", "dense", "--prompt", "Hi", "--chat", exit_code=2)
 
 
+def test_prune_with_a_chat_template(folder: Path, tmp_path: Path) -> None:
+    chats = [[{"role": "user", "content": text}, {"role": "assistant", "content": text * 2}] for text in SENTENCES]
+    (tmp_path / "chats.jsonl").write_text("\n".join(json.dumps({"messages": chat}) for chat in chats))
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    rendered = [f"<user>{text}<assistant>{text * 2}" for text in SENTENCES]
+    call = ["prune", "dense", "-o", tmp_path / "out", "--nsamples", 3, "--seqlen", 24]
+    call += ["--calibration", tmp_path / "chats.jsonl"]
+    (tmp_path / "chat.toml").write_text("chat_template = true\n")
+    macko(*call, "--recipe", tmp_path / "chat.toml", exit_code=2)  # there is no template yet
+    (folder / "dense" / "chat_template.jinja").write_text(template)
+    try:
+        macko(*call, "--recipe", tmp_path / "chat.toml")
+        record = json.loads((tmp_path / "out" / "macko.json").read_text())["prune"]
+        assert record["chat_template"] is True
+        tokenizer = AutoTokenizer.from_pretrained(folder / "dense")
+        tokenizer.backend_tokenizer.post_processor = None  # the template writes special tokens, this one writes none
+        expected = draw_tokens(tokenizer, rendered, 3, 24, seed=0)
+        assert record["calibration_sha256"] == tokens_sha256(expected)
+        again = [*call, "--overwrite", "--recipe", tmp_path / "chat.toml", "--no-chat-template"]
+        assert 'has no field "text"' in macko(*again, exit_code=1).stderr
+        assert macko_json(*call, "--overwrite", "--chat-template")["calibration_sha256"] == tokens_sha256(expected)
+    finally:
+        (folder / "dense" / "chat_template.jinja").unlink()
+
+
 # Settings
 
 

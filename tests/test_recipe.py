@@ -51,6 +51,8 @@ def test_a_flag_of_zero_is_not_a_missing_flag() -> None:
         ({"split": ""}, "split is empty; name one"),
         ({"text_column": ""}, "text_column is empty; name one"),
         ({"split": 1}, "type str"),
+        ({"chat_template": 1}, "chat_template is 1; it must be of type bool"),
+        ({"chat_template": "yes"}, "type bool"),
     ],
 )
 def test_senseless_values_are_refused(settings: dict[str, Any], words: str) -> None:
@@ -112,6 +114,7 @@ _RECIPES = st.builds(
     ignore=st.lists(st.sampled_from(["lm_head", "re:.*down_proj", 'a"b'])),
     split=st.none() | st.text(st.characters(exclude_categories=["Cs"]), min_size=1),
     text_column=st.none() | st.text(st.characters(exclude_categories=["Cs"]), min_size=1),
+    chat_template=st.booleans(),
     nsamples=st.integers(1, 10**6),
     seqlen=st.none() | st.integers(1, 10**6),
     seed=st.integers(-(10**9), 10**9),
