@@ -14,10 +14,12 @@ import transformers
 import typer
 from families import MAX_POSITIONS, SENTENCES, save_model
 from helpers import assert_plain, quiet_transformers, weights
+from transformers import AutoTokenizer
 from typer.testing import CliRunner, Result
 
 import macko_llm
 from macko_llm import native
+from macko_llm.calibration import calibration_tokens, tokens_sha256
 from macko_llm.cli.console import megabytes, plain_errors, print_json
 from macko_llm.cli.doctor import gpu_advice
 from macko_llm.cli.main import app
@@ -297,7 +299,6 @@ def test_prune_with_a_chat_template(folder: Path, tmp_path: Path) -> None:
     chats = [[{"role": "user", "content": text}, {"role": "assistant", "content": text * 2}] for text in SENTENCES]
     (tmp_path / "chats.jsonl").write_text("\n".join(json.dumps({"messages": chat}) for chat in chats))
     template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
-    rendered = [f"<user>{text}<assistant>{text * 2}" for text in SENTENCES]
     call = ["prune", "dense", "-o", tmp_path / "out", "--nsamples", 3, "--seqlen", 24]
     call += ["--calibration", tmp_path / "chats.jsonl"]
     (tmp_path / "chat.toml").write_text("chat_template = true\n")
@@ -308,12 +309,12 @@ def test_prune_with_a_chat_template(folder: Path, tmp_path: Path) -> None:
         record = json.loads((tmp_path / "out" / "macko.json").read_text())["prune"]
         assert record["chat_template"] is True
         tokenizer = AutoTokenizer.from_pretrained(folder / "dense")
-        tokenizer.backend_tokenizer.post_processor = None  # the template writes special tokens, this one writes none
-        expected = draw_tokens(tokenizer, rendered, 3, 24, seed=0)
-        assert record["calibration_sha256"] == tokens_sha256(expected)
+        tokens = calibration_tokens(str(tmp_path / "chats.jsonl"), tokenizer, 3, 24, 0, chat_template=True)
+        assert record["calibration_sha256"] == tokens_sha256(tokens)
         again = [*call, "--overwrite", "--recipe", tmp_path / "chat.toml", "--no-chat-template"]
         assert 'has no field "text"' in macko(*again, exit_code=1).stderr
-        assert macko_json(*call, "--overwrite", "--chat-template")["calibration_sha256"] == tokens_sha256(expected)
+        report = macko_json(*call, "--overwrite", "--chat-template")
+        assert report["calibration_sha256"] == tokens_sha256(tokens)
     finally:
         (folder / "dense" / "chat_template.jinja").unlink()
 
