@@ -24,6 +24,7 @@ from macko_llm.calibration import (
     draw_from_stream,
     evaluation_text,
     evaluation_windows,
+    load_documents,
     tokens_sha256,
 )
 from macko_llm.demo.run import MODEL_FOLDER
@@ -152,7 +153,7 @@ GOLDEN = [
 
 TEMPLATE = (
     "<|bos|>{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
-    "[{{ m.role }}{% if m.tool is defined %} with a tool{% endif %}] {{ m.content }}<|eos|>{% endfor %}"
+    "[{{ m.role }}] {{ m.content }}<|eos|>{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
 
@@ -245,18 +246,13 @@ def test_a_text_becomes_what_the_user_says(tmp_path: Path, chat_tokenizer: PreTr
     assert chat_tokenizer.decode(whole[0]) == rendered[0].removesuffix("<|eos|>")
 
 
-def test_entries_that_a_message_lacks_are_not_there_in_parquet_either(
-    tmp_path: Path, chat_tokenizer: PreTrainedTokenizerBase
-) -> None:
-    chat = [{"role": "user", "content": story(1, 6), "tool": "ball"}, {"role": "assistant", "content": story(2, 6)}]
+def test_entries_that_a_message_lacks_are_not_there_in_parquet_either(tmp_path: Path) -> None:
+    """Arrow gives both messages a tool, the second one None, which some releases of transformers would hand to templates."""
+    chat = [{"role": "user", "content": "Hi", "tool": "ball"}, {"role": "assistant", "content": "Ho"}]
     Dataset.from_list([{"messages": chat}]).to_parquet(tmp_path / "chat.parquet")
     (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": chat}))
-    drawn = [
-        calibration_tokens(str(tmp_path / name), chat_tokenizer, 4, SEQLEN, 0, chat_template=True).tolist()
-        for name in ("chat.parquet", "chat.jsonl")
-    ]
-    assert drawn[0] == drawn[1]
-    assert "[assistant]" in "".join(map(chat_tokenizer.decode, drawn[0]))
+    for name in ("chat.parquet", "chat.jsonl"):
+        assert load_documents(str(tmp_path / name), "train", conversations=True) == [chat]
 
 
 @pytest.mark.parametrize(
