@@ -144,7 +144,7 @@ def load_documents(
     if source == "wikitext2":
         lines = _fetch("Salesforce/wikitext", name="wikitext-2-raw-v1", split=usual)
         return [" ".join(lines)] if usual == "train" else lines
-    field = _Field(text_column or TEXT_COLUMN, conversations)
+    field = _Field(text_column, conversations)
     if is_dataset(source, split):
         documents = list(_column(source, _open_split(source, split or usual), field))
     else:
@@ -214,8 +214,7 @@ def calibration_tokens(
 
         require_chat_template(tokenizer, "--chat-template")  # before anything is fetched
     if is_dataset(source, split):
-        field = _Field(text_column or TEXT_COLUMN, chat_template)
-        stream = _column(source, _open_split(source, split or "train"), field)
+        stream = _column(source, _open_split(source, split or "train"), _Field(text_column, chat_template))
         return draw_from_stream(tokenizer, stream, nsamples, seqlen, seed, chat_template=chat_template)
     documents = load_documents(source, "train", None, text_column, conversations=chat_template)
     return draw_tokens(tokenizer, documents, nsamples, seqlen, seed, chat_template=chat_template)
@@ -463,8 +462,12 @@ def _text_files(folder: Path) -> list[Path]:
 class _Field:
     """Which entry of a record is its document, and whether that may be a conversation."""
 
-    name: str
+    asked: str | None
     conversations: bool
+
+    @property
+    def name(self) -> str:
+        return self.asked or TEXT_COLUMN
 
     def name_among(self, known: Iterable[str]) -> str:
         instead = self.conversations and self.name == TEXT_COLUMN and TEXT_COLUMN not in known
@@ -539,9 +542,9 @@ def _read_json(file: Path, content: IO[bytes], field: _Field) -> list[Document]:
     documents: list[Document] = []
     for number, record in enumerate(records, start=1):
         if isinstance(record, str):
-            if field.name != TEXT_COLUMN:
+            if field.asked is not None:
                 raise CalibrationError(
-                    f'{file}, item {number}, is a string without a field "{field.name}"; leave the text column out.'
+                    f'{file}, item {number}, is a string without a field "{field.asked}"; leave the text column out.'
                 )
             documents.append(record)
         else:

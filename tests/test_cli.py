@@ -8,10 +8,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import pytest
 import torch
 import transformers
 import typer
+from datasets import Dataset
 from families import MAX_POSITIONS, SENTENCES, save_model
 from helpers import assert_plain, quiet_transformers, weights
 from transformers import AutoTokenizer
@@ -19,6 +21,7 @@ from typer.testing import CliRunner, Result
 
 import macko_llm
 from macko_llm import native
+from macko_llm.benchmarks import quality
 from macko_llm.calibration import calibration_tokens, tokens_sha256
 from macko_llm.cli.console import megabytes, plain_errors, print_json
 from macko_llm.cli.doctor import gpu_advice
@@ -186,6 +189,20 @@ def test_eval_perplexity_of_a_dataset_is_that_of_its_texts(tmp_path: Path) -> No
         call += [] if split == "test" else ["--split", split]
         assert macko_json(*call) == {**expected, "dataset": "dataset", "split": split}
         assert f"(dataset dataset, {split} split, seqlen" in macko(*call).stdout
+
+
+def test_c4_is_evaluated_on_256_windows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    documents = Dataset.from_dict({"text": SENTENCES * 220})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: documents)
+    (tmp_path / "joined.txt").write_text(" ".join(SENTENCES * 220))
+    call = ["eval-perplexity", "dense", "--seqlen", 8, "--batch-size", 64]
+    expected = macko_json(*call, "--dataset", tmp_path / "joined.txt", "--limit", 256)
+    assert macko_json(*call, "--dataset", "c4") == {**expected, "dataset": "c4", "split": "test"}
+    monkeypatch.setattr(quality, "SPEED_TOKENS", 2)
+    recipe = PruneRecipe(calibration=str(tmp_path / "joined.txt"), nsamples=1, seqlen=8)
+    model, work = Path("dense"), tmp_path / "work"
+    report = quality.measure_chain(model, work, recipe, sparsities=[], dataset="c4", seqlen=8, device="cpu")
+    assert report.windows == expected["windows"] == 256
 
 
 def test_eval_perplexity_in_batches() -> None:
