@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from macko_llm import checkpoint, models
-from macko_llm.checkpoint import TensorInfo
-from macko_llm.dtypes import HEADERS
+from macko_llm.gaps import Gap, find_gaps, move_buffers
 from macko_llm.linear import MackoLinear, arrange_group
 from macko_llm.packed_checkpoint import ARRAY_NAMES, array_keys
 from macko_llm.streaming import TensorReader, wait
@@ -47,7 +46,7 @@ def load(
     stored_as = checkpoint.quantization_method(folder)
     if torch_device.type in ("cpu", "cuda") and stored_as in (None, checkpoint.QUANT_METHOD):
         model = models.load_empty(folder, dtype=dtype, trust_remote_code=trust_remote_code)
-        gaps = _find_gaps(model, folder)
+        gaps = find_gaps(model, folder)
         if gaps is not None:
             with models.plain_errors(folder, torch_device), torch.no_grad():
                 _fill(model, gaps, torch_device)
@@ -56,70 +55,11 @@ def load(
 
 
 @dataclass(frozen=True)
-class _Gap:
-    """A tensor that the model still lacks.
-
-    Attributes:
-        empty: the tensor, on the meta device.
-        places: the modules that hold it, and their name for it; a tied weight has several.
-        info: where it is stored.
-    """
-
-    empty: Tensor
-    places: list[tuple[nn.Module, str]]
-    info: TensorInfo
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensor in the model."""
-        return self.empty.numel() * self.empty.element_size()
-
-    def close(self, tensor: Tensor, reader: TensorReader) -> list[Future[None]]:
-        """Begin to read into a tensor of the same shape and dtype, and put it into the places."""
-        reading = reader.read(self.info, tensor)
-        if isinstance(self.empty, nn.Parameter):
-            tensor = nn.Parameter(tensor, requires_grad=self.empty.requires_grad)
-        for module, name in self.places:
-            setattr(module, name, tensor)
-        return reading
-
-
-def _find_gaps(model: PreTrainedModel, folder: Path) -> dict[str, _Gap] | None:
-    """What is to be read, by its name in the files.
-
-    Returns:
-        None unless the files simply hold each tensor under the model's own name. Where transformers renames or merges what
-        it finds, or ties weights that are both stored, it loads the model itself: the result is the same, only slower.
-    """
-    if getattr(model, "_weight_conversions", None):
-        return None
-    infos = checkpoint.tensor_infos(
-        checkpoint.weight_files(folder, getattr(model.config, "transformers_weights", None))
-    )
-    if any({target, source} <= infos.keys() for target, source in model.all_tied_weights_keys.items()):
-        return None
-    empty: dict[int, Tensor] = {}
-    places: dict[int, dict[str, tuple[nn.Module, str]]] = {}
-    for prefix, module in model.named_modules():
-        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is not None and tensor.is_meta:
-                empty[id(tensor)] = tensor
-                places.setdefault(id(tensor), {})[f"{prefix}.{name}".removeprefix(".")] = (module, name)
-    gaps = {}
-    for key, tensor in empty.items():
-        stored = next((name for name in places[key] if name in infos), None)
-        if stored is None or infos[stored].shape != tuple(tensor.shape) or infos[stored].dtype not in HEADERS:
-            return None
-        gaps[stored] = _Gap(tensor, list(places[key].values()), infos[stored])
-    return gaps
-
-
-@dataclass(frozen=True)
 class _Group:
     """Packed layers that are arranged together, by name, and the arrays that they lack."""
 
     layers: dict[str, MackoLinear]
-    arrays: list[_Gap]
+    arrays: list[Gap]
 
     @property
     def nbytes(self) -> int:
@@ -127,19 +67,16 @@ class _Group:
         return sum(_aligned(array.nbytes) for array in self.arrays)
 
 
-def _groups(model: PreTrainedModel, gaps: dict[str, _Gap]) -> list[_Group]:
+def _groups(model: PreTrainedModel, gaps: dict[str, Gap]) -> list[_Group]:
     """The packed layers, first to last."""
     return [
         _Group(layers, [gaps[key] for name in layers for key in array_keys(name)]) for layers in layer_groups(model)
     ]
 
 
-def _fill(model: PreTrainedModel, gaps: dict[str, _Gap], device: torch.device) -> None:
+def _fill(model: PreTrainedModel, gaps: dict[str, Gap], device: torch.device) -> None:
     """Close all gaps, and move what is real already."""
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None and not buffer.is_meta:
-                setattr(module, name, buffer.to(device))
+    move_buffers(model, device)
     groups = _groups(model, gaps)
     packed = {id(array) for group in groups for array in group.arrays}
     dense = [gap for gap in gaps.values() if id(gap) not in packed]
