@@ -33,6 +33,11 @@ EVALUATION_SEQLEN = 2048
 QUALITY_SEQLEN = 512
 """Tokens in a calibration sequence and a window of `macko bench quality`, where the model takes that many."""
 
+HIDDEN_STATES = "auto"
+"""Where the hidden states of calibration texts are between two blocks: on the first of these with room for them."""
+
+HIDDEN_STATE_PLACES = (HIDDEN_STATES, "device", "host", "disk")
+
 MAX_SHARD_SIZE = "5GB"
 """Largest weight file."""
 

@@ -46,6 +46,13 @@ class Gap:
         for module, name in self.places:
             setattr(module, name, tensor)
 
+    @property
+    def tensor(self) -> Tensor:
+        """What is in the places now."""
+        module, name = self.places[0]
+        tensor: Tensor = getattr(module, name)
+        return tensor
+
     def open(self) -> None:
         """Put the empty tensor back; the one that was there is freed."""
         for module, name in self.places:

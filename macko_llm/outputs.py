@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -79,12 +79,28 @@ def check_output(target: Path, *, overwrite: bool, source: Path | None = None) -
     _check_writable(target)
 
 
+def _never(_error: BaseException, _folder: Path) -> bool:
+    return False
+
+
 @contextmanager
-def new_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def new_folder(
+    target: Path,
+    *,
+    overwrite: bool = False,
+    fresh: bool = True,
+    keep: Callable[[BaseException, Path], bool] = _never,
+) -> Iterator[Path]:
     """A folder to write to, whose files are in `target` when the block ends without an error.
 
     An interrupted job leaves `target` as it was; one that was killed leaves its folder behind, and the next job with the same
-    target removes that.
+    target removes what is in there.
+
+    Args:
+        target: the folder to write.
+        overwrite: it may hold a model.
+        fresh: False leaves what an earlier job with the same target left behind.
+        keep: (what ends the job, its folder) -> whether the folder is left behind.
 
     Raises:
         UsageError: see `check_output`; or another job is writing there.
@@ -94,11 +110,12 @@ def new_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     check_output(target, overwrite=overwrite)
     inside = target.is_dir()
     partial = target / _PARTIAL if inside else target.parent / f"{_PARTIAL}-{target.name}"
-    with _claimed(partial, target), _write_errors(target, partial):
+    with _claimed(partial, target, keep), _write_errors(target, partial):
         if (target / _REPLACED).is_dir():
             _recover(partial, target)
             check_output(target, overwrite=overwrite)
-        _empty(partial)
+        if fresh:
+            _empty(partial)
         yield partial
         _list_files(partial)
         _open_to_readers(partial)
@@ -163,7 +180,7 @@ def _check_writable(target: Path) -> None:
 
 
 @contextmanager
-def _claimed(partial: Path, target: Path) -> Iterator[None]:
+def _claimed(partial: Path, target: Path, keep: Callable[[BaseException, Path], bool] = _never) -> Iterator[None]:
     """Have the folder `partial` for a job alone, made anew or taken over from a job that is gone, and remove it at the end."""
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
@@ -172,10 +189,15 @@ def _claimed(partial: Path, target: Path) -> Iterator[None]:
         raise CheckpointError(
             f"{target} cannot be written ({error.strerror}); choose another folder with -o."
         ) from error
+    kept = False
     try:
         yield
+    except BaseException as error:
+        kept = keep(error, partial)
+        raise
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if not kept:
+            shutil.rmtree(partial, ignore_errors=True)
         if lock is not None:
             os.close(lock)
 

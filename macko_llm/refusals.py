@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from macko_llm import checkpoint, outputs
-from macko_llm.defaults import EVALUATION_SEQLEN, MODEL_DTYPE_NAMES, VALUE_DTYPE_NAMES
+from macko_llm.defaults import EVALUATION_SEQLEN, HIDDEN_STATE_PLACES, MODEL_DTYPE_NAMES, VALUE_DTYPE_NAMES
 from macko_llm.errors import UsageError
 from macko_llm.recipe import PruneRecipe
 
@@ -120,6 +120,12 @@ def check_subject(
     if sparsities and not random_weights and checkpoint.is_packed(folder):
         raise UsageError(f"{folder} is packed and keeps its sparsity; drop --sparsity, or give the dense model.")
     return folder
+
+
+def check_place(place: str) -> None:
+    """Raise UsageError unless hidden states can be kept there."""
+    if place not in HIDDEN_STATE_PLACES:
+        raise UsageError(f"There is no place {place!r} for hidden states; use {', '.join(HIDDEN_STATE_PLACES)}.")
 
 
 def check_dtype(dtype: str) -> None:

@@ -74,6 +74,9 @@ class ShardWriter:
         self._tensors[name] = entry
         self._end = entry.end
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
     def state(self) -> dict[str, Any]:
         """What has been written, as JSON has it."""
         return {name: asdict(stored) for name, stored in self._tensors.items()}
@@ -91,8 +94,9 @@ class ShardWriter:
         }
         with _plain_errors():
             for number, final in files.items():
-                self._put_in_order(number, self._folder / final)
-                self._path(number).unlink()
+                if self._path(number).exists() or not (self._folder / final).exists():  # else a call that was cut off did it
+                    self._put_in_order(number, self._folder / final)
+                    self._path(number).unlink()
             if len(files) > 1:
                 weight_map = {name: files[stored.shard] for name, stored in sorted(self._tensors.items())}
                 index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}

@@ -17,6 +17,7 @@ from macko_llm.pruning.methods import METHODS
 from macko_llm.pruning.methods.wanda import Wanda
 from macko_llm.pruning.observing import observed_blocks
 from macko_llm.pruning.selection import chosen_linears
+from macko_llm.pruning.weights import WeightsInMemory
 from macko_llm.recipe import PruneRecipe
 
 TOKENS = random_tokens(3, 12)
@@ -37,7 +38,8 @@ class Log:
 
 @torch.no_grad()
 def _first_block(model: PreTrainedModel) -> dict[str, Log]:
-    blocks = observed_blocks(model, chosen_linears(model, PruneRecipe()), TOKENS, Log, no_progress, "")
+    layers = chosen_linears(model, PruneRecipe())
+    blocks = observed_blocks(model, layers, TOKENS, Log, no_progress, "", WeightsInMemory(model))
     _, logs = next(blocks)
     return {name.split(".", 3)[-1]: log for name, log in logs.items()}
 
@@ -75,9 +77,9 @@ class _Mlp(nn.Module):
 
 
 def _logs_of(inputs: Callable[[int, Tensor], tuple[Tensor, Tensor]]) -> tuple[Log, Log]:
-    """What is observed in the first block, but for the two whole forwards that record its arguments."""
+    """What is observed in the first block, which runs once for each sequence."""
     model = FAMILIES["llama"]()
-    model.model.layers[0].mlp = _Mlp(lambda call, hidden: inputs(call - 2, hidden))
+    model.model.layers[0].mlp = _Mlp(lambda call, hidden: inputs(call, hidden))
     logs = _first_block(model)
     return logs["mlp.one"], logs["mlp.two"]
 

@@ -365,4 +365,4 @@ def test_blocks_that_do_not_run_are_told() -> None:
     model.model.layers.__class__ = _OnlyTheFirst
     blocks = {f"model.layers.{index}": model.model.layers[index] for index in range(2)}
     with pytest.raises(CheckpointError, match="LlamaForCausalLM runs only 1 of its 2 blocks"):
-        record_block_arguments(model, blocks, TOKENS)
+        record_block_arguments(model, blocks, TOKENS, torch.device("cpu"))

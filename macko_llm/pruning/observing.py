@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from macko_llm import models
 from macko_llm.errors import CalibrationError, CheckpointError
 from macko_llm.progress import Progress
+from macko_llm.pruning.hidden_states import HiddenStates
 from macko_llm.pruning.methods import Observer
 from macko_llm.pruning.replay import (
     BlockArguments,
@@ -19,6 +20,7 @@ from macko_llm.pruning.replay import (
     run_block,
     watched_inputs,
 )
+from macko_llm.pruning.weights import Weights
 
 T = TypeVar("T", bound=Observer)
 _Identity = tuple[Any, ...]
@@ -31,6 +33,9 @@ def observed_blocks(
     new: Callable[[int, torch.device], T],
     progress: Progress,
     what: str,
+    weights: Weights,
+    *,
+    finished: int = 0,
 ) -> Iterator[tuple[str, dict[str, T]]]:
     """The decoder blocks in turn, each with the observers of its layers, which saw all that its linears multiplied.
 
@@ -44,38 +49,47 @@ def observed_blocks(
         new: (cols, device) -> an observer.
         progress: called with (what, done, total).
         what: is done to the blocks, for progress.
+        weights: has a block's weights in memory as long as they are wanted.
+        finished: so many blocks are only run, and not given.
 
     Raises:
         CheckpointError: blocks of an unsupported kind.
         CalibrationError: a linear that no token reaches.
     """
     blocks = models.decoder_blocks(model)
-    left = {id(linear.weight): name for name, linear in layers.items()}
+    left = dict(layers)
     arguments: list[BlockArguments] = []
-    states: list[Tensor] = []
+    states: HiddenStates | None = None
     if tokens is not None:
-        arguments = record_block_arguments(model, blocks, tokens)
-        states = first_hidden_states(model, next(iter(blocks.values())), tokens)
+        with weights.in_front():
+            arguments = record_block_arguments(model, blocks, tokens, weights.device)
+            first = next(iter(blocks.values()))
+            states = first_hidden_states(model, first, tokens, weights.device, weights.new_states)
     for done, (block_name, block) in enumerate(blocks.items()):
         progress(what, done, len(blocks))
-        linears = [part for part in block.modules() if isinstance(part, nn.Linear) and id(part.weight) in left]
-        weights = {id(linear.weight): linear.weight for linear in linears}
-        if tokens is None:
-            observers = {key: new(weight.shape[1], weight.device) for key, weight in weights.items()}
-        else:
-            observers = _observe(block_name, block, arguments[done], states, linears, new)
-        by_name = {left.pop(key): observers.get(key) for key in weights}
-        for name in by_name:
-            if by_name[name] is None:
-                raise CalibrationError(
-                    f"No calibration token reached {name}; use more text, or leave it out with --ignore."
-                )
-        del observers  # the caller may free them one by one
-        yield block_name, cast(dict[str, T], by_name)
-        by_name.clear()  # before the next block's take their memory
-        if tokens is not None and done + 1 < len(blocks):  # nothing sees what the last block computes
-            for index, hidden in enumerate(states):
-                states[index] = run_block(block, hidden, arguments[done])
+        with weights.block(block_name):
+            known = {id(linear.weight): name for name, linear in left.items()}
+            linears = [part for part in block.modules() if isinstance(part, nn.Linear) and id(part.weight) in known]
+            names = {id(linear.weight): known[id(linear.weight)] for linear in linears}
+            for name in names.values():
+                del left[name]
+            if done >= finished:
+                if states is None:
+                    observers = {id(linear.weight): new(linear.weight.shape[1], weights.device) for linear in linears}
+                else:
+                    observers = _observe(block_name, block, arguments[done], states, linears, new)
+                by_name = {name: observers.get(key) for key, name in names.items()}
+                for name in by_name:
+                    if by_name[name] is None:
+                        raise CalibrationError(
+                            f"No calibration token reached {name}; use more text, or leave it out with --ignore."
+                        )
+                del observers, linears  # the caller may free them one by one
+                yield block_name, cast(dict[str, T], by_name)
+                by_name.clear()  # before the next block's take their memory
+            if states is not None and done + 1 < len(blocks):  # nothing sees what the last block computes
+                for index, hidden in enumerate(states):
+                    states[index] = run_block(block, hidden, arguments[done])
     progress(what, len(blocks), len(blocks))
 
 
@@ -83,7 +97,7 @@ def _observe(
     name: str,
     block: nn.Module,
     arguments: BlockArguments,
-    states: Sequence[Tensor],
+    states: HiddenStates,
     linears: Sequence[nn.Linear],
     new: Callable[[int, torch.device], T],
 ) -> dict[int, T]:

@@ -1,6 +1,9 @@
 """Pruning a model, block by block, and a checkpoint, folder to folder."""
 
 import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -20,41 +23,23 @@ from macko_llm.calibration import (
     load_tokens,
     tokens_sha256,
 )
-from macko_llm.defaults import CALIBRATION_SEQLEN, MAX_SHARD_SIZE
-from macko_llm.errors import CalibrationError, CheckpointError, NonFiniteError, UsageError
+from macko_llm.defaults import CALIBRATION_SEQLEN, HIDDEN_STATES, MAX_SHARD_SIZE
+from macko_llm.errors import CalibrationError, CheckpointError, MackoWarning, NonFiniteError, UsageError
 from macko_llm.progress import Progress, no_progress
-from macko_llm.pruning.allocation import block_sparsities, layer_sparsities, outlier_ratio
-from macko_llm.pruning.methods import Amount, method_maker
-from macko_llm.pruning.methods.norms import InputNorms
-from macko_llm.pruning.observing import observed_blocks
+from macko_llm.pruning.blocks import layer_amounts, prune_blocks, shapes_of
+from macko_llm.pruning.journal import JOURNAL_FILE, Job, fingerprint
+from macko_llm.pruning.report import PruneReport, make_report
 from macko_llm.pruning.scores import removed_per_row
 from macko_llm.pruning.selection import chosen_linears
-from macko_llm.recipe import UNIFORM, PruneRecipe
+from macko_llm.pruning.sinks import DenseSink, SinkMaker
+from macko_llm.pruning.streamed import forget, prune_streamed
+from macko_llm.pruning.weights import WeightsInMemory, find_homes
+from macko_llm.recipe import PruneRecipe
+from macko_llm.refusals import check_place
+from macko_llm.version import __version__
 
-
-@dataclass(frozen=True)
-class PruneReport:
-    """What pruning did.
-
-    Attributes:
-        method: the recipe's.
-        pattern: "unstructured" or "n:m".
-        sparsity: share of zeros over all pruned linears.
-        layers: qualified name of each pruned linear -> its share of zeros.
-        seconds: wall-clock time of the pruning, without loading and saving.
-        calibration_sha256: hash of the calibration tokens, None for a recipe that needs none.
-        nsamples: calibration sequences, 0 for a recipe that needs none.
-        seqlen: tokens in each of them.
-    """
-
-    method: str
-    pattern: str
-    sparsity: float
-    layers: dict[str, float]
-    seconds: float
-    calibration_sha256: str | None
-    nsamples: int
-    seqlen: int
+DENSE = "dense"
+"""The kind of checkpoint that `DenseSink` writes."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +71,7 @@ def plan(
         UsageError, CheckpointError, CalibrationError: as `prune_checkpoint`, for what shows without weights and text.
     """
     _, skeleton, recipe = _prepare(model, Path(target), recipe, trust_remote_code, overwrite)
-    layers = _shapes(chosen_linears(skeleton, recipe))
+    layers = shapes_of(chosen_linears(skeleton, recipe))
     removed = sum(rows * removed_per_row(cols, recipe.sparsity, recipe.group) for rows, cols in layers.values())
     return PrunePlan(recipe, layers, removed / sum(rows * cols for rows, cols in layers.values()))
 
@@ -97,30 +82,42 @@ def prune_checkpoint(
     recipe: PruneRecipe,
     *,
     device: str = "auto",
+    hidden_states: str = HIDDEN_STATES,
+    resume: bool = False,
     trust_remote_code: bool = False,
     overwrite: bool = False,
     progress: Progress = no_progress,
+    output: str = DENSE,
+    new_sink: SinkMaker = DenseSink,
 ) -> PruneReport:
     """Prune a dense checkpoint into a new folder: an ordinary dense checkpoint with zeros, and macko.json.
 
-    Whatever can be refused without loading the weights is refused before that. `target` appears only when it is complete.
+    Only one block is in memory at a time, unless the model's files are such that transformers has to load them. Whatever can
+    be refused without reading the weights is refused before that. `target` appears only when it is complete.
 
     Args:
         model: a folder or a hub id.
         target: the new folder.
         recipe: the settings.
         device: where to compute: "auto", "cpu", "cuda", ...
+        hidden_states: where those of the calibration text are between blocks: "device", "host", "disk", or "auto", the first
+            with room for them.
+        resume: go on with a job of the same target that was cut off, if there is one; without it, that begins again.
         trust_remote_code: run Python code that lies in the model's folder.
         overwrite: replace `target` when it holds a model.
         progress: called with (what, done, total).
+        output: what kind of checkpoint `new_sink` writes.
+        new_sink: makes what writes it.
 
     Raises:
-        UsageError: a packed or quantized model, an unusable target, sizes that do not fit the pattern or the model.
+        UsageError: a packed or quantized model, an unusable target, sizes that do not fit the pattern or the model, or a job
+            to resume that was begun with other settings.
         CheckpointError: the model is missing, damaged, too large, or of an unsupported kind.
         CalibrationError: the calibration source is missing, too short, or from another vocabulary.
         NonFiniteError: NaN or infinity in weights or activations.
     """
     models.resolve_device(device)
+    check_place(hidden_states)
     folder, skeleton, recipe = _prepare(model, Path(target), recipe, trust_remote_code, overwrite)
     tokens = None
     if recipe.needs_calibration:
@@ -129,24 +126,100 @@ def prune_checkpoint(
         _check_tokens(skeleton, tokens)
         progress("drawing calibration tokens", 1, 1)
 
-    with outputs.new_folder(Path(target), overwrite=overwrite) as partial:
+    torch_device = models.resolve_device(device)
+    with (
+        _unfinished() as begun,
+        outputs.new_folder(Path(target), overwrite=overwrite, fresh=not resume, keep=_would_go_on) as partial,
+    ):
+        begun.append(partial)
         progress("loading the model", 0, 1)
-        loaded = models.load_model(folder, dtype=recipe.dtype, device=device, trust_remote_code=trust_remote_code)
+        empty = models.load_empty(folder, dtype=recipe.dtype, trust_remote_code=trust_remote_code)
+        homes = find_homes(empty, folder) if torch_device.type in ("cpu", "cuda") else None
         progress("loading the model", 1, 1)
         try:
-            report = prune_model(loaded, tokens, recipe, progress)
+            if homes is not None:
+                job = _job(folder, empty, recipe, tokens, torch_device, output)
+                report, sink = prune_streamed(
+                    empty, homes, tokens, recipe, job, partial,
+                    device=torch_device, place=hidden_states, new_sink=new_sink, progress=progress,
+                )  # fmt: skip
+                progress("saving", 0, 1)
+                sink.finish(empty, folder, {"prune": _provenance(model, recipe, report)})
+                forget(partial)
+            elif output != DENSE:
+                raise CheckpointError(
+                    f"{folder} does not store its tensors as they are, so that it cannot be packed as it is pruned; "
+                    "prune it without --pack, and pack the result with `macko pack`."
+                )
+            else:
+                loaded = models.load_model(
+                    folder, dtype=recipe.dtype, device=device, trust_remote_code=trust_remote_code
+                )
+                report = prune_model(loaded, tokens, recipe, progress, hidden_states=hidden_states)
+                progress("saving", 0, 1)
+                _save(loaded, folder, partial)
+                checkpoint.write_provenance(partial, {"prune": _provenance(model, recipe, report)})
+            progress("saving", 1, 1)
         except torch.OutOfMemoryError as error:
-            raise CheckpointError(f"Pruning {folder} does not fit on {loaded.device}; use --device cpu.") from error
-        progress("saving", 0, 1)
-        _save(loaded, folder, partial)
-        checkpoint.write_provenance(partial, {"prune": _provenance(model, recipe, report)})
-        progress("saving", 1, 1)
+            raise CheckpointError(
+                f"Pruning {folder} does not fit on {torch_device}; use --hidden-states host, or --device cpu."
+            ) from error
     return report
+
+
+@contextmanager
+def _unfinished() -> Iterator[list[Path]]:
+    """Says of a job that is cut off, in the folder which the caller puts into the list, that it may go on."""
+    begun: list[Path] = []
+    try:
+        yield begun
+    except BaseException:
+        if any((folder / JOURNAL_FILE).is_file() for folder in begun):
+            warnings.warn(
+                f"The blocks that are done are kept in {begun[0]}: the same command with --resume goes on from there.",
+                MackoWarning,
+                stacklevel=4,
+            )
+        raise
+
+
+def _would_go_on(error: BaseException, folder: Path) -> bool:
+    """Whether a job that ends with this error may end otherwise when it goes on."""
+    once_more = not isinstance(error, (CalibrationError, NonFiniteError))
+    return once_more and (folder / JOURNAL_FILE).is_file()
+
+
+def _job(
+    folder: Path,
+    model: PreTrainedModel,
+    recipe: PruneRecipe,
+    tokens: torch.Tensor | None,
+    device: torch.device,
+    output: str,
+) -> Job:
+    files = checkpoint.weight_files(folder, getattr(model.config, "transformers_weights", None))
+    return Job(
+        recipe=recipe.settings(),
+        output=output,
+        model=fingerprint(folder, files),
+        calibration=None if tokens is None else tokens_sha256(tokens),
+        versions={
+            "macko": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        },
+    )
 
 
 @torch.no_grad()
 def prune_model(
-    model: PreTrainedModel, tokens: torch.Tensor | None, recipe: PruneRecipe, progress: Progress = no_progress
+    model: PreTrainedModel,
+    tokens: torch.Tensor | None,
+    recipe: PruneRecipe,
+    progress: Progress = no_progress,
+    *,
+    hidden_states: str = "device",
 ) -> PruneReport:
     """Prune the linears inside the decoder blocks of a model, in place.
 
@@ -159,6 +232,7 @@ def prune_model(
         tokens: int64 [nsamples, seqlen], equally long sequences without padding; None will do where the recipe needs none.
         recipe: the settings of calibration and `dtype` are not looked at: the tokens and the model decide.
         progress: called with (what, done, total).
+        hidden_states: where those of the calibration text are: "device", or "host" to keep them out of a GPU's memory.
 
     Raises:
         UsageError: sizes that do not fit the pattern, layer names that fit nothing, sequences longer than the model takes, no
@@ -169,7 +243,7 @@ def prune_model(
     """
     started = time.perf_counter()
     layers = chosen_linears(model, recipe)
-    _check_group(_shapes(layers), recipe)
+    _check_group(shapes_of(layers), recipe)
     for name, linear in layers.items():
         if not linear.weight.isfinite().all():
             raise NonFiniteError(f"The weights of {name} hold NaN or infinity; use an undamaged checkpoint.")
@@ -182,67 +256,15 @@ def prune_model(
 
     training = model.training
     model.eval()
+    weights = WeightsInMemory(model, hidden_states)
+    zeros: dict[str, int] = {}
     try:
-        if recipe.sparsity > 0:
-            _prune_blocks(model, layers, tokens, recipe, progress)
+        amounts = layer_amounts(model, layers, tokens, recipe, weights, progress)
+        for _, of_block in prune_blocks(model, layers, tokens, recipe, amounts, weights, progress):
+            zeros.update(of_block)
     finally:
         model.train(training)
-    zeros = {name: int((linear.weight == 0).sum()) for name, linear in layers.items()}
-    return PruneReport(
-        method=recipe.method,
-        pattern=recipe.pattern,
-        sparsity=sum(zeros.values()) / sum(linear.weight.numel() for linear in layers.values()),
-        layers={name: zeros[name] / linear.weight.numel() for name, linear in layers.items()},
-        seconds=time.perf_counter() - started,
-        calibration_sha256=None if tokens is None else tokens_sha256(tokens),
-        nsamples=0 if tokens is None else tokens.shape[0],
-        seqlen=0 if tokens is None else tokens.shape[1],
-    )
-
-
-def _prune_blocks(
-    model: PreTrainedModel,
-    layers: dict[str, nn.Linear],
-    tokens: torch.Tensor | None,
-    recipe: PruneRecipe,
-    progress: Progress,
-) -> None:
-    amounts = _amounts(model, layers, tokens, recipe, progress)
-    new = method_maker(recipe.method, recipe.update)
-    for _, methods in observed_blocks(model, layers, tokens, new, progress, "pruning blocks"):
-        for name in [*methods]:
-            weight = layers[name].weight.data
-            weight.copy_(methods.pop(name).prune(name, weight, amounts[name]))  # frees what has pruned its last weight
-
-
-def _amounts(
-    model: PreTrainedModel,
-    layers: dict[str, nn.Linear],
-    tokens: torch.Tensor | None,
-    recipe: PruneRecipe,
-    progress: Progress,
-) -> dict[str, Amount]:
-    """How much of each layer goes; what a spread over the blocks asks of the dense model takes a pass of its own."""
-    if recipe.allocation == UNIFORM:
-        return dict.fromkeys(layers, Amount(recipe.sparsity, recipe.group))
-    names, ratios, sizes = [], [], []
-    for _, norms in observed_blocks(model, layers, tokens, InputNorms, progress, "measuring blocks"):
-        if norms:
-            weights = [(layers[name].weight, seen.statistic(name)) for name, seen in norms.items()]
-            names.append([*norms])
-            ratios.append(outlier_ratio(weights))
-            sizes.append(sum(weight.numel() for weight, _ in weights))
-    wanted = {
-        name: share
-        for block, share in zip(names, block_sparsities(ratios, sizes, recipe.sparsity), strict=True)
-        for name in block
-    }
-    shares = layer_sparsities(_shapes(layers), wanted, recipe.sparsity)
-    return {name: Amount(share) for name, share in shares.items()}
-
-
-def _shapes(layers: dict[str, nn.Linear]) -> dict[str, tuple[int, int]]:
-    return {name: (linear.weight.shape[0], linear.weight.shape[1]) for name, linear in layers.items()}
+    return make_report(recipe, tokens, shapes_of(layers), zeros, time.perf_counter() - started)
 
 
 def _prepare(
@@ -253,7 +275,7 @@ def _prepare(
         check_source(recipe.calibration, recipe.split, recipe.text_column)
     folder = refusals.check_prune(model, target, recipe, overwrite=overwrite)
     skeleton = models.skeleton(folder, trust_remote_code=trust_remote_code)
-    _check_group(_shapes(chosen_linears(skeleton, recipe)), recipe)
+    _check_group(shapes_of(chosen_linears(skeleton, recipe)), recipe)
     if recipe.needs_calibration:
         recipe = _fill_gaps(recipe, skeleton.config)
     return folder, skeleton, recipe

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from macko_llm.errors import CheckpointError
+from macko_llm.pruning.hidden_states import HiddenStates, Maker
 
 _HIDDEN = "hidden_states"
 
@@ -33,43 +34,93 @@ def run_block(block: nn.Module, hidden: torch.Tensor, arguments: BlockArguments)
 
 
 def record_block_arguments(
-    model: PreTrainedModel, blocks: dict[str, nn.Module], tokens: torch.Tensor
+    model: PreTrainedModel, blocks: dict[str, nn.Module], tokens: torch.Tensor, device: torch.device
 ) -> list[BlockArguments]:
     """What the model passes to each block: it may differ between blocks (sliding, full attention), not between sequences.
 
+    The blocks themselves do not run, and need no weights: stand-ins pass the hidden states on.
+
     Args:
-        model: in eval mode.
+        model: in eval mode; what lies in front of the blocks is on `device`.
         blocks: its decoder blocks, first to last.
         tokens: int64 [nsamples, seqlen], sequences without padding.
+        device: where the model computes.
 
     Raises:
         CheckpointError: the blocks cannot be run one after another on hidden states alone.
     """
-    recorded = _record(model, blocks, tokens[:1])
     others = (tokens != tokens[:1]).any(dim=1).nonzero()
-    if len(others):
-        another = _record(model, blocks, tokens[others[0]])
-        for name, mine, theirs in zip(blocks, recorded, another, strict=True):
-            if not _same(mine.args, theirs.args) or not _same(mine.kwargs, theirs.kwargs):
-                raise CheckpointError(
-                    f"The block {name} gets other arguments for another text, which is not supported; "
-                    "use a model whose blocks pass on hidden states only."
-                )
+    with _standing_in(model, blocks, tokens[:1].to(device)):
+        recorded = _record(model, blocks, tokens[:1].to(device))
+        another = _record(model, blocks, tokens[others[0]].to(device)) if len(others) else recorded
+    for name, mine, theirs in zip(blocks, recorded, another, strict=True):
+        if not _same(mine.args, theirs.args) or not _same(mine.kwargs, theirs.kwargs):
+            raise CheckpointError(
+                f"The block {name} gets other arguments for another text, which is not supported; "
+                "use a model whose blocks pass on hidden states only."
+            )
     return recorded
 
 
-def first_hidden_states(model: PreTrainedModel, block: nn.Module, tokens: torch.Tensor) -> list[torch.Tensor]:
-    """The hidden states entering the first block, [1, seqlen, hidden size] for each sequence."""
-    states: list[torch.Tensor] = []
+def first_hidden_states(
+    model: PreTrainedModel, block: nn.Module, tokens: torch.Tensor, device: torch.device, new: Maker
+) -> HiddenStates:
+    """The hidden states entering the first block.
 
-    def stop(_block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        states.append(_split(args, kwargs)[0].clone())
-        raise _StopForwardError
+    Args:
+        model: in eval mode; what lies in front of the blocks is on `device`.
+        block: the first.
+        tokens: int64 [nsamples, seqlen].
+        device: where the model computes.
+        new: makes room for them.
+    """
+    made: HiddenStates | None = None
+    for index, sequence in enumerate(tokens):
+        seen: list[torch.Tensor] = []
 
-    with _hooked([block.register_forward_pre_hook(stop, with_kwargs=True)]):
-        for sequence in tokens:
-            _forward(model, sequence)
-    return states
+        def stop(_block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], seen: Any = seen) -> None:
+            seen.append(_split(args, kwargs)[0])
+            raise _StopForwardError
+
+        with _hooked([block.register_forward_pre_hook(stop, with_kwargs=True)]):
+            _forward(model, sequence[None].to(device))
+        made = made or new(len(tokens), seen[0])
+        made[index] = seen[0]
+    assert made is not None  # there are sequences
+    return made
+
+
+@contextmanager
+def _standing_in(model: PreTrainedModel, blocks: dict[str, nn.Module], tokens: torch.Tensor) -> Iterator[None]:
+    """While this lasts, blocks do nothing but pass on hidden states, as the tensor or the tuple that the model expects."""
+    distinct = list(dict.fromkeys(blocks.values()))  # a block may be used more than once
+    own = [block.__dict__.get("forward") for block in distinct]
+    try:
+        _stand_in(distinct, in_tuple=False)
+        try:
+            _record(model, blocks, tokens)
+        except Exception as error:  # whatever a model's code makes of a tensor in place of a tuple
+            try:
+                _stand_in(distinct, in_tuple=True)
+                _record(model, blocks, tokens)
+            except Exception:
+                raise error from None
+        yield
+    finally:
+        for block, forward in zip(distinct, own, strict=True):
+            del block.forward
+            if forward is not None:
+                block.forward = forward
+
+
+def _stand_in(blocks: Sequence[nn.Module], in_tuple: bool) -> None:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        # Columns in another order: a block that does not run on what the one before it gives is found out.
+        passed = _split(args, kwargs)[0].roll(1, -1)
+        return (passed,) if in_tuple else passed
+
+    for block in blocks:
+        block.forward = forward
 
 
 def _record(model: PreTrainedModel, blocks: dict[str, nn.Module], tokens: torch.Tensor) -> list[BlockArguments]:
@@ -97,7 +148,7 @@ def _record(model: PreTrainedModel, blocks: dict[str, nn.Module], tokens: torch.
         nonlocal last_output
         last_output = _first_tensor(output)
 
-    distinct = list(dict.fromkeys(modules))  # a block may be used more than once
+    distinct = list(dict.fromkeys(modules))
     handles = [block.register_forward_pre_hook(before, with_kwargs=True) for block in distinct]
     handles += [block.register_forward_hook(after) for block in distinct]
     with _hooked(handles):
@@ -111,7 +162,7 @@ def _record(model: PreTrainedModel, blocks: dict[str, nn.Module], tokens: torch.
 
 def _forward(model: PreTrainedModel, tokens: torch.Tensor) -> None:
     with suppress(_StopForwardError):
-        model(input_ids=tokens.reshape(1, -1).to(model.device), use_cache=False)
+        model(input_ids=tokens, use_cache=False)
 
 
 @contextmanager
