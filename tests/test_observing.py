@@ -113,8 +113,7 @@ def test_observers_part_where_inputs_do() -> None:
 
     def part(call: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
         pair = (hidden, hidden if call < 1 else hidden * 3)
-        if call >= 0:
-            seen.append(copy.deepcopy(pair))
+        seen.append(copy.deepcopy(pair))
         return pair
 
     one, two = _logs_of(part)
