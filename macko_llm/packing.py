@@ -1,7 +1,7 @@
 """Checkpoint to packed checkpoint and back, one tensor at a time."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -99,6 +99,83 @@ class PackReport:
         return [name for name, layer in self.layers.items() if not layer.packed]
 
 
+class PackedWriter:
+    """Turns the tensors of a dense checkpoint into those of a packed one, each by itself, and appends them to shards.
+
+    Args:
+        linears: names of the layers to pack, in the order of the report; other tensors are only cast.
+        value_dtype: "float16" or "bfloat16", which all floating-point tensors get.
+        shards: what writes them; None writes nothing.
+        state: `state()` of a writer that was cut off; its shards go on from the same moment.
+    """
+
+    def __init__(
+        self,
+        linears: Iterable[str],
+        value_dtype: str,
+        shards: ShardWriter | None,
+        state: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._linears = dict.fromkeys(linears)
+        self._value_dtype = value_dtype
+        self._shards = shards
+        before = state or {"layers": {}, "bytes_dense": 0, "bytes_packed": 0, "rounding": {}}
+        self._layers = {name: LayerReport(**layer) for name, layer in before["layers"].items()}
+        self._bytes_dense: int = before["bytes_dense"]
+        self._bytes_packed: int = before["bytes_packed"]
+        self._rounding = Rounding(**before["rounding"])
+
+    def add(self, key: str, tensor: Tensor) -> None:
+        """Cast, check and write one tensor, packed if it is the weight of a layer to pack; on the CPU or a GPU.
+
+        Raises:
+            NonFiniteError: it holds NaN or infinity, or overflows the dtype.
+            CheckpointError: it cannot be written.
+        """
+        tensor, rounding = _cast(tensor, VALUE_DTYPES[self._value_dtype], key)
+        stored = {key: tensor}
+        name = key.removesuffix(".weight")
+        if name in self._linears and key.endswith(".weight"):
+            self._layers[name], stored = _pack_layer(name, tensor)
+        self._rounding += rounding
+        self._bytes_dense += tensor.nbytes
+        self._bytes_packed += sum(part.nbytes for part in stored.values())
+        for part_name, part in stored.items() if self._shards else ():
+            self._shards.add(part_name, part)  # type: ignore[union-attr]
+
+    def state(self) -> dict[str, Any]:
+        """What has been added, as JSON has it; the shards have a state of their own."""
+        return {
+            "layers": {name: asdict(layer) for name, layer in self._layers.items()},
+            "bytes_dense": self._bytes_dense,
+            "bytes_packed": self._bytes_packed,
+            "rounding": asdict(self._rounding),
+        }
+
+    def report(self) -> PackReport:
+        """What has been added, when all layers have been; the seconds are for the caller to fill in."""
+        layers = {name: self._layers[name] for name in self._linears}
+        return PackReport(self._value_dtype, self._bytes_dense, self._bytes_packed, layers, 0.0, self._rounding)
+
+    def finish(
+        self, source: Path, target: Path, skeleton: PreTrainedModel, provenance: dict[str, Any] | None = None
+    ) -> PackReport:
+        """Close the shards and write what surrounds them: config.json, macko.json, the tokenizer's files, a model card.
+
+        Args:
+            source: folder of the dense checkpoint, from which config.json and side files come.
+            target: the shards' folder.
+            skeleton: the model, without weights.
+            provenance: how the dense weights were made; None takes macko.json of `source`.
+        """
+        if self._shards:
+            self._shards.close()
+        report = self.report()
+        before = checkpoint.read_provenance(source) if provenance is None else provenance
+        _write_packed_surroundings(source, target, skeleton, report, before)
+        return report
+
+
 def pack_checkpoint(
     source: Path,
     target: Path | None,
@@ -135,35 +212,19 @@ def pack_checkpoint(
     for key, info in infos.items():  # embeddings and norms are cast, too
         if info.dtype.startswith("F") and info.dtype not in _CAST_HEADERS:
             raise _needs_scales(key, info)
-    value_dtype = dtype or _own_dtype(
+    value_dtype = dtype or own_value_dtype(
         {infos[f"{name}.weight"].dtype for name in linears}, checkpoint.read_config(source)
     )
 
-    layers: dict[str, LayerReport] = {}
-    bytes_dense = bytes_packed = 0
-    rounding = Rounding()
     with ExitStack() as stack:
         partial = None if target is None else stack.enter_context(outputs.new_folder(target, overwrite=overwrite))
-        writer = None if partial is None else ShardWriter(partial, shard_bytes)
+        writer = PackedWriter(linears, value_dtype, None if partial is None else ShardWriter(partial, shard_bytes))
         for number, (key, tensor) in enumerate(_tensors(infos)):
             progress("packing", number, len(infos))
-            tensor, rounded = _cast(tensor, VALUE_DTYPES[value_dtype], key)
-            rounding += rounded
-            stored = {key: tensor}
-            name = key.removesuffix(".weight")
-            if name in linears and key.endswith(".weight"):
-                layers[name], stored = _pack_layer(name, tensor)
-            bytes_dense += tensor.nbytes
-            bytes_packed += sum(part.nbytes for part in stored.values())
-            for part_name, part in stored.items() if writer else ():
-                writer.add(part_name, part)  # type: ignore[union-attr]
+            writer.add(key, tensor)
         progress("packing", len(infos), len(infos))
-        ordered = {name: layers[name] for name in linears}
-        report = PackReport(value_dtype, bytes_dense, bytes_packed, ordered, time.perf_counter() - started, rounding)
-        if partial is not None and writer is not None:
-            writer.close()
-            _write_packed_surroundings(source, partial, skeleton, report)
-    return report
+        report = writer.report() if partial is None else writer.finish(source, partial, skeleton)
+    return replace(report, seconds=time.perf_counter() - started)
 
 
 def unpack_checkpoint(
@@ -246,7 +307,7 @@ def inspect_checkpoint(
     return PackReport(value_dtype, bytes_dense, bytes_packed, ordered, time.perf_counter() - started)
 
 
-def _own_dtype(stored: set[str], config: dict[str, Any]) -> str:
+def own_value_dtype(stored: set[str], config: dict[str, Any]) -> str:
     """The dtype to pack a checkpoint in: the stored one where it has 16 bits, else what its config says, else float16."""
     for name in VALUE_DTYPES:
         if stored == {VALUE_HEADERS[name]}:
@@ -373,7 +434,9 @@ def _layer_report(values: Tensor, matrix: MackoMatrix | None) -> LayerReport:
     )
 
 
-def _write_packed_surroundings(source: Path, target: Path, skeleton: PreTrainedModel, report: PackReport) -> None:
+def _write_packed_surroundings(
+    source: Path, target: Path, skeleton: PreTrainedModel, report: PackReport, before: dict[str, Any]
+) -> None:
     packed = {name for name, layer in report.layers.items() if layer.packed}
     all_linears = [name for name, module in skeleton.named_modules() if isinstance(module, nn.Linear)]
     config = checkpoint.read_config(source)
@@ -386,7 +449,7 @@ def _write_packed_surroundings(source: Path, target: Path, skeleton: PreTrainedM
     config["quantization_config"] = PackedConfig(report.value_dtype, dense).entries()
     checkpoint.write_json(target / checkpoint.CONFIG_FILE, config)
     checkpoint.copy_side_files(source, target)
-    provenance = checkpoint.read_provenance(source)
+    provenance = dict(before)
     provenance["pack"] = {
         "value_dtype": report.value_dtype,
         "sparsity": report.sparsity,

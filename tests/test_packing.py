@@ -16,9 +16,10 @@ import macko_llm
 from macko_llm import checkpoint, generation, models, packing
 from macko_llm.errors import CheckpointError, NonFiniteError, UsageError
 from macko_llm.linear import ARRAY_NAMES, MackoLinear
-from macko_llm.packing import Rounding, inspect_checkpoint, pack_checkpoint, unpack_checkpoint
+from macko_llm.packing import PackedWriter, Rounding, inspect_checkpoint, pack_checkpoint, unpack_checkpoint
 from macko_llm.pruning import prune_checkpoint
 from macko_llm.recipe import PruneRecipe
+from macko_llm.shards import ShardWriter
 from macko_llm.text import encode_prompt
 
 UP = "model.layers.0.mlp.up_proj"
@@ -304,6 +305,36 @@ def test_a_dry_run_reports_the_same_and_writes_nothing(llama: Path) -> None:
     dry = pack_checkpoint(llama / "pruned", None)
     assert {path: path.stat().st_mtime_ns for path in llama.rglob("*")} == before
     assert replace(dry, seconds=0) == replace(inspect_checkpoint(llama / "packed"), seconds=0)
+
+
+def _folder_bytes(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("done", [0, 1, 7, 20])
+def test_a_packed_writer_that_was_cut_off_goes_on_to_the_same_files(done: int, llama: Path, tmp_path: Path) -> None:
+    """One process adds some tensors, and one more of which no state is kept; another goes on from what JSON kept."""
+    source, target = llama / "pruned", tmp_path / "packed"
+    target.mkdir()
+    tensors = weights(source)
+    names = list(tensors)
+    skeleton = models.skeleton(source)
+    linears = list(models.prunable_linears(skeleton))
+    shards = ShardWriter(target, 20_000)
+    first = PackedWriter(linears, "bfloat16", shards)
+    for name in names[:done]:
+        first.add(name, tensors[name])
+    kept = json.dumps([shards.state(), first.state()])
+    first.add(names[done], tensors[names[done]])
+    shards_state, state = json.loads(kept)
+    second = PackedWriter(linears, "bfloat16", ShardWriter(target, 20_000, shards_state), state)
+    for name in names[done:]:
+        second.add(name, tensors[name])
+    report = second.finish(source, target, skeleton)
+    whole = pack_checkpoint(source, tmp_path / "whole", dtype="bfloat16", max_shard_size="20KB")
+    assert report == replace(whole, seconds=0.0)
+    assert whole.rounding.weights > 0
+    assert _folder_bytes(target) == _folder_bytes(tmp_path / "whole")
 
 
 # What is refused
