@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import macko_llm
-from macko_llm import checkpoint, generation, models, packing
+from macko_llm import checkpoint, generation, models, outputs, packing
 from macko_llm.errors import CheckpointError, NonFiniteError, UsageError
 from macko_llm.linear import ARRAY_NAMES, MackoLinear
 from macko_llm.packing import PackedWriter, Rounding, inspect_checkpoint, pack_checkpoint, unpack_checkpoint
@@ -314,27 +314,27 @@ def _folder_bytes(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("done", [0, 1, 7, 20])
 def test_a_packed_writer_that_was_cut_off_goes_on_to_the_same_files(done: int, llama: Path, tmp_path: Path) -> None:
     """One process adds some tensors, and one more of which no state is kept; another goes on from what JSON kept."""
-    source, target = llama / "pruned", tmp_path / "packed"
-    target.mkdir()
+    source = llama / "pruned"
     tensors = weights(source)
     names = list(tensors)
     skeleton = models.skeleton(source)
     linears = list(models.prunable_linears(skeleton))
-    shards = ShardWriter(target, 20_000)
-    first = PackedWriter(linears, "bfloat16", shards)
-    for name in names[:done]:
-        first.add(name, tensors[name])
-    kept = json.dumps([shards.state(), first.state()])
-    first.add(names[done], tensors[names[done]])
-    shards_state, state = json.loads(kept)
-    second = PackedWriter(linears, "bfloat16", ShardWriter(target, 20_000, shards_state), state)
-    for name in names[done:]:
-        second.add(name, tensors[name])
-    report = second.finish(source, target, skeleton)
+    with outputs.new_folder(tmp_path / "packed", overwrite=False) as target:
+        shards = ShardWriter(target, 20_000)
+        first = PackedWriter(linears, "bfloat16", shards)
+        for name in names[:done]:
+            first.add(name, tensors[name])
+        kept = json.dumps([shards.state(), first.state()])
+        first.add(names[done], tensors[names[done]])
+        shards_state, state = json.loads(kept)
+        second = PackedWriter(linears, "bfloat16", ShardWriter(target, 20_000, shards_state), state)
+        for name in names[done:]:
+            second.add(name, tensors[name])
+        report = second.finish(source, target, skeleton)
     whole = pack_checkpoint(source, tmp_path / "whole", dtype="bfloat16", max_shard_size="20KB")
     assert report == replace(whole, seconds=0.0)
     assert whole.rounding.weights > 0
-    assert _folder_bytes(target) == _folder_bytes(tmp_path / "whole")
+    assert _folder_bytes(tmp_path / "packed") == _folder_bytes(tmp_path / "whole")
 
 
 # What is refused
