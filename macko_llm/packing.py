@@ -16,7 +16,7 @@ from macko_llm.checkpoint import TensorInfo
 from macko_llm.defaults import MAX_SHARD_SIZE
 from macko_llm.dtypes import VALUE_DTYPES, VALUE_HEADERS
 from macko_llm.errors import CheckpointError, NonFiniteError
-from macko_llm.format import MackoMatrix, check_packable
+from macko_llm.format import MackoMatrix, all_finite, check_shape
 from macko_llm.layouts import canonical
 from macko_llm.packed_checkpoint import ARRAY_NAMES, PackedConfig, array_keys, read_matrix
 from macko_llm.progress import Progress, no_progress
@@ -298,7 +298,7 @@ def inspect_checkpoint(
             bytes_dense += layers[name].bytes_dense
         elif array not in ARRAY_NAMES:
             bytes_dense += tensor.nbytes
-            if infos[key].dtype in _CAST_HEADERS and not torch.isfinite(tensor).all():
+            if infos[key].dtype in _CAST_HEADERS and not all_finite(tensor):
                 raise NonFiniteError(f"{key} holds NaN or infinity; pack the model again, or download it again.")
             if name in linears and array == "weight":
                 layers[name] = _layer_report(tensor, None)
@@ -383,10 +383,10 @@ def _tensors(infos: dict[str, TensorInfo]) -> Iterator[tuple[str, Tensor]]:
 def _cast(tensor: Tensor, dtype: torch.dtype, name: str) -> tuple[Tensor, Rounding]:
     if not tensor.is_floating_point():
         return tensor, Rounding()
-    if not torch.isfinite(tensor).all():
-        raise NonFiniteError(f"{name} holds NaN or infinity; repair the checkpoint before packing it.")
     cast = tensor.to(dtype)
-    if not torch.isfinite(cast).all():
+    if not all_finite(cast):  # which NaN and infinity stay, and what overflows becomes
+        if not all_finite(tensor):
+            raise NonFiniteError(f"{name} holds NaN or infinity; repair the checkpoint before packing it.")
         raise NonFiniteError(
             f"{name} holds {tensor.abs().max():.4g}, which overflows {str(dtype).removeprefix('torch.')}; "
             "pack with --dtype bfloat16."
@@ -410,8 +410,8 @@ def _rounding(exact: Tensor, rounded: Tensor) -> Rounding:
 
 
 def _pack_layer(name: str, weight: Tensor) -> tuple[LayerReport, dict[str, Tensor]]:
-    check_packable(weight, name)
-    matrix = canonical.pack(weight)
+    check_shape(weight, name)
+    matrix = canonical.pack_finite(weight)
     if matrix.nbytes >= weight.nbytes:
         return _layer_report(weight, None), {f"{name}.weight": weight}
     arrays = (matrix.values, matrix.deltas, matrix.row_offsets)

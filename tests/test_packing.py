@@ -1,6 +1,7 @@
 """Checkpoint to packed checkpoint and back: every family, bit for bit, and what is refused on the way."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -364,6 +365,51 @@ def test_weights_that_are_not_finite(name: str, value: float, llama: Path, tmp_p
         pack_checkpoint(folder, tmp_path / "packed")
     assert_plain(str(caught.value))
     assert _names(tmp_path) == ["pruned"]
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("asked", ["float16", "bfloat16"])
+@pytest.mark.parametrize("name", [f"{UP}.weight", "model.norm.weight"])
+def test_what_is_not_finite_is_told_from_what_overflows(
+    name: str, asked: str, stored: torch.dtype, llama: Path, tmp_path: Path
+) -> None:
+    """Whatever the dtypes, at the first place and at the last, and where both are there NaN and infinity are named."""
+    folder = copy_model(llama / "pruned", tmp_path / "pruned")
+    edit_weights(folder, {key: tensor.to(stored) for key, tensor in weights(folder).items()})
+    whole = weights(folder)[name]
+    overflow = 1e5 if asked == "float16" else 3.4e38
+    for place in (0, -1):
+        for value in (float("nan"), float("inf"), float("-inf"), overflow, -overflow):
+            weight = whole.clone()
+            weight.view(-1)[place] = value
+            kept = float(weight.view(-1)[place])  # infinite where the stored dtype overflows already
+            words = f"{name} holds {abs(kept):.4g}, which overflows {asked}; pack with --dtype bfloat16."
+            if not math.isfinite(kept):
+                weight.view(-1)[3] = overflow
+                words = f"{name} holds NaN or infinity; repair the checkpoint before packing it."
+            edit_weights(folder, {name: weight})
+            if math.isfinite(float(torch.tensor(kept).to(getattr(torch, asked)))):
+                pack_checkpoint(folder, None, dtype=asked)
+                continue
+            with pytest.raises(NonFiniteError) as caught:
+                pack_checkpoint(folder, None, dtype=asked)
+            assert str(caught.value) == words
+
+
+def test_each_tensor_is_looked_through_once(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For NaN and infinity, by whatever of torch's finds them, which is most of the work of packing on a CPU."""
+    looked: list[int] = []
+    for finder in ("isfinite", "isnan", "isinf", "aminmax"):
+        original = getattr(torch, finder)
+
+        def find(tensor: Tensor, original: Callable[..., object] = original) -> object:
+            if tensor.ndim:
+                looked.append(tensor.numel())
+            return original(tensor)
+
+        monkeypatch.setattr(torch, finder, find)
+    pack_checkpoint(llama / "pruned", None)
+    assert sorted(looked) == sorted(tensor.numel() for tensor in weights(llama / "pruned").values())
 
 
 def test_no_tensor_that_needs_scales_is_packed(llama: Path, tmp_path: Path) -> None:

@@ -69,6 +69,12 @@ class Canonical(MackoMatrix, Layout):
 def pack(weight: Tensor) -> Canonical:
     """`format.pack` at the speed of the device: a [rows, cols] float16 or bfloat16 matrix without its zeros."""
     spec.check_packable(weight)
+    return pack_finite(weight)
+
+
+def pack_finite(weight: Tensor) -> Canonical:
+    """`pack` of a matrix in which no NaN or infinity is left to be found; raises FormatError like `pack`."""
+    spec.check_shape(weight)
     values, deltas, row_offsets = torch.ops.macko.pack(weight)
     return Canonical(values, deltas, row_offsets, (weight.shape[0], weight.shape[1]))
 
