@@ -1,8 +1,10 @@
 """Checkpoint to packed checkpoint and back, one tensor at a time."""
 
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from concurrent.futures import Future
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +16,14 @@ from transformers import PreTrainedModel
 from macko_llm import checkpoint, models, outputs, packed_checkpoint, refusals
 from macko_llm.checkpoint import TensorInfo
 from macko_llm.defaults import MAX_SHARD_SIZE
-from macko_llm.dtypes import VALUE_DTYPES, VALUE_HEADERS
-from macko_llm.errors import CheckpointError, NonFiniteError
+from macko_llm.dtypes import HEADERS, VALUE_DTYPES, VALUE_HEADERS
+from macko_llm.errors import CheckpointError, NonFiniteError, UsageError
 from macko_llm.format import MackoMatrix, all_finite, check_shape
 from macko_llm.layouts import canonical
 from macko_llm.packed_checkpoint import ARRAY_NAMES, PackedConfig, array_keys, read_matrix
 from macko_llm.progress import Progress, no_progress
 from macko_llm.shards import ShardWriter
+from macko_llm.streaming import TensorReader, wait
 from macko_llm.version import __version__
 
 _CAST_HEADERS = (*VALUE_HEADERS.values(), "F32", "F64")
@@ -183,6 +186,7 @@ def pack_checkpoint(
     dtype: str | None = None,
     max_shard_size: str = MAX_SHARD_SIZE,
     overwrite: bool = False,
+    device: str = "auto",
     trust_remote_code: bool = False,
     progress: Progress = no_progress,
 ) -> PackReport:
@@ -195,16 +199,20 @@ def pack_checkpoint(
             that has 16 bits, else float16.
         max_shard_size: largest safetensors file, such as "5GB".
         overwrite: replace a model that lies in `target`.
+        device: where to pack, with the same result: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", ...
         trust_remote_code: run Python code that lies in `source`.
         progress: told of each tensor.
 
     Raises:
-        UsageError: `source` is packed already, or `target` would cost data.
-        CheckpointError: `source` is damaged or of a kind that cannot be packed.
+        UsageError: `source` is packed already, `target` would cost data, or there is no such device.
+        CheckpointError: `source` is damaged, of a kind that cannot be packed, or too large for the device.
         NonFiniteError: weights hold NaN or infinity, or overflow the dtype.
     """
     started = time.perf_counter()
     shard_bytes = refusals.check_pack(source, target, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite)
+    where = models.resolve_device(device)
+    if where.type not in ("cpu", "cuda"):
+        raise UsageError(f"There is no packing on {device}; use --device cpu.")
     skeleton = models.skeleton(source, trust_remote_code=trust_remote_code)
     linears = _shapes(skeleton)
     infos = _infos(source, skeleton)
@@ -212,6 +220,10 @@ def pack_checkpoint(
     for key, info in infos.items():  # embeddings and norms are cast, too
         if info.dtype.startswith("F") and info.dtype not in _CAST_HEADERS:
             raise _needs_scales(key, info)
+        if info.dtype not in HEADERS:
+            raise CheckpointError(
+                f"{key} is stored as {info.dtype}, which cannot be written; use a model of ordinary dtypes."
+            )
     value_dtype = dtype or own_value_dtype(
         {infos[f"{name}.weight"].dtype for name in linears}, checkpoint.read_config(source)
     )
@@ -219,9 +231,13 @@ def pack_checkpoint(
     with ExitStack() as stack:
         partial = None if target is None else stack.enter_context(outputs.new_folder(target, overwrite=overwrite))
         writer = PackedWriter(linears, value_dtype, None if partial is None else ShardWriter(partial, shard_bytes))
-        for number, (key, tensor) in enumerate(_tensors(infos)):
-            progress("packing", number, len(infos))
-            writer.add(key, tensor)
+        try:
+            for number, (key, tensor) in enumerate(stack.enter_context(closing(_read_ahead(infos, where)))):
+                progress("packing", number, len(infos))
+                writer.add(key, tensor)
+                del tensor  # before there is memory for another one
+        except torch.OutOfMemoryError as error:
+            raise CheckpointError(f"Packing {source} does not fit on {where}; use --device cpu.") from error
         progress("packing", len(infos), len(infos))
         report = writer.report() if partial is None else writer.finish(source, partial, skeleton)
     return replace(report, seconds=time.perf_counter() - started)
@@ -378,6 +394,24 @@ def _tensors(infos: dict[str, TensorInfo]) -> Iterator[tuple[str, Tensor]]:
         with checkpoint.open_tensors(file) as reader:
             for name in names:
                 yield name, reader.get_tensor(name)
+
+
+def _read_ahead(infos: dict[str, TensorInfo], device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    """All tensors, on a device; while one is worked on, the next is read, and there are never more than these two."""
+    reading: deque[tuple[str, Tensor, list[Future[None]]]] = deque()
+    with TensorReader(device) as reader:
+        for key, info in infos.items():
+            tensor = torch.empty(info.shape, dtype=HEADERS[info.dtype], device=device)
+            reading.append((key, tensor, reader.read(info, tensor)))
+            if len(reading) > 1:
+                yield _arrived(*reading.popleft())
+        while reading:
+            yield _arrived(*reading.popleft())
+
+
+def _arrived(key: str, tensor: Tensor, reading: list[Future[None]]) -> tuple[str, Tensor]:
+    wait(reading)
+    return key, tensor
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype, name: str) -> tuple[Tensor, Rounding]:

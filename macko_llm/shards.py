@@ -3,8 +3,10 @@
 import json
 import os
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from io import BufferedRandom
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,7 +20,9 @@ _HEADER_NAMES = {dtype: header for header, dtype in HEADERS.items()}
 _METADATA = {"format": "pt"}  # transformers reads no shard without it
 # The order in which safetensors writes dtypes, so that a file is the same whoever writes it.
 _DTYPE_ORDER = ("I64", "F64", "F32", "I32", "BF16", "F16", "I16", "I8", "U8", "BOOL")
-_COPY_BYTES = 16 * 2**20
+_COPY_BYTES = 2**20  # stays in a core's cache; new memory for each part would take longer than the copy
+_STAGED_BYTES = 16 * 2**20  # of pinned memory, through which tensors come from a GPU
+_THREADS = 4
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,8 @@ class StoredTensor:
 class ShardWriter:
     """Writes tensors to safetensors shards of a folder, byte for byte as safetensors does.
 
-    Tensors are appended to a file without a header, and put in order when all are there.
+    Tensors are appended to a file without a header, and put in order when all are there: a few shards at a time, which lie on
+    the disk twice for that long.
 
     Args:
         folder: where the shards go.
@@ -52,6 +57,7 @@ class ShardWriter:
         self._tensors = {name: _stored(entry) for name, entry in (written or {}).items()}
         self._shard = max((stored.shard for stored in self._tensors.values()), default=1)
         self._end = max((stored.end for stored in self._tensors.values() if stored.shard == self._shard), default=0)
+        self._staging: torch.Tensor | None = None
 
     @property
     def total_bytes(self) -> int:
@@ -59,10 +65,10 @@ class ShardWriter:
         return sum(stored.end - stored.begin for stored in self._tensors.values())
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Append one tensor, on the CPU or not."""
+        """Append one tensor, on the CPU or not; from a GPU it takes no host memory to speak of."""
         if self._end and self._end + tensor.nbytes > self._max_shard_bytes:
             self._shard, self._end = self._shard + 1, 0
-        data = tensor.detach().cpu().contiguous()
+        data = tensor.detach().contiguous()
         if data.dtype not in _HEADER_NAMES:
             raise CheckpointError(f"{name} is {data.dtype}, which cannot be written; use a model of ordinary dtypes.")
         entry = StoredTensor(
@@ -70,7 +76,8 @@ class ShardWriter:
         )
         with _plain_errors(), self._open(self._shard) as file:
             file.seek(entry.begin)
-            file.write(memoryview(data.reshape(-1).view(torch.uint8).numpy().data))
+            for part in self._on_host(data.reshape(-1).view(torch.uint8)):
+                file.write(memoryview(part.numpy().data))
         self._tensors[name] = entry
         self._end = entry.end
 
@@ -93,16 +100,27 @@ class ShardWriter:
             for number in range(1, self._shard + 1)
         }
         with _plain_errors():
-            for number, final in files.items():
-                if self._path(number).exists() or not (self._folder / final).exists():  # else a call that was cut off did it
-                    self._put_in_order(number, self._folder / final)
-                    self._path(number).unlink()
+            with ThreadPoolExecutor(_THREADS, thread_name_prefix="macko-write") as pool:
+                for _ in pool.map(self._put_in_order, files.keys(), files.values()):
+                    pass  # raises what went wrong
             if len(files) > 1:
                 weight_map = {name: files[stored.shard] for name, stored in sorted(self._tensors.items())}
                 index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
                 write_json(self._folder / INDEX_FILE, index)
 
-    def _put_in_order(self, number: int, file: Path) -> None:
+    def _on_host(self, data: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Flat bytes, part after part, each to be used before the next one is asked for."""
+        if not data.is_cuda:
+            yield data.cpu()
+            return
+        if self._staging is None:
+            self._staging = torch.empty(_STAGED_BYTES, dtype=torch.uint8, pin_memory=True)
+        for part in data.split(_STAGED_BYTES):
+            yield self._staging[: len(part)].copy_(part)
+
+    def _put_in_order(self, number: int, file: str) -> None:
+        if (self._folder / file).exists() and not self._path(number).exists():
+            return  # a call that was cut off later has been here
         tensors = [(name, stored) for name, stored in self._tensors.items() if stored.shard == number]
         tensors.sort(key=lambda entry: (_DTYPE_ORDER.index(entry[1].dtype), entry[0]))
         header: dict[str, Any] = {"__metadata__": _METADATA}
@@ -112,13 +130,15 @@ class ShardWriter:
             header[name] = {"dtype": stored.dtype, "shape": list(stored.shape), "data_offsets": [begin, end]}
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text = text.ljust(-(-len(text) // LENGTH_BYTES) * LENGTH_BYTES)
-        with self._open(number) as source, file.open("wb") as target:
+        with self._open(number) as source, (self._folder / file).open("wb") as target:
+            buffer = memoryview(bytearray(_COPY_BYTES))
             target.write(len(text).to_bytes(LENGTH_BYTES, "little") + text)
             for _, stored in tensors:
                 source.seek(stored.begin)
-                _copy(source, target, stored.end - stored.begin)
+                _copy(source, target, stored.end - stored.begin, buffer)
+        self._path(number).unlink()
 
-    def _open(self, number: int) -> BinaryIO:
+    def _open(self, number: int) -> BufferedRandom:
         """A shard, to write anywhere in it; what is there stays."""
         return os.fdopen(os.open(self._path(number), os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666), "r+b")
 
@@ -126,13 +146,13 @@ class ShardWriter:
         return self._folder / f"shard-{number:05d}.part"
 
 
-def _copy(source: BinaryIO, target: BinaryIO, count: int) -> None:
+def _copy(source: BufferedRandom, target: BinaryIO, count: int, buffer: memoryview) -> None:
     while count:
-        part = source.read(min(count, _COPY_BYTES))
-        if not part:
+        read = source.readinto(buffer[:count])
+        if not read:
             raise OSError(f"{source.name} has shrunk")
-        target.write(part)
-        count -= len(part)
+        target.write(buffer[:read])
+        count -= read
 
 
 def _stored(entry: Mapping[str, Any]) -> StoredTensor:

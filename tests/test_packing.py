@@ -1,5 +1,6 @@
 """Checkpoint to packed checkpoint and back: every family, bit for bit, and what is refused on the way."""
 
+import gc
 import json
 import math
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from families import FAMILIES, random_tokens, save_model
 from helpers import assert_plain, copy_model, edit_config, edit_weights, weights
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import macko_llm
 from macko_llm import checkpoint, generation, models, outputs, packing
@@ -336,6 +338,34 @@ def test_a_packed_writer_that_was_cut_off_goes_on_to_the_same_files(done: int, l
     assert report == replace(whole, seconds=0.0)
     assert whole.rounding.weights > 0
     assert _folder_bytes(tmp_path / "packed") == _folder_bytes(tmp_path / "whole")
+
+
+def _memory(line: str) -> int:
+    """Bytes, by a line of Linux's account of this process."""
+    found = next(entry for entry in Path("/proc/self/status").read_text().splitlines() if entry.startswith(line))
+    return int(found.split()[1]) * 1024
+
+
+def test_memory_is_that_of_a_few_tensors(tmp_path: Path) -> None:
+    """Not that of a shard: its file is not mapped, and no tensor stays."""
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("needs Linux, which tells the most memory that a process has had")
+    config = AutoConfig.for_model(
+        "llama", hidden_size=1024, intermediate_size=2816, num_hidden_layers=10, vocab_size=320, num_attention_heads=8
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float16)
+    for linear in models.prunable_linears(model).values():
+        linear.weight.data.tril_()
+    model.save_pretrained(tmp_path / "pruned")
+    del model
+    pack_checkpoint(tmp_path / "pruned", None)  # what the libraries keep is there now
+    size = (tmp_path / "pruned" / "model.safetensors").stat().st_size
+    gc.collect()
+    before = _memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the most from now on
+    pack_checkpoint(tmp_path / "pruned", tmp_path / "packed")
+    assert size > 250_000_000
+    assert _memory("VmHWM") - before < size / 4
 
 
 # What is refused

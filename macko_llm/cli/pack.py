@@ -5,7 +5,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from macko_llm.cli.console import megabytes, plain_errors, print_json, progress_bars
-from macko_llm.cli.options import DenseArgument, JsonOption, OutputOption, OverwriteOption, ShardSizeOption, TrustOption
+from macko_llm.cli.options import (
+    DenseArgument,
+    DeviceOption,
+    JsonOption,
+    OutputOption,
+    OverwriteOption,
+    ShardSizeOption,
+    TrustOption,
+)
 from macko_llm.cli.reports import pack_report_json, print_layers
 from macko_llm.cli.surroundings import with_hub, with_threads
 from macko_llm.defaults import MAX_SHARD_SIZE, VALUE_DTYPE_NAMES
@@ -38,6 +46,7 @@ def pack(
         ),
     ] = None,
     max_shard_size: ShardSizeOption = MAX_SHARD_SIZE,
+    device: DeviceOption = "auto",
     trust_remote_code: TrustOption = False,
     overwrite: OverwriteOption = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say how large the result would be.")] = False,
@@ -56,6 +65,7 @@ def pack(
     """
     from macko_llm import checkpoint, refusals
 
+    refusals.check_device(device)
     folder = checkpoint.locate(model)
     refusals.check_pack(folder, output, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite)
 
@@ -68,6 +78,7 @@ def pack(
             dtype=dtype,
             max_shard_size=max_shard_size,
             overwrite=overwrite,
+            device=device,
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
