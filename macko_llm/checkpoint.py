@@ -169,7 +169,8 @@ def weight_files(folder: Path, named: str | None = None) -> list[Path]:
         named: `transformers_weights` of the model's config: a file or an index in place of those of the usual names.
 
     Raises:
-        CheckpointError: there are none, the index names a file that is not there, or `named` is no safetensors file here.
+        CheckpointError: there are none, the index names a file that is not there or lies elsewhere, or is one that
+            transformers does not read, or `named` is no safetensors file here.
     """
     if named is not None and not _is_usable(folder, named):
         raise CheckpointError(
@@ -179,11 +180,22 @@ def weight_files(folder: Path, named: str | None = None) -> list[Path]:
     # Where there are both, transformers reads the file and not the index.
     first = named or (WEIGHTS_FILE if (folder / WEIGHTS_FILE).is_file() else INDEX_FILE)
     if first.endswith(".index.json") and (folder / first).is_file():
-        weight_map = read_json(folder / first).get("weight_map")
+        index = read_json(folder / first)
+        weight_map = index.get("weight_map")
         names = sorted({str(name) for name in weight_map.values()}) if isinstance(weight_map, dict) else []
+        outside = [name for name in names if not _is_inside(folder, name)]
+        if outside:
+            raise CheckpointError(
+                f"{folder / first} names {outside[0]}, which is outside of its folder; download the model again."
+            )
         missing = [name for name in names if not (folder / name).is_file()]
         if missing or not names:
             raise CheckpointError(f"{folder} lacks {', '.join(missing) or 'its shards'}; download the model again.")
+        if not isinstance(index.get("metadata"), dict):
+            raise CheckpointError(
+                f'{folder / first} has no metadata, without which transformers reads no index; add "metadata": {{}} to it, '
+                "or download the model again."
+            )
         return [folder / name for name in names]
     if (folder / first).is_file():
         return [folder / first]
@@ -193,8 +205,12 @@ def weight_files(folder: Path, named: str | None = None) -> list[Path]:
 def _is_usable(folder: Path, named: object) -> bool:
     if not isinstance(named, str) or not named.endswith((".safetensors", ".safetensors.index.json")):
         return False
-    file = folder / named
-    return file.is_file() and Path(os.path.abspath(folder)) in Path(os.path.abspath(file)).parents  # noqa: PTH100
+    return (folder / named).is_file() and _is_inside(folder, named)
+
+
+def _is_inside(folder: Path, name: str) -> bool:
+    """Whether a name leads to a place in the folder; links are not followed, which the hub's cache consists of."""
+    return Path(os.path.abspath(folder)) in Path(os.path.abspath(folder / name)).parents  # noqa: PTH100
 
 
 def tensor_infos(files: list[Path]) -> dict[str, TensorInfo]:

@@ -1,15 +1,20 @@
 """Folders of files: finding them, replacing them without loss, writing shards, and what is damaged or missing."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from families import save_model
 from helpers import assert_plain, truncate
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
 
-from macko_llm import __version__, checkpoint
+import macko_llm
+from macko_llm import __version__, checkpoint, models
 from macko_llm.errors import CheckpointError, UsageError
+from macko_llm.packing import pack_checkpoint
 from macko_llm.shards import ShardWriter
 
 
@@ -160,6 +165,11 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
         assert_plain(str(caught.value))
 
 
+def _made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
 def _write_shards(folder: Path, sizes: dict[str, int], max_shard_bytes: int) -> None:
     writer = ShardWriter(folder, max_shard_bytes)
     for name, size in sizes.items():
@@ -180,6 +190,62 @@ def test_missing_weights_are_named(tmp_path: Path) -> None:
         (tmp_path / "model.safetensors.index.json").write_text(index)
         with pytest.raises(CheckpointError, match="lacks its shards"):
             checkpoint.weight_files(tmp_path)
+
+
+def test_an_index_leads_nowhere_else(tmp_path: Path) -> None:
+    """Files outside of the folder are not read, though they are there; in it and below they may be links."""
+    folder, elsewhere = tmp_path / "model", tmp_path / "elsewhere"
+    _write_shards(_made(folder), {"a": 10}, 15)
+    _write_shards(_made(elsewhere), {"a": 10}, 15)
+    (folder / "below").mkdir()
+    (folder / "below" / "link.safetensors").symlink_to(elsewhere / "model.safetensors")
+    (folder / "model.safetensors").rename(folder / "own.safetensors")
+
+    def name(file: str) -> None:
+        index = {"metadata": {}, "weight_map": {"a": "own.safetensors", "b": file}}
+        checkpoint.write_json(folder / "model.safetensors.index.json", index)
+
+    for file in (
+        "../elsewhere/model.safetensors",
+        str(elsewhere / "model.safetensors"),
+        "below/../../model",
+        "..",
+        ".",
+    ):
+        name(file)
+        with pytest.raises(CheckpointError, match=rf" names {re.escape(file)}, which is outside") as caught:
+            checkpoint.weight_files(folder)
+        assert_plain(str(caught.value))
+    for file in ("below/link.safetensors", str(folder / "own.safetensors"), "below/../own.safetensors"):
+        name(file)
+        assert folder / file in checkpoint.weight_files(folder)
+
+
+@pytest.mark.parametrize("metadata", [{}, {"metadata": None}, {"metadata": []}])
+def test_an_index_without_metadata_is_refused_as_transformers_refuses_it(
+    metadata: dict[str, object], tmp_path: Path
+) -> None:
+    dense = save_model(tmp_path / "dense", "llama", torch.float16)
+    (dense / "model.safetensors").rename(dense / "own.safetensors")
+    weight_map = dict.fromkeys(checkpoint.tensor_infos([dense / "own.safetensors"]), "own.safetensors")
+    index = dense / "model.safetensors.index.json"
+    checkpoint.write_json(index, {**metadata, "weight_map": weight_map})
+    with pytest.raises((KeyError, TypeError)):
+        AutoModelForCausalLM.from_pretrained(dense)
+    for read in (
+        lambda: checkpoint.weight_files(dense),
+        lambda: pack_checkpoint(dense, tmp_path / "packed"),
+        lambda: macko_llm.load(dense, device="cpu"),
+        lambda: models.load_model(dense, device="cpu"),
+    ):
+        with pytest.raises(
+            CheckpointError, match=r"index\.json has no metadata, .*; add \"metadata\": \{\} to it"
+        ) as caught:
+            read()
+        assert_plain(str(caught.value))
+    checkpoint.write_json(index, {"metadata": {}, "weight_map": weight_map})  # as the sentence says
+    macko_llm.load(dense, device="cpu")
+    AutoModelForCausalLM.from_pretrained(dense)
 
 
 def test_a_truncated_shard_among_whole_ones(tmp_path: Path) -> None:
