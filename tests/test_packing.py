@@ -14,9 +14,11 @@ from helpers import assert_plain, copy_model, edit_config, edit_weights, weights
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
+from typer.testing import CliRunner
 
 import macko_llm
 from macko_llm import checkpoint, generation, models, outputs, packing
+from macko_llm.cli.main import app
 from macko_llm.errors import CheckpointError, NonFiniteError, UsageError
 from macko_llm.linear import ARRAY_NAMES, MackoLinear
 from macko_llm.packing import PackedWriter, Rounding, inspect_checkpoint, pack_checkpoint, unpack_checkpoint
@@ -471,6 +473,42 @@ def test_calls_that_make_no_sense(llama: Path, tmp_path: Path) -> None:
             call()
         assert_plain(str(caught.value))
     assert _names(tmp_path) == ["gptq"]
+
+
+def test_devices_that_do_not_pack(llama: Path, tmp_path: Path) -> None:
+    for device in ("meta", "nonsense", "cuda:99"):
+        with pytest.raises(UsageError, match=device) as caught:
+            pack_checkpoint(llama / "pruned", tmp_path / "out", device=device)
+        assert_plain(str(caught.value))
+        result = CliRunner().invoke(
+            app, ["pack", str(llama / "pruned"), "-o", str(tmp_path / "out"), "--device", device]
+        )
+        assert result.exit_code != 0
+        assert device in result.output
+    assert _names(tmp_path) == []
+
+
+def test_the_command_packs_where_it_is_told(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    devices: list[torch.device] = []
+
+    def resolve(device: str) -> torch.device:
+        devices.append(torch.device("cpu") if device == "auto" else torch.device(device))
+        return devices[-1]
+
+    monkeypatch.setattr(models, "resolve_device", resolve)
+    for index, options in enumerate(([], ["--device", "cpu:0"])):
+        result = CliRunner().invoke(app, ["pack", str(llama / "pruned"), "-o", str(tmp_path / str(index)), *options])
+        assert result.exit_code == 0, result.output
+    assert devices == [torch.device("cpu"), torch.device("cpu:0")]
+    assert _folder_bytes(tmp_path / "0") == _folder_bytes(tmp_path / "1") == _folder_bytes(llama / "packed")
+
+
+def test_a_dtype_that_files_cannot_hold_is_named(llama: Path, tmp_path: Path) -> None:
+    model = copy_model(llama / "pruned", tmp_path / "model")
+    edit_weights(model, {"counts": torch.zeros(3, dtype=torch.uint32)})
+    with pytest.raises(CheckpointError, match="^counts is stored as U32, which cannot be written") as caught:
+        pack_checkpoint(model, tmp_path / "packed")
+    assert_plain(str(caught.value))
 
 
 def test_checkpoints_that_cannot_be_packed(llama: Path, tmp_path: Path) -> None:

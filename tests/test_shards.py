@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import assert_plain
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -135,6 +136,43 @@ def test_a_writer_that_was_cut_off_goes_on_to_the_same_bytes(
     for name, tensor in stored_values.items():
         assert tensor.dtype == values[name].dtype
         assert torch.equal(tensor, values[name])
+
+
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_a_disk_that_is_full_while_shards_are_put_in_order(name: str, tmp_path: Path) -> None:
+    """Whichever shard it is: a limit lets each be appended to, but not be written once more with its header."""
+    resource = pytest.importorskip("resource", reason="needs limits on the sizes of files")
+    sizes = {"a": 3 * 2**20, "b": 3 * 2**20, name: 5 * 2**20}
+    writer = ShardWriter(tmp_path, 5 * 2**20)
+    for key, size in sizes.items():
+        writer.add(key, torch.zeros(size, dtype=torch.uint8))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5 * 2**20, before[1]))
+    try:
+        with pytest.raises(CheckpointError, match="could not be written .* free some space on the disk") as caught:
+            writer.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert_plain(str(caught.value))
+
+
+def test_more_shards_than_are_put_in_order_at_once(tmp_path: Path) -> None:
+    """And tensors of more bytes than are copied at once."""
+    tensors = {f"t{number:02d}": torch.randint(0, 255, (2_500_000 + number,)).to(torch.uint8) for number in range(11)}
+    writer = ShardWriter(tmp_path, 6_000_000)
+    for name, tensor in tensors.items():
+        writer.add(name, tensor)
+    writer.close()
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert [sorted(load_file(file)) for file in files] == [
+        [f"t{number:02d}" for number in range(first, min(first + 2, 11))] for first in range(0, 11, 2)
+    ]
+    for file in files:
+        stored = load_file(file)
+        assert all(torch.equal(tensor, tensors[name]) for name, tensor in stored.items())
+        save_file(stored, tmp_path / "reference", metadata={"format": "pt"})
+        assert file.read_bytes() == (tmp_path / "reference").read_bytes()
+    assert not list(tmp_path.glob("*.part"))
 
 
 def test_a_dtype_that_cannot_be_written_is_named(tmp_path: Path) -> None:
