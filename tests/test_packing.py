@@ -506,7 +506,7 @@ def test_the_command_packs_where_it_is_told(llama: Path, tmp_path: Path, monkeyp
 def test_a_dtype_that_files_cannot_hold_is_named(llama: Path, tmp_path: Path) -> None:
     model = copy_model(llama / "pruned", tmp_path / "model")
     edit_weights(model, {"counts": torch.zeros(3, dtype=torch.uint32)})
-    with pytest.raises(CheckpointError, match="^counts is stored as U32, which cannot be written") as caught:
+    with pytest.raises(CheckpointError, match=r"^counts is stored as U32, which cannot be written") as caught:
         pack_checkpoint(model, tmp_path / "packed")
     assert_plain(str(caught.value))
 

@@ -149,7 +149,7 @@ def test_a_disk_that_is_full_while_shards_are_put_in_order(name: str, tmp_path: 
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (5 * 2**20, before[1]))
     try:
-        with pytest.raises(CheckpointError, match="could not be written .* free some space on the disk") as caught:
+        with pytest.raises(CheckpointError, match=r"could not be written .* free some space on the disk") as caught:
             writer.close()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
