@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
@@ -396,7 +396,7 @@ def _tensors(infos: dict[str, TensorInfo]) -> Iterator[tuple[str, Tensor]]:
                 yield name, reader.get_tensor(name)
 
 
-def _read_ahead(infos: dict[str, TensorInfo], device: torch.device) -> Iterator[tuple[str, Tensor]]:
+def _read_ahead(infos: dict[str, TensorInfo], device: torch.device) -> Generator[tuple[str, Tensor], None, None]:
     """All tensors, on a device; while one is worked on, the next is read, and there are never more than these two."""
     reading: deque[tuple[str, Tensor, list[Future[None]]]] = deque()
     with TensorReader(device) as reader:
