@@ -8,7 +8,7 @@ from torch import Tensor
 from macko_llm.errors import CalibrationError
 from macko_llm.pruning.methods.base import Amount, rounded
 from macko_llm.pruning.methods.gram import InputGram
-from macko_llm.pruning.scores import lowest
+from macko_llm.pruning.scores import lowest, removed_per_row
 
 _BLOCK = 128  # columns whose weights are chosen together, and whose errors the columns after them make up for at once
 _DAMPING = 0.01  # of the mean of the Hessian's diagonal
@@ -18,7 +18,8 @@ _ATTEMPTS = 4  # to factorise it, each with ten times the damping
 class SparseGPT(InputGram):
     """Goes through the columns; the error of each that loses weights is spread over those to its right.
 
-    Unstructured, exactly `int(rows * 128 * sparsity)` of every 128 columns go, wherever they lie, so that rows differ.
+    Unstructured, as many weights go as if every row lost `removed_per_row`: every 128 columns lose their share of them,
+    wherever in these columns they lie, so that rows differ.
     Holds the weight in fp32, and a few [cols, cols] matrices.
     """
 
@@ -33,12 +34,14 @@ class SparseGPT(InputGram):
         factor, dead = self._factor(name)
         values = weight.to(torch.float32, copy=True)
         gone = torch.zeros_like(values, dtype=torch.bool)
-        cols = weight.shape[1]
+        rows, cols = weight.shape
+        total = rows * removed_per_row(cols, amount.sparsity, amount.group)
         m = 1 if amount.group is None else amount.group[1]
         size = m * max(1, _BLOCK // m)
         for start in range(0, cols, size):
             here = slice(start, min(start + size, cols))
-            errors = _prune_columns(values[:, here], gone[:, here], factor[here, here], dead[here], amount)
+            count = total * here.stop // cols - total * start // cols
+            errors = _prune_columns(values[:, here], gone[:, here], factor[here, here], dead[here], count, amount.group)
             values[:, here.stop :].addmm_(errors, factor[here, here.stop :], alpha=-1)
         return rounded(name, values, gone, weight.dtype)
 
@@ -71,7 +74,9 @@ def _inverse_factor(name: str, hessian: Tensor, damping: Tensor) -> Tensor:
     )
 
 
-def _prune_columns(values: Tensor, gone: Tensor, factor: Tensor, dead: Tensor, amount: Amount) -> Tensor:
+def _prune_columns(
+    values: Tensor, gone: Tensor, factor: Tensor, dead: Tensor, count: int, group: tuple[int, int] | None
+) -> Tensor:
     """Prune and settle some columns in place, and mark what went.
 
     Args:
@@ -79,22 +84,22 @@ def _prune_columns(values: Tensor, gone: Tensor, factor: Tensor, dead: Tensor, a
         gone: bool [rows, some], all false.
         factor: their part of `_inverse_factor`.
         dead: bool [some]; such columns go first, and nothing has to make up for them.
-        amount: how much goes.
+        count: how many weights go; not used with a group.
+        group: (n, m), n of every m columns of each row go.
 
     Returns:
         fp32 [rows, some], the errors that the columns after these have to make up for.
     """
     scale = factor.diagonal()
-    m = 0 if amount.group is None else amount.group[1]
-    if amount.group is None:
+    if group is None:
         scores = (values / scale).square().masked_fill(dead, 0.0)
-        gone.copy_(lowest(scores.reshape(1, -1), int(scores.numel() * amount.sparsity)).reshape(scores.shape))
+        gone.copy_(lowest(scores.reshape(1, -1), count).reshape(scores.shape))
     errors = torch.zeros_like(values)
     for column in range(values.shape[1]):
-        if amount.group is not None and column % m == 0:  # as late as possible: what came before changed these weights
-            group = slice(column, column + m)
-            scores = (values[:, group] / scale[group]).square().masked_fill(dead[group], 0.0)
-            gone[:, group] = lowest(scores, amount.group[0])
+        if group is not None and column % group[1] == 0:  # as late as possible: what came before changed these weights
+            here = slice(column, column + group[1])
+            scores = (values[:, here] / scale[here]).square().masked_fill(dead[here], 0.0)
+            gone[:, here] = lowest(scores, group[0])
         errors[:, column] = (values[:, column] / scale[column]).masked_fill(~gone[:, column], 0.0)
         values[:, column:].addr_(errors[:, column], factor[column, column:], alpha=-1)
     return errors
