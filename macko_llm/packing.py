@@ -22,6 +22,7 @@ from macko_llm.format import MackoMatrix, all_finite, check_shape
 from macko_llm.layouts import canonical
 from macko_llm.packed_checkpoint import ARRAY_NAMES, PackedConfig, array_keys, read_matrix
 from macko_llm.progress import Progress, no_progress
+from macko_llm.recipe import title
 from macko_llm.shards import ShardWriter
 from macko_llm.streaming import TensorReader, wait
 from macko_llm.version import __version__
@@ -498,8 +499,7 @@ def _write_packed_surroundings(
 
 
 def _model_card(provenance: dict[str, Any], report: PackReport) -> str:
-    recipe = provenance.get("prune", {})
-    method = recipe.get("method", "an unknown method")
+    pruned_by = title(provenance.get("prune", {}))
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -507,7 +507,7 @@ tags: [macko, pruned, sparse]
 ---
 # A pruned model in the MACKO sparse format
 
-{report.sparsity:.0%} of the weights of its decoder blocks are zero (pruned by {method}); the rest take
+{report.sparsity:.0%} of the weights of its decoder blocks are zero (pruned by {pruned_by}); the rest take
 {report.bytes_packed / 1e6:.1f} MB instead of {report.bytes_dense / 1e6:.1f} MB. `macko.json` says exactly how it was made.
 
 ```sh

@@ -1,4 +1,4 @@
-"""What a pruning run is made of: every setting with its default, in one place, and as a flat TOML file."""
+"""What a pruning run is made of: every setting with its default, in one place, and as a TOML file."""
 
 import json
 import re
@@ -51,6 +51,9 @@ class PruneRecipe:
         seqlen: tokens in each of them; None means 2048, or the model's longest context where that is shorter.
         seed: of the draw of the calibration sequences.
         dtype: "auto" (the checkpoint's), "float16", "bfloat16" or "float32"; the result is saved in it.
+        layers: patterns of layers, as in `targets`, each with the sparsity of the layers that it fits, which neither `sparsity`
+            nor `allocation` decides then; of several that fit the last counts, and 0 leaves a layer as it is. A mapping, or
+            pairs. Not with an n:m pattern.
 
     Raises:
         UsageError: a value that makes no sense.
@@ -71,6 +74,7 @@ class PruneRecipe:
     seqlen: int | None = None
     seed: int = 0
     dtype: str = "auto"
+    layers: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -88,8 +92,13 @@ class PruneRecipe:
             raise UsageError(f"seqlen is {self.seqlen}; a calibration sequence has at least 1 token.")
         if not self.calibration:
             raise UsageError("The calibration source is empty; use c4, wikitext2, a dataset or a path.")
-        for pattern in (*self.targets, *self.ignore):
+        for pattern in (*self.targets, *self.ignore, *dict(self.layers)):
             _check_layer_pattern(pattern)
+        for pattern, share in self.layers:
+            if not 0 <= share < 1:
+                raise UsageError(
+                    f"layers gives {pattern!r} the sparsity {share}, outside [0, 1); 0.5 removes half of the weights."
+                )
         for name in ("split", "text_column"):
             if getattr(self, name) == "":
                 raise UsageError(f"{name} is empty; name one, or leave it out for the usual one.")
@@ -99,6 +108,11 @@ class PruneRecipe:
                 raise UsageError(
                     f"The pattern {self.pattern} fixes the sparsity of every layer, which {self.allocation} would vary; "
                     f"use the allocation {UNIFORM}, or the pattern {UNSTRUCTURED}."
+                )
+            if self.layers:
+                raise UsageError(
+                    f"The pattern {self.pattern} fixes the sparsity of every layer, which layers would vary; "
+                    f"leave layers out, or use the pattern {UNSTRUCTURED}."
                 )
             if self.sparsity not in (fixed, PruneRecipe.sparsity):
                 raise _sparsity_conflict(self.pattern, fixed, self.sparsity)
@@ -114,9 +128,15 @@ class PruneRecipe:
         """Whether calibration text is read."""
         return self.method not in WITHOUT_CALIBRATION or self.update != NO_UPDATE or self.allocation != UNIFORM
 
+    @property
+    def title(self) -> str:
+        """What prunes, in few words: "wanda", "wanda + admm", "wanda + admm, owl"."""
+        return title(self.settings())
+
     def settings(self) -> dict[str, Any]:
         """The settings that say something, by name, as TOML and JSON have them."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values["layers"] = dict(self.layers) or None
         return {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in values.items()
@@ -129,8 +149,18 @@ def one_of(words: tuple[str, ...]) -> str:
     return " or ".join((", ".join(words[:-1]), words[-1])) if len(words) > 1 else words[0]
 
 
+def title(settings: Mapping[str, Any]) -> str:
+    """`PruneRecipe.title` of settings as `PruneRecipe.settings` and macko.json have them; without a method it is unknown."""
+    words = str(settings.get("method", "an unknown method"))
+    if settings.get("update", NO_UPDATE) != NO_UPDATE:
+        words += f" + {settings['update']}"
+    if settings.get("allocation", UNIFORM) != UNIFORM:
+        words += f", {settings['allocation']}"
+    return words
+
+
 def load_recipe(path: Path) -> dict[str, Any]:
-    """The settings in a flat TOML file, for `make_recipe`.
+    """The settings in a TOML file, flat but for the table `layers`, for `make_recipe`.
 
     Raises:
         UsageError: the file is missing, is not TOML, or names something that is not a setting.
@@ -163,7 +193,15 @@ def make_recipe(file_values: Mapping[str, Any], flags: Mapping[str, Any]) -> Pru
 
 def to_toml(recipe: PruneRecipe) -> str:
     """The recipe as the TOML that `load_recipe` reads back."""
-    return "".join(f"{name} = {_toml_value(value)}\n" for name, value in recipe.settings().items())
+    settings = recipe.settings()
+    table = settings.pop("layers", None)  # what comes after the head of a table belongs to it
+    lines = [f"{name} = {_toml_value(value)}\n" for name, value in settings.items()]
+    if table:
+        lines += [
+            "\n[layers]\n",
+            *(f"{_toml_value(pattern)} = {_toml_value(share)}\n" for pattern, share in table.items()),
+        ]
+    return "".join(lines)
 
 
 def _toml_value(value: str | float | bool | list[str]) -> str:
@@ -187,6 +225,8 @@ def _check_types(recipe: PruneRecipe) -> None:
         object.__setattr__(recipe, name, tuple(value))
         kinds[name] = (tuple,)
     kinds["chat_template"] = (bool,)
+    object.__setattr__(recipe, "layers", _checked_layers(recipe.layers))
+    kinds["layers"] = (tuple,)
     kinds["split"] = kinds["text_column"] = (str, type(None))
     for field in fields(recipe):
         value = getattr(recipe, field.name)
@@ -194,6 +234,22 @@ def _check_types(recipe: PruneRecipe) -> None:
         if isinstance(value, bool) != (allowed == (bool,)) or not isinstance(value, allowed):
             raise UsageError(f"{field.name} is {value!r}; it must be of type {allowed[0].__name__}.")
     object.__setattr__(recipe, "sparsity", float(recipe.sparsity))
+
+
+def _checked_layers(value: Any) -> tuple[tuple[str, float], ...]:
+    """Pairs of any origin; a pattern that comes twice counts where it comes last."""
+    checked: dict[str, float] = {}
+    try:
+        for pattern, share in value.items() if isinstance(value, Mapping) else value:
+            if not isinstance(pattern, str) or isinstance(share, bool) or not isinstance(share, (float, int)):
+                raise ValueError
+            checked.pop(pattern, None)
+            checked[pattern] = float(share)
+    except (TypeError, ValueError) as error:
+        raise UsageError(
+            f'layers is {value!r}; it must be a table of layer names and their sparsities, such as {{"down_proj" = 0.4}}.'
+        ) from error
+    return tuple(checked.items())
 
 
 def _check_keys(values: Mapping[str, Any], where: str) -> None:

@@ -9,9 +9,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 
+from macko_llm.errors import UsageError
 from macko_llm.pruning import prune_model
-from macko_llm.pruning.allocation import block_sparsities, layer_sparsities, outlier_ratio
-from macko_llm.pruning.methods import METHODS, base
+from macko_llm.pruning.allocation import block_sparsities, layer_sparsities, outlier_ratio, overrides
+from macko_llm.pruning.methods import METHODS, Amount, base
 from macko_llm.recipe import PruneRecipe
 
 SHARES = st.floats(0, 1, exclude_max=True)
@@ -113,7 +114,6 @@ def test_owl_takes_less_from_the_block_with_outliers_and_as_much_in_all(method: 
     assert counts["uniform"][0] == counts["uniform"][1]
     assert counts["owl"][0] / size == pytest.approx(0.68, abs=0.01)
     assert counts["owl"][1] / size == pytest.approx(0.52, abs=0.01)
-    # Whole weights of every row, also where the method itself counts in blocks of 128 columns.
     budget = sum(rows * int(cols * 0.6) for rows, cols in shapes)
     assert sum(counts["owl"]) == pytest.approx(budget, abs=160)
 
@@ -137,3 +137,23 @@ def test_owl_spreads_over_the_chosen_layers_alone() -> None:
     assert set(report.layers.values()) == {0.5}  # one block has nothing to share with
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]) == (name.removesuffix(".weight") not in report.layers)
+
+
+NAMES = [f"model.layers.{block}.{part}_proj" for block in (0, 1) for part in ("mlp.up", "mlp.down", "self_attn.q")]
+
+
+def test_of_several_patterns_that_fit_a_layer_the_last_counts() -> None:
+    recipe = PruneRecipe(layers=(("*.down_proj", 0.4), ("layers.0.*", 0.0), ("layers.1.mlp.*", 0.7)))
+    assert overrides(NAMES, recipe) == {
+        "model.layers.0.mlp.up_proj": Amount(0.0),
+        "model.layers.0.mlp.down_proj": Amount(0.0),
+        "model.layers.0.self_attn.q_proj": Amount(0.0),
+        "model.layers.1.mlp.up_proj": Amount(0.7),
+        "model.layers.1.mlp.down_proj": Amount(0.7),
+    }
+    assert overrides(NAMES, PruneRecipe()) == {}
+
+
+def test_a_pattern_that_fits_no_layer_is_named() -> None:
+    with pytest.raises(UsageError, match=r"layers has 'o_proj', which fits no layer; write names such as"):
+        overrides(NAMES, PruneRecipe(layers=(("up_proj", 0.4), ("o_proj", 0.4))))

@@ -182,6 +182,14 @@ def test_sparsegpt_is_optimal_brain_surgery(rows: int, cols: int, amount: Amount
     torch.testing.assert_close(pruned.double(), expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("update", recipe.UPDATES)
+def test_a_sparsity_of_zero_leaves_a_weight_as_it_is(name: str, update: str) -> None:
+    weight = _weight(4, 16)
+    method = _observed(method_maker(name, update)(16, CPU), _inputs(16))
+    assert torch.equal(method.prune("layer", weight, Amount(0.0)), weight)
+
+
 def test_sparsegpt_takes_columns_that_no_input_reaches_first_and_no_more_than_asked() -> None:
     inputs, weight = _inputs(64), _weight(6, 64)
     inputs[..., 10:50] = 0

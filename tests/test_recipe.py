@@ -8,7 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from macko_llm.errors import UsageError
-from macko_llm.recipe import ALLOCATIONS, METHODS, UPDATES, PruneRecipe, load_recipe, make_recipe, to_toml
+from macko_llm.recipe import ALLOCATIONS, METHODS, UPDATES, PruneRecipe, load_recipe, make_recipe, title, to_toml
 
 
 def test_flags_override_the_file_and_the_file_overrides_defaults() -> None:
@@ -36,6 +36,18 @@ def test_a_flag_of_zero_is_not_a_missing_flag() -> None:
         (
             {"allocation": "owl", "pattern": "2:4"},
             "pattern 2:4 fixes the sparsity of every layer, which owl would vary",
+        ),
+        ({"layers": {"down_proj": 1.0}}, r"layers gives 'down_proj' the sparsity 1.0, outside \[0, 1\)"),
+        ({"layers": {"down_proj": float("nan")}}, r"outside \[0, 1\)"),
+        ({"layers": {"": 0.4}}, "name of a layer is empty"),
+        ({"layers": {"re:(": 0.4}}, "no regular expression"),
+        ({"layers": {"down_proj": "0.4"}}, "table of layer names and their sparsities"),
+        ({"layers": {"down_proj": True}}, "table of layer names and their sparsities"),
+        ({"layers": ["down_proj"]}, "table of layer names and their sparsities"),
+        ({"layers": 0.4}, "table of layer names and their sparsities"),
+        (
+            {"layers": {"down_proj": 0.4}, "pattern": "2:4"},
+            "pattern 2:4 fixes the sparsity of every layer, which layers",
         ),
         ({"pattern": "4:4"}, "2:4 or 4:8"),
         ({"pattern": "0:4"}, "2:4 or 4:8"),
@@ -78,6 +90,29 @@ def test_group_of_a_pattern() -> None:
     assert PruneRecipe(pattern="4:8").group == (4, 8)
 
 
+def test_layers_are_a_table_whose_order_stays(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text('sparsity = 0.6\n[layers]\n"*.down_proj" = 0.4\n"layers.0.*" = 0\n')
+    recipe = make_recipe(load_recipe(path), {"sparsity": 0.5})
+    assert recipe.layers == (("*.down_proj", 0.4), ("layers.0.*", 0.0))
+    assert recipe.settings()["layers"] == {"*.down_proj": 0.4, "layers.0.*": 0.0}
+    assert hash(recipe) == hash(PruneRecipe(layers=recipe.layers))
+    again = PruneRecipe(layers=(("a", 0.1), ("b", 0.2), ("a", 0.3)))
+    assert again.layers == (("b", 0.2), ("a", 0.3))
+
+
+def test_titles_name_what_departs_from_the_method_alone() -> None:
+    titles = [
+        PruneRecipe(method=method, update=update, allocation=allocation).title
+        for method in ("wanda", "magnitude")
+        for update in UPDATES
+        for allocation in ALLOCATIONS
+    ]
+    assert titles[:4] == ["wanda", "wanda, owl", "wanda + admm", "wanda + admm, owl"]
+    assert titles[4] == "magnitude"
+    assert title({}) == "an unknown method"
+
+
 def test_unknown_settings_are_named_with_the_known_ones(tmp_path: Path) -> None:
     path = tmp_path / "recipe.toml"
     path.write_text("sparsitty = 0.5\n")
@@ -112,6 +147,10 @@ _RECIPES = st.builds(
     calibration=st.text(st.characters(exclude_categories=["Cs"]), min_size=1),
     targets=st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(_is_no_regex)),
     ignore=st.lists(st.sampled_from(["lm_head", "re:.*down_proj", 'a"b'])),
+    layers=st.dictionaries(
+        st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(_is_no_regex),
+        st.floats(0, 1, exclude_max=True),
+    ),
     split=st.none() | st.text(st.characters(exclude_categories=["Cs"]), min_size=1),
     text_column=st.none() | st.text(st.characters(exclude_categories=["Cs"]), min_size=1),
     chat_template=st.booleans(),

@@ -4,6 +4,7 @@ from macko_llm.cli.console import megabytes, plain_errors, print_json, progress_
 from macko_llm.cli.options import JsonOption, PackedArgument, TrustOption
 from macko_llm.cli.reports import pack_report_json, print_layers
 from macko_llm.cli.surroundings import with_hub, with_threads
+from macko_llm.recipe import title
 
 
 @plain_errors
@@ -30,7 +31,7 @@ def inspect(packed: PackedArgument, trust_remote_code: TrustOption = False, as_j
         print_json({"model": packed, "valid": True, **pack_report_json(report), "provenance": provenance})
         return
     print_layers(report)
-    pruned_by = provenance.get("prune", {}).get("method", "unknown")
+    pruned_by = title(provenance.get("prune", {}))
     print(
         f"{len(report.layers) - len(report.kept_dense)} of {len(report.layers)} layers packed as {report.value_dtype}, "
         f"{report.sparsity:.1%} sparsity, pruned by: {pruned_by}; {megabytes(report.bytes_packed)} instead of "

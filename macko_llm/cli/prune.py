@@ -21,7 +21,7 @@ from macko_llm.cli.options import (
 )
 from macko_llm.cli.surroundings import with_hub, with_threads
 from macko_llm.defaults import CALIBRATION_SEQLEN
-from macko_llm.recipe import ALLOCATIONS, METHODS, UPDATES, PruneRecipe, load_recipe, make_recipe, one_of
+from macko_llm.recipe import ALLOCATIONS, METHODS, UNIFORM, UPDATES, PruneRecipe, load_recipe, make_recipe, one_of
 
 
 def _methods() -> list[str]:
@@ -170,6 +170,7 @@ def prune(
     refusals.check_device(device)
     refusals.check_prune(model, output, settings, overwrite=overwrite)
 
+    from macko_llm.pruning.allocation import overrides
     from macko_llm.pruning.pipeline import plan, prune_checkpoint  # takes seconds, which a wrong call need not wait for
 
     if dry_run:
@@ -177,8 +178,12 @@ def prune(
         if as_json:
             print_json({"output": str(output), "dry_run": True, **asdict(planned)})
         else:
-            rows = [[name, f"{rows} x {cols}"] for name, (rows, cols) in planned.layers.items()]
-            print_table("Would prune", ["layer", "shape"], rows)
+            usual = f"{settings.sparsity:.1%}" if settings.allocation == UNIFORM else settings.allocation
+            shares = {name: f"{amount.sparsity:.1%}" for name, amount in overrides(planned.layers, settings).items()}
+            rows = [
+                [name, f"{rows} x {cols}", shares.get(name, usual)] for name, (rows, cols) in planned.layers.items()
+            ]
+            print_table("Would prune", ["layer", "shape", "sparsity"], rows)
             print(f"{len(rows)} layers to {planned.sparsity:.1%} sparsity; nothing was written.")
         return
     with progress_bars() as progress:
@@ -195,6 +200,6 @@ def prune(
         print_json({"output": str(output), **asdict(report)})
     else:
         print(
-            f"Pruned {len(report.layers)} layers to {report.sparsity:.1%} sparsity with {report.method} "
+            f"Pruned {len(report.layers)} layers to {report.sparsity:.1%} sparsity with {settings.title} "
             f"in {report.seconds:.1f} s: {output}"
         )

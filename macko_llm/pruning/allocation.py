@@ -1,12 +1,14 @@
-"""How a model's sparsity is spread over its blocks: OWL (Yin et al., 2024, arXiv 2310.05175)."""
+"""How a model's sparsity is spread over its layers: by OWL (Yin et al., 2024, arXiv 2310.05175), or as a recipe says."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 
-from macko_llm.pruning.methods.base import WEIGHTS_AT_ONCE
+from macko_llm.pruning.methods.base import WEIGHTS_AT_ONCE, Amount
 from macko_llm.pruning.scores import removed_per_row, wanda_scores
+from macko_llm.pruning.selection import fits, fitting
+from macko_llm.recipe import PruneRecipe
 
 _OUTLIER = 5.0  # M: how many times the mean score of its block makes a weight an outlier
 _SPREAD = 0.08  # lambda: half of what lies between the least and the most sparsity of a block
@@ -76,6 +78,21 @@ def layer_sparsities(
         counts[name] += step
         left -= step * shapes[name][0]
     return {name: _share(counts[name], shapes[name][1]) for name in shapes}
+
+
+def overrides(names: Iterable[str], recipe: PruneRecipe) -> dict[str, Amount]:
+    """What the recipe's `layers` say of some of these layers; the others are not in it.
+
+    Args:
+        names: of all layers that are pruned.
+        recipe: the settings.
+
+    Raises:
+        UsageError: a pattern that fits none of the layers.
+    """
+    known = list(names)
+    fitting([pattern for pattern, _ in recipe.layers], known, "layers")
+    return {name: Amount(share) for pattern, share in recipe.layers for name in known if fits(pattern, name)}
 
 
 def _share(count: int, cols: int) -> float:

@@ -23,9 +23,9 @@ def chosen_linears(model: PreTrainedModel, recipe: PruneRecipe) -> dict[str, nn.
     """
     linears = models.prunable_linears(model)
     everywhere = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    targeted = _fitting(recipe.targets, linears, "targets") if recipe.targets else set(linears)
+    targeted = fitting(recipe.targets, linears, "targets") if recipe.targets else set(linears)
     # An lm_head is never pruned, but to say so in a recipe is no mistake.
-    ignored = _fitting(recipe.ignore, everywhere, "ignore")
+    ignored = fitting(recipe.ignore, everywhere, "ignore")
     kept = {id(linear.weight) for name, linear in linears.items() if name in ignored or name not in targeted}
     distinct: dict[int, tuple[str, nn.Linear]] = {}
     for name, linear in linears.items():
@@ -49,7 +49,12 @@ def fits(pattern: str, name: str) -> bool:
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
 
 
-def _fitting(patterns: Sequence[str], names: Iterable[str], setting: str) -> set[str]:
+def fitting(patterns: Sequence[str], names: Iterable[str], setting: str) -> set[str]:
+    """The names that any of the patterns fits.
+
+    Raises:
+        UsageError: a pattern that fits none; `setting` is where it stands.
+    """
     known = list(names)
     found: set[str] = set()
     for pattern in patterns:

@@ -31,11 +31,13 @@ class SparseGPT(InputGram):
 
     def prune(self, name: str, weight: Tensor, amount: Amount) -> Tensor:
         """See `Method`."""
+        rows, cols = weight.shape
+        total = rows * removed_per_row(cols, amount.sparsity, amount.group)
+        if total == 0:
+            return weight
         factor, dead = self._factor(name)
         values = weight.to(torch.float32, copy=True)
         gone = torch.zeros_like(values, dtype=torch.bool)
-        rows, cols = weight.shape
-        total = rows * removed_per_row(cols, amount.sparsity, amount.group)
         m = 1 if amount.group is None else amount.group[1]
         size = m * max(1, _BLOCK // m)
         for start in range(0, cols, size):
