@@ -138,6 +138,15 @@ def test_pack_and_unpack(tmp_path: Path) -> None:
     assert macko("unpack", packed, "-o", dense, "--overwrite").stdout.startswith("Unpacked ")
 
 
+def test_closing_lines_and_cards_name_update_and_allocation(tmp_path: Path) -> None:
+    pruned, packed = tmp_path / "pruned", tmp_path / "packed"
+    said = macko("prune", "dense", "-o", pruned, *calibrated("--update", "admm", "--allocation", "owl")).stdout
+    assert re.fullmatch(r"Pruned 14 layers to 50\.\d% sparsity with wanda \+ admm, owl in .* s: .*pruned\n", said)
+    macko("pack", pruned, "-o", packed)
+    assert "(pruned by wanda + admm, owl)" in (packed / "README.md").read_text()
+    assert "pruned by: wanda + admm, owl;" in macko("inspect", packed).stdout
+
+
 def test_pack_says_what_stays_dense(tmp_path: Path) -> None:
     content = macko_json("pack", "dense", "-o", tmp_path / "packed")
     assert content["kept_dense"] == list(content["layers"])
@@ -361,6 +370,17 @@ def test_recipes_that_cannot_be_used(tmp_path: Path) -> None:
         file.write_text(content)
         assert words in macko("prune", "dense", "-o", "unused", "--recipe", file, exit_code=2).stderr
     assert "cannot be read" in macko("prune", "dense", "-o", "x", "--recipe", tmp_path, exit_code=2).stderr
+
+
+def test_a_dry_run_shows_the_sparsity_of_each_layer(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('sparsity = 0.6\n[layers]\n"*.mlp.*" = 0.4\ndown_proj = 0\n')
+    table = macko("prune", "dense", "-o", "unused", "--dry-run", "--recipe", recipe).stdout
+    for layer, share in (("self_attn.q_proj", "60.0%"), ("mlp.up_proj", "40.0%"), ("mlp.down_proj", "0.0%")):
+        assert re.search(rf"layers\.0\.{layer} .* {re.escape(share)}", table)
+    spread = macko("prune", "dense", "-o", "unused", "--dry-run", "--recipe", recipe, "--allocation", "owl").stdout
+    assert re.search(r"layers\.0\.self_attn\.q_proj .* owl", spread)
+    assert re.search(r"layers\.0\.mlp\.up_proj .* 40\.0%", spread)
 
 
 def test_dry_runs_write_nothing(folder: Path) -> None:
