@@ -35,7 +35,8 @@ class PruneRecipe:
     Attributes:
         method: "wanda" (Sun et al., 2024, arXiv 2306.11695), "magnitude", "ria" (Zhang et al., ICLR 2024) or "sparsegpt"
             (Frantar and Alistarh, 2023, arXiv 2301.00774).
-        sparsity: share of the weights of every output row that is removed, in [0, 1); of every 128 columns by SparseGPT.
+        sparsity: share of the weights of every output row that is removed, in [0, 1); by RIA of the whole matrix, by SparseGPT
+            of every 128 columns.
         pattern: "unstructured", or "n:m": the n lowest of every m consecutive columns go. n:m fixes the sparsity to n / m.
         update: "admm" (Boža, 2024, arXiv 2401.02938) gives the weights that the method keeps the values with which the outputs
             of their layer change least; "none" leaves them to the method.

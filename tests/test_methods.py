@@ -109,17 +109,19 @@ def test_ria_removes_what_its_formula_says(amount: Amount, at_once: int, monkeyp
     pruned = _observed(METHODS["ria"](24, CPU), inputs).prune("layer", weight, amount)
     norms = inputs.double().square().sum(dim=(0, 1)).div(3).sqrt().tolist()
     values = weight.double().abs().tolist()
-    column_sums = [sum(column) for column in zip(*values, strict=True)]
-    for row, kept in zip(values, pruned.tolist(), strict=True):
-        scores = [
-            (value / (column_sums[at] or 1) + value / (sum(row) or 1)) * norms[at] ** 0.5
-            for at, value in enumerate(row)
-        ]
-        n, m = amount.group or (int(24 * amount.sparsity), 24)
-        for start in range(0, 24, m):
-            order = sorted(range(start, start + m), key=lambda at: (scores[at], at))
-            for at in order:
-                assert kept[at] == (0.0 if at in order[:n] else weight[values.index(row), at].item())
+    row_sums, column_sums = [sum(row) for row in values], [sum(column) for column in zip(*values, strict=True)]
+    scores = {
+        (row, column): (value / (column_sums[column] or 1) + value / (row_sums[row] or 1)) * norms[column] ** 0.5
+        for row, line in enumerate(values)
+        for column, value in enumerate(line)
+    }
+    pools, count = [[*scores]], 9 * int(24 * amount.sparsity)  # of the whole matrix
+    if amount.group is not None:
+        count, m = amount.group
+        pools = [[(row, at) for at in range(start, start + m)] for row in range(9) for start in range(0, 24, m)]
+    gone = {place for pool in pools for place in sorted(pool, key=lambda place: (scores[place], place))[:count]}
+    for row, column in scores:
+        assert pruned[row, column] == (0.0 if (row, column) in gone else weight[row, column])
 
 
 # SparseGPT

@@ -65,7 +65,7 @@ def prune(
         ),
     ] = None,
     sparsity: Annotated[
-        float | None, typer.Option(help=_help("Share of each row to remove, in [0, 1).", "sparsity"))
+        float | None, typer.Option(help=_help("Share of the weights to remove, in [0, 1).", "sparsity"))
     ] = None,
     pattern: Annotated[str | None, typer.Option(help=_help("unstructured, 2:4 or 4:8.", "pattern"))] = None,
     targets: Annotated[

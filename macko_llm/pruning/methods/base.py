@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from macko_llm.errors import NonFiniteError
-from macko_llm.pruning.scores import removed_per_row, select
+from macko_llm.pruning.scores import lowest, removed_per_row, select
 
 # Scores are held for as many rows at once as have about this many weights (64 MiB of fp32).
 WEIGHTS_AT_ONCE = 1 << 24
@@ -86,6 +86,24 @@ def remove_lowest(weight: Tensor, amount: Amount, scores: Callable[[Tensor], Ten
         # Weights of -0.0 that stay become +0.0: packing stores no zero, so only then does unpacking give the same bits.
         pieces.append(rows.masked_fill(select(scores(rows), amount.sparsity, amount.group) | (rows == 0), 0.0))
     return torch.cat(pieces)
+
+
+def remove_lowest_overall(weight: Tensor, sparsity: float, scores: Callable[[Tensor], Tensor]) -> Tensor:
+    """The weight [rows, cols] without its lowest scores, whatever the row; ties go from the first rows.
+
+    As many go as if every row lost `removed_per_row`. Holds the scores of all weights at once.
+
+    Args:
+        weight: floating point.
+        sparsity: share of the weights, in [0, 1).
+        scores: some rows of the weight -> their scores, fp32 without NaN.
+    """
+    rows, cols = weight.shape
+    count = rows * removed_per_row(cols, sparsity, None)
+    if count == 0:
+        return weight
+    every = torch.cat([scores(piece) for piece in weight.split(max(1, WEIGHTS_AT_ONCE // cols))])
+    return weight.masked_fill(lowest(every.reshape(1, -1), count).reshape(weight.shape) | (weight == 0), 0.0)
 
 
 def rounded(name: str, values: Tensor, gone: Tensor, dtype: torch.dtype) -> Tensor:
