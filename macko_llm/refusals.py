@@ -41,8 +41,8 @@ def check_pack(source: Path, target: Path | None, *, dtype: str | None, max_shar
     shard_bytes = checkpoint.parse_size(max_shard_size)
     if target is not None:
         outputs.check_output(target, overwrite=overwrite, source=source)
-    if dtype is not None and dtype not in VALUE_DTYPE_NAMES:
-        raise UsageError(f"The dtype {dtype} cannot be packed; use {' or '.join(VALUE_DTYPE_NAMES)}.")
+    if dtype is not None:
+        check_value_dtype(dtype)
     return shard_bytes
 
 
@@ -120,6 +120,12 @@ def check_subject(
     if sparsities and not random_weights and checkpoint.is_packed(folder):
         raise UsageError(f"{folder} is packed and keeps its sparsity; drop --sparsity, or give the dense model.")
     return folder
+
+
+def check_value_dtype(dtype: str) -> None:
+    """Raise UsageError unless values are packed in this dtype, or it is "auto"."""
+    if dtype not in ("auto", *VALUE_DTYPE_NAMES):
+        raise UsageError(f"The dtype {dtype} cannot be packed; use {' or '.join(VALUE_DTYPE_NAMES)}.")
 
 
 def check_place(place: str) -> None:

@@ -1,6 +1,7 @@
 """Sparsities of blocks, against the definitions of OWL written out, and their budget."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -157,3 +158,24 @@ def test_of_several_patterns_that_fit_a_layer_the_last_counts() -> None:
 def test_a_pattern_that_fits_no_layer_is_named() -> None:
     with pytest.raises(UsageError, match=r"layers has 'o_proj', which fits no layer; write names such as"):
         overrides(NAMES, PruneRecipe(layers=(("up_proj", 0.4), ("o_proj", 0.4))))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("settings", [{"sparsity": 0.6}, {"sparsity": 0.0}, {"sparsity": 0.6, "allocation": "owl"}])
+def test_layers_lose_what_the_recipe_says_of_them(method: str, settings: dict[str, Any]) -> None:
+    model = _uneven()
+    before = model.model.layers[0].self_attn.q_proj.weight.clone()
+    recipe = PruneRecipe(method=method, layers={"*.down_proj": 0.25, "layers.0.self_attn.*": 0.0}, **settings)
+    report = prune_model(model, random_tokens(4, 20), recipe)
+    assert {share for name, share in report.layers.items() if name.endswith("down_proj")} == {0.25}
+    assert torch.equal(model.model.layers[0].self_attn.q_proj.weight, before)
+    if settings == {"sparsity": 0.6}:
+        assert report.layers["model.layers.1.mlp.up_proj"] == pytest.approx(0.6, abs=0.02)
+
+
+def test_a_model_is_not_touched_where_a_pattern_of_layers_fits_nothing() -> None:
+    model = _uneven()
+    before = model.model.layers[0].mlp.up_proj.weight.clone()
+    with pytest.raises(UsageError, match="layers has 'fc1', which fits no layer"):
+        prune_model(model, random_tokens(4, 20), PruneRecipe(layers={"fc1": 0.4}))
+    assert torch.equal(model.model.layers[0].mlp.up_proj.weight, before)

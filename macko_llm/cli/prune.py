@@ -2,11 +2,11 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from macko_llm.cli.console import plain_errors, print_json, print_table, progress_bars
+from macko_llm.cli.console import megabytes, plain_errors, print_json, print_table, progress_bars
 from macko_llm.cli.options import (
     SOURCES,
     TEXT_COLUMN_HELP,
@@ -19,9 +19,13 @@ from macko_llm.cli.options import (
     expanded_path,
     model_dtypes,
 )
+from macko_llm.cli.reports import pack_report_json
 from macko_llm.cli.surroundings import with_hub, with_threads
-from macko_llm.defaults import CALIBRATION_SEQLEN
+from macko_llm.defaults import CALIBRATION_SEQLEN, HIDDEN_STATE_PLACES, HIDDEN_STATES
 from macko_llm.recipe import ALLOCATIONS, METHODS, UNIFORM, UPDATES, PruneRecipe, load_recipe, make_recipe, one_of
+
+if TYPE_CHECKING:
+    from macko_llm.packing import PackReport
 
 
 def _methods() -> list[str]:
@@ -34,6 +38,10 @@ def _updates() -> list[str]:
 
 def _allocations() -> list[str]:
     return [*ALLOCATIONS]
+
+
+def _places() -> list[str]:
+    return [*HIDDEN_STATE_PLACES]
 
 
 def _help(text: str, setting: str) -> str:
@@ -111,6 +119,22 @@ def prune(
         ),
     ] = None,
     device: DeviceOption = "auto",
+    hidden_states: Annotated[
+        str,
+        typer.Option(
+            autocompletion=_places,
+            help="Where those of the calibration text are between blocks: auto, device, host or disk (a file beside the output).",
+        ),
+    ] = HIDDEN_STATES,
+    packed: Annotated[
+        bool, typer.Option("--pack", help="Write the packed checkpoint that macko pack would make of the result.")
+    ] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Go on with the job of this output that was cut off, after its last finished block."
+        ),
+    ] = False,
     recipe: Annotated[
         Path | None,
         typer.Option(metavar="FILE.toml", parser=expanded_path, help="Settings from a file; flags override it."),
@@ -138,6 +162,10 @@ def prune(
         macko prune ./model -o pruned --calibration HuggingFaceFW/fineweb-edu:sample-10BT
 
         macko prune ./chat-model -o pruned --chat-template --calibration HuggingFaceH4/ultrachat_200k --split train_sft
+
+        macko prune ./model -o packed --pack
+
+        macko prune ./model -o pruned --resume
 
         macko prune ./model -o pruned --recipe configs/llama2-7b-wanda-50.toml
     """
@@ -168,9 +196,15 @@ def prune(
             settings.calibration, settings.split, settings.text_column, chat_template=settings.chat_template
         )
     refusals.check_device(device)
+    refusals.check_place(hidden_states)
     refusals.check_prune(model, output, settings, overwrite=overwrite)
 
     from macko_llm.pruning.allocation import overrides
+
+    if packed:
+        refusals.check_value_dtype(settings.dtype)
+
+    from macko_llm.pruned_packing import prune_packed
     from macko_llm.pruning.pipeline import plan, prune_checkpoint  # takes seconds, which a wrong call need not wait for
 
     if dry_run:
@@ -186,20 +220,25 @@ def prune(
             print_table("Would prune", ["layer", "shape", "sparsity"], rows)
             print(f"{len(rows)} layers to {planned.sparsity:.1%} sparsity; nothing was written.")
         return
+    stored: PackReport | None = None
     with progress_bars() as progress:
-        report = prune_checkpoint(
-            model,
-            output,
-            settings,
-            device=device,
-            trust_remote_code=trust_remote_code,
-            overwrite=overwrite,
-            progress=progress,
-        )
+        options: dict[str, Any] = {
+            "device": device,
+            "hidden_states": hidden_states,
+            "resume": resume,
+            "trust_remote_code": trust_remote_code,
+            "overwrite": overwrite,
+            "progress": progress,
+        }
+        if packed:
+            report, stored = prune_packed(model, output, settings, **options)
+        else:
+            report = prune_checkpoint(model, output, settings, **options)
     if as_json:
-        print_json({"output": str(output), **asdict(report)})
-    else:
-        print(
-            f"Pruned {len(report.layers)} layers to {report.sparsity:.1%} sparsity with {settings.title} "
-            f"in {report.seconds:.1f} s: {output}"
-        )
+        sizes = {} if stored is None else {"pack": pack_report_json(stored)}
+        print_json({"output": str(output), **asdict(report), **sizes})
+        return
+    done = f"Pruned {len(report.layers)} layers to {report.sparsity:.1%} sparsity with {settings.title}"
+    if stored is not None:
+        done += f", packed {megabytes(stored.bytes_dense)} into {megabytes(stored.bytes_packed)},"
+    print(f"{done} in {report.seconds:.1f} s: {output}")

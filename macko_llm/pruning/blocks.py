@@ -1,15 +1,15 @@
 """Pruning the blocks of a model one after another, wherever its weights are."""
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from macko_llm.progress import Progress
-from macko_llm.pruning.allocation import block_sparsities, layer_sparsities, outlier_ratio
+from macko_llm.pruning.allocation import block_sparsities, layer_sparsities, outlier_ratio, overrides
 from macko_llm.pruning.methods import Amount, Method, method_maker
+from macko_llm.pruning.methods.magnitude import Magnitude
 from macko_llm.pruning.methods.norms import InputNorms
 from macko_llm.pruning.observing import observed_blocks
 from macko_llm.pruning.weights import Weights
@@ -28,8 +28,9 @@ def layer_amounts(
 
     Args and errors are those of `prune_blocks`.
     """
+    own = overrides(layers, recipe)
     if recipe.allocation == UNIFORM or recipe.sparsity == 0:
-        return dict.fromkeys(layers, Amount(recipe.sparsity, recipe.group))
+        return {**dict.fromkeys(layers, Amount(recipe.sparsity, recipe.group)), **own}
     names, ratios, sizes = [], [], []
     for _, norms in observed_blocks(model, layers, tokens, InputNorms, progress, "measuring blocks", weights):
         if norms:
@@ -43,7 +44,7 @@ def layer_amounts(
         for name in block
     }
     shares = layer_sparsities(shapes_of(layers), wanted, recipe.sparsity)
-    return {name: Amount(share) for name, share in shares.items()}
+    return {**{name: Amount(share) for name, share in shares.items()}, **own}
 
 
 def prune_blocks(
@@ -78,14 +79,17 @@ def prune_blocks(
         NonFiniteError: NaN or infinity in weights or activations.
     """
     new: Callable[[int, torch.device], Method] = method_maker(recipe.method, recipe.update)
-    if recipe.sparsity == 0:
-        tokens, new = None, _Untouched
+    if all(amount.sparsity == 0 for amount in amounts.values()):
+        tokens, new = None, _Nothing
     blocks = observed_blocks(model, layers, tokens, new, progress, "pruning blocks", weights, finished=finished)
     for block, methods in blocks:
         zeros = {}
         for name in [*methods]:
             weight = layers[name].weight.data
-            weight.copy_(methods.pop(name).prune(name, weight, amounts[name]))  # frees what has pruned its last weight
+            method = methods.pop(name)
+            if amounts[name].sparsity > 0:
+                weight.copy_(method.prune(name, weight, amounts[name]))
+            del method  # frees what has pruned its last weight
             zeros[name] = weight.numel() - int(torch.count_nonzero(weight))
         yield block, zeros
 
@@ -95,14 +99,5 @@ def shapes_of(layers: Mapping[str, nn.Linear]) -> dict[str, tuple[int, int]]:
     return {name: (linear.weight.shape[0], linear.weight.shape[1]) for name, linear in layers.items()}
 
 
-class _Untouched:
-    """The method that removes nothing."""
-
-    needs_calibration: ClassVar[bool] = False
-
-    def __init__(self, cols: int, device: torch.device) -> None: ...
-
-    def observe(self, inputs: Tensor, sequences: int) -> None: ...
-
-    def prune(self, name: str, weight: Tensor, amount: Amount) -> Tensor:  # noqa: ARG002
-        return weight
+class _Nothing(Magnitude):
+    """Stands in for a method where nothing is to be pruned."""

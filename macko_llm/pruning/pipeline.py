@@ -11,7 +11,7 @@ from typing import cast
 import torch
 import transformers
 from torch import nn
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from macko_llm import checkpoint, models, outputs, refusals
 from macko_llm.calibration import (
@@ -26,8 +26,10 @@ from macko_llm.calibration import (
 from macko_llm.defaults import CALIBRATION_SEQLEN, HIDDEN_STATES, MAX_SHARD_SIZE
 from macko_llm.errors import CalibrationError, CheckpointError, MackoWarning, NonFiniteError, UsageError
 from macko_llm.progress import Progress, no_progress
+from macko_llm.pruning.allocation import overrides
 from macko_llm.pruning.blocks import layer_amounts, prune_blocks, shapes_of
 from macko_llm.pruning.journal import JOURNAL_FILE, Job, fingerprint
+from macko_llm.pruning.methods import Amount
 from macko_llm.pruning.report import PruneReport, make_report
 from macko_llm.pruning.scores import removed_per_row
 from macko_llm.pruning.selection import chosen_linears
@@ -72,7 +74,11 @@ def plan(
     """
     _, skeleton, recipe = _prepare(model, Path(target), recipe, trust_remote_code, overwrite)
     layers = shapes_of(chosen_linears(skeleton, recipe))
-    removed = sum(rows * removed_per_row(cols, recipe.sparsity, recipe.group) for rows, cols in layers.values())
+    amounts = dict.fromkeys(layers, Amount(recipe.sparsity, recipe.group)) | overrides(layers, recipe)
+    removed = sum(
+        rows * removed_per_row(cols, amounts[name].sparsity, amounts[name].group)
+        for name, (rows, cols) in layers.items()
+    )
     return PrunePlan(recipe, layers, removed / sum(rows * cols for rows, cols in layers.values()))
 
 
@@ -157,7 +163,7 @@ def prune_checkpoint(
                 )
                 report = prune_model(loaded, tokens, recipe, progress, hidden_states=hidden_states)
                 progress("saving", 0, 1)
-                _save(loaded, folder, partial)
+                models.save_model(loaded, folder, partial, MAX_SHARD_SIZE)
                 checkpoint.write_provenance(partial, {"prune": _provenance(model, recipe, report)})
             progress("saving", 1, 1)
         except torch.OutOfMemoryError as error:
@@ -244,6 +250,7 @@ def prune_model(
     started = time.perf_counter()
     layers = chosen_linears(model, recipe)
     _check_group(shapes_of(layers), recipe)
+    overrides(layers, recipe)  # refuses patterns that fit nothing
     for name, linear in layers.items():
         if not linear.weight.isfinite().all():
             raise NonFiniteError(f"The weights of {name} hold NaN or infinity; use an undamaged checkpoint.")
@@ -275,7 +282,9 @@ def _prepare(
         check_source(recipe.calibration, recipe.split, recipe.text_column)
     folder = refusals.check_prune(model, target, recipe, overwrite=overwrite)
     skeleton = models.skeleton(folder, trust_remote_code=trust_remote_code)
-    _check_group(shapes_of(chosen_linears(skeleton, recipe)), recipe)
+    layers = chosen_linears(skeleton, recipe)
+    _check_group(shapes_of(layers), recipe)
+    overrides(layers, recipe)  # refuses patterns that fit nothing
     if recipe.needs_calibration:
         recipe = _fill_gaps(recipe, skeleton.config)
     return folder, skeleton, recipe
@@ -340,21 +349,15 @@ def _check_tokens(model: PreTrainedModel, tokens: torch.Tensor) -> None:
         )
 
 
-def _save(model: PreTrainedModel, source: Path, folder: Path) -> None:
-    if (source / "generation_config.json").is_file():
-        # The model's own file is copied as it is; transformers refuses to write some that are published (Llama 2's).
-        model.generation_config = GenerationConfig()
-    model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
-    checkpoint.copy_side_files(source, folder)
-
-
 def _provenance(model: str | Path, recipe: PruneRecipe, report: PruneReport) -> dict[str, object]:
     settings = recipe.settings()
     if report.calibration_sha256 is None:  # calibration settings that were not used would only mislead
-        used = ("method", "sparsity", "pattern", "targets", "ignore", "dtype")
+        used = ("method", "sparsity", "pattern", "targets", "ignore", "dtype", "layers")
         settings = {name: value for name, value in settings.items() if name in used}
+    own = settings.pop("layers", None)  # "layers" says what became of each
     return {
         **settings,
+        **({"layer_sparsities": own} if own else {}),
         "model": Path(model).resolve().name if Path(model).is_dir() else str(model),
         "calibration_sha256": report.calibration_sha256,
         "measured_sparsity": report.sparsity,

@@ -38,14 +38,14 @@ class Sink(Protocol):
         """
 
 
-SinkMaker = Callable[[Path, Mapping[str, Any] | None], Sink]
-"""(folder to write to, state of a sink that was cut off there) -> a sink."""
+SinkMaker = Callable[[Path, Mapping[str, Any]], Sink]
+"""(folder to write to, state of a sink that was cut off there, which may be empty) -> a sink."""
 
 
 class DenseSink:
     """Writes what `save_pretrained` of transformers writes."""
 
-    def __init__(self, folder: Path, state: Mapping[str, Any] | None) -> None:
+    def __init__(self, folder: Path, state: Mapping[str, Any]) -> None:
         self._folder = folder
         self._writer = ShardWriter(folder, checkpoint.parse_size(MAX_SHARD_SIZE), state)
 
