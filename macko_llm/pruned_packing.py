@@ -41,7 +41,12 @@ def prune_packed(
         model: a folder or a hub id.
         target: the new folder.
         recipe: the settings; its dtype is that of the packed values, "auto" the one that packing the checkpoint would give.
-        device, hidden_states, resume, trust_remote_code, overwrite, progress: as for `prune_checkpoint`.
+        device: as for `prune_checkpoint`, and the others too.
+        hidden_states: where those of the calibration text are.
+        resume: go on with a job that was cut off.
+        trust_remote_code: run Python code that lies in the model's folder.
+        overwrite: replace `target` when it holds a model.
+        progress: called with (what, done, total).
 
     Raises:
         UsageError: as `prune_checkpoint`, or values of more than 16 bits.

@@ -123,7 +123,7 @@ def prune(
         str,
         typer.Option(
             autocompletion=_places,
-            help="Where those of the calibration text are between blocks: auto, device, host or disk (a file beside the output).",
+            help="Where those of the calibration text are between blocks: auto, device, host or disk (beside the output).",
         ),
     ] = HIDDEN_STATES,
     packed: Annotated[
