@@ -18,6 +18,7 @@ from macko_llm.packed_checkpoint import array_keys
 from macko_llm.packing import PackedWriter, PackReport, own_value_dtype
 from macko_llm.progress import Progress, no_progress
 from macko_llm.pruning import PruneReport, prune_checkpoint
+from macko_llm.pruning.sinks import write_generation_config
 from macko_llm.recipe import PruneRecipe
 from macko_llm.shards import ShardWriter
 from macko_llm.streaming import TensorReader, wait
@@ -119,6 +120,7 @@ class PackedSink:
 
     def finish(self, model: PreTrainedModel, source: Path, provenance: dict[str, Any]) -> None:
         """Complete the folder."""
+        write_generation_config(model, source, self._folder)
         self._packed.finish(source, self._folder, model, provenance)
 
     def report(self) -> PackReport:

@@ -2,6 +2,9 @@
 
 import torch
 
+_LONG = 1 << 17
+"""Scores in a row, from which on a GPU sorts all of them faster than it finds one, as few of its cores work on a row then."""
+
 
 def squared_norms(inputs: torch.Tensor) -> torch.Tensor:
     """Squared L2 norm of every input column over all tokens.
@@ -77,7 +80,10 @@ def lowest(scores: torch.Tensor, count: int) -> torch.Tensor:
     if count == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
     # The k-th smallest value as a threshold: the result of a stable sort, at a third of its time and memory.
-    threshold = scores.kthvalue(count, dim=-1, keepdim=True).values
+    if scores.is_cuda and scores.shape[-1] > _LONG:
+        threshold = scores.sort(dim=-1).values[..., count - 1 : count]
+    else:
+        threshold = scores.kthvalue(count, dim=-1, keepdim=True).values
     below = scores < threshold
     ties = scores == threshold
     room = count - below.sum(dim=-1, keepdim=True)

@@ -75,8 +75,15 @@ def write_surroundings(model: PreTrainedModel, source: Path, folder: Path) -> No
     """Write the configs of a dense model, and copy what else its folder has, such as the tokenizer."""
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
+    write_generation_config(model, source, folder)
+    checkpoint.copy_side_files(source, folder)
+
+
+def write_generation_config(model: PreTrainedModel, source: Path, folder: Path) -> None:
+    """Write the generation config of a model whose folder has none, as `save_pretrained` does.
+
+    One that is there is copied as it is: transformers refuses to write some that are published (Llama 2's).
+    """
     generation = model.generation_config
     if not (source / "generation_config.json").is_file() and generation is not None and model.can_generate():
         generation.save_pretrained(folder)
-    # The model's own file is copied as it is; transformers refuses to write some that are published (Llama 2's).
-    checkpoint.copy_side_files(source, folder)
