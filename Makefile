@@ -50,7 +50,7 @@ lock:
 clean:
 	rm -rf .venv build
 
-$(INSTALLED): pyproject.toml constraints.txt $(shell find csrc -type f) $(wildcard build_backend/*.py)
+$(INSTALLED): pyproject.toml constraints.txt $(shell find csrc -type f) $(wildcard build_backend/*.py build_backend/*.pth)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PINNED) $(BIN)/python -m pip install --editable '.[dev]'
 	rm -f .venv/.installed*
