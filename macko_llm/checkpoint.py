@@ -231,6 +231,11 @@ def tensor_infos(files: list[Path]) -> dict[str, TensorInfo]:
     return infos
 
 
+def natural_order(name: str) -> list[tuple[bool, int, str]]:
+    """A key to sort tensors by name, block 2 before block 10, as transformers puts them into shards."""
+    return [(not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split(".")]
+
+
 @contextmanager
 def open_tensors(file: Path) -> Iterator[Any]:
     """Safetensors' `safe_open`, memory-mapped, with a plain error for a damaged file."""

@@ -33,5 +33,15 @@ class NativeError(MackoError):
     """The native library is missing, of another version, or refused its arguments."""
 
 
+def add_note(error: BaseException, note: str) -> None:
+    """Say more of an error, as `BaseException.add_note` does in Python 3.11; the command line says it too."""
+    error.__notes__ = [*notes(error), note]  # type: ignore[attr-defined]
+
+
+def notes(error: BaseException) -> list[str]:
+    """What `add_note` said."""
+    return getattr(error, "__notes__", [])
+
+
 class MackoWarning(UserWarning):
     """Something works, but not as well as it should."""

@@ -89,6 +89,7 @@ def new_folder(
     *,
     overwrite: bool = False,
     fresh: bool = True,
+    journal: str | None = None,
     keep: Callable[[BaseException, Path], bool] = _never,
 ) -> Iterator[Path]:
     """A folder to write to, whose files are in `target` when the block ends without an error.
@@ -99,7 +100,8 @@ def new_folder(
     Args:
         target: the folder to write.
         overwrite: it may hold a model.
-        fresh: False leaves what an earlier job with the same target left behind.
+        fresh: False leaves what an earlier job with the same target left behind, if its journal is there.
+        journal: a file that a job keeps in its folder until it is done; it never comes into the target.
         keep: (what ends the job, its folder) -> whether the folder is left behind.
 
     Raises:
@@ -114,11 +116,13 @@ def new_folder(
         if (target / _REPLACED).is_dir():
             _recover(partial, target)
             check_output(target, overwrite=overwrite)
-        if fresh:
-            _empty(partial)
+        if fresh or journal is None or not (partial / journal).is_file():
+            empty(partial)
         yield partial
-        _list_files(partial)
+        _list_files(partial, journal)
         _open_to_readers(partial)
+        if journal is not None:  # not sooner: with it goes what the job could go on from
+            (partial / journal).unlink(missing_ok=True)
         if not inside:
             _rename(partial, target)
             return
@@ -239,7 +243,8 @@ def _busy(target: Path, partial: Path) -> UsageError:
     )
 
 
-def _empty(folder: Path) -> None:
+def empty(folder: Path) -> None:
+    """Remove all that is in a folder."""
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -247,10 +252,10 @@ def _empty(folder: Path) -> None:
             path.unlink()
 
 
-def _list_files(folder: Path) -> None:
+def _list_files(folder: Path, journal: str | None) -> None:
     """Name the folder's files in its macko.json, if it has one, so that all of it may be replaced one day."""
     if (folder / PROVENANCE_FILE).is_file():
-        names = sorted(path.name for path in folder.iterdir())
+        names = sorted(path.name for path in folder.iterdir() if path.name != journal)
         write_json(folder / PROVENANCE_FILE, {**read_provenance(folder), FILES: names})
 
 

@@ -216,7 +216,7 @@ def pack_checkpoint(
         raise UsageError(f"There is no packing on {device}; use --device cpu.")
     skeleton = models.skeleton(source, trust_remote_code=trust_remote_code)
     linears = _shapes(skeleton)
-    infos = _infos(source, skeleton)
+    infos = dict(sorted(_infos(source, skeleton).items(), key=lambda entry: checkpoint.natural_order(entry[0])))
     _check_dense(linears, infos)
     for key, info in infos.items():  # embeddings and norms are cast, too
         if info.dtype.startswith("F") and info.dtype not in _CAST_HEADERS:

@@ -49,6 +49,7 @@ class ShardWriter:
 
     Raises:
         CheckpointError: a file cannot be written, or a tensor has a dtype that no checkpoint here has.
+        KeyError, TypeError, ValueError: `written` is no such state, or lacks its files.
     """
 
     def __init__(self, folder: Path, max_shard_bytes: int, written: Mapping[str, Any] | None = None) -> None:
@@ -56,6 +57,7 @@ class ShardWriter:
         self._max_shard_bytes = max_shard_bytes
         self._tensors = {name: _stored(entry) for name, entry in (written or {}).items()}
         self._shard = max((stored.shard for stored in self._tensors.values()), default=1)
+        self._check_there()
         self._end = max((stored.end for stored in self._tensors.values() if stored.shard == self._shard), default=0)
         self._staging: torch.Tensor | None = None
 
@@ -93,8 +95,8 @@ class ShardWriter:
         stored = self._tensors[name]
         return TensorInfo(self._path(stored.shard), stored.dtype, stored.shape, stored.begin)
 
-    def close(self) -> None:
-        """Write the shards under their final names, and the index if there is more than one."""
+    def close(self, **metadata: Any) -> None:
+        """Write the shards under their final names, and the index, with more metadata, if there is more than one."""
         files = {
             number: WEIGHTS_FILE if self._shard == 1 else f"model-{number:05d}-of-{self._shard:05d}.safetensors"
             for number in range(1, self._shard + 1)
@@ -105,7 +107,7 @@ class ShardWriter:
                     pass  # raises what went wrong
             if len(files) > 1:
                 weight_map = {name: files[stored.shard] for name, stored in sorted(self._tensors.items())}
-                index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
+                index = {"metadata": {**metadata, "total_size": self.total_bytes}, "weight_map": weight_map}
                 write_json(self._folder / INDEX_FILE, index)
 
     def _on_host(self, data: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -117,6 +119,17 @@ class ShardWriter:
             self._staging = torch.empty(_STAGED_BYTES, dtype=torch.uint8, pin_memory=True)
         for part in data.split(_STAGED_BYTES):
             yield self._staging[: len(part)].copy_(part)
+
+    def _check_there(self) -> None:
+        """Raise ValueError unless what has been written is in the files."""
+        ends: dict[int, int] = {}
+        for stored in self._tensors.values():
+            ends[stored.shard] = max(ends.get(stored.shard, 0), stored.end)
+        closing = any(self._folder.glob("model*.safetensors"))
+        for number, end in ends.items():
+            path = self._path(number)
+            if path.stat().st_size < end if path.is_file() else not closing:
+                raise ValueError(f"{path} lacks what was written")
 
     def _put_in_order(self, number: int, file: str) -> None:
         if (self._folder / file).exists() and not self._path(number).exists():
@@ -156,7 +169,11 @@ def _copy(source: BufferedRandom, target: BinaryIO, count: int, buffer: memoryvi
 
 
 def _stored(entry: Mapping[str, Any]) -> StoredTensor:
-    return StoredTensor(**{**entry, "shape": tuple(entry["shape"])})
+    stored = StoredTensor(**{**entry, "shape": tuple(entry["shape"])})
+    numbers = (stored.shard, stored.begin, stored.end, *stored.shape)
+    if stored.dtype not in _DTYPE_ORDER or not all(type(number) is int for number in numbers):
+        raise TypeError("no entry of a tensor")
+    return stored
 
 
 @contextmanager

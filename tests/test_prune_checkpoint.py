@@ -252,11 +252,11 @@ def test_a_failed_job_leaves_nothing_behind(llama: Path, tmp_path: Path, text: s
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "text"]
 
 
-def test_an_interrupted_job_leaves_nothing_behind(llama: Path, tmp_path: Path, text: str) -> None:
+def test_an_interrupted_job_that_is_not_resumable_leaves_nothing_behind(llama: Path, tmp_path: Path, text: str) -> None:
     def interrupt(what: str, done: int, _total: int) -> None:
         if (what, done) == ("saving", 1):  # all files are written
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        prune_checkpoint(llama, tmp_path / "out", _recipe(text), device="cpu", progress=interrupt)
+        prune_checkpoint(llama, tmp_path / "out", _recipe(text), device="cpu", progress=interrupt, resumable=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["text"]

@@ -127,7 +127,7 @@ def measure_chain(
 
     def prune(name: str, how: PruneRecipe) -> Path:
         target = workdir / name
-        prune_checkpoint(model, target, how, device=device, overwrite=True, progress=progress)
+        prune_checkpoint(model, target, how, device=device, resumable=False, overwrite=True, progress=progress)
         return target
 
     names = [

@@ -17,7 +17,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import typer
 
-from macko_llm.errors import MackoError, MackoWarning, UsageError
+from macko_llm.errors import MackoError, MackoWarning, UsageError, notes
 from macko_llm.progress import Progress
 
 Arguments = ParamSpec("Arguments")
@@ -48,12 +48,14 @@ def plain_errors(command: Callable[Arguments, Result]) -> Callable[Arguments, Re
             raise
         except KeyboardInterrupt as interrupt:
             number = interrupt.args[0] if isinstance(interrupt, _SignalReceivedError) else signal.SIGINT
-            _say("Interrupted; nothing unfinished was left behind.", kwargs)
+            _say("; ".join(["Interrupted", *(notes(interrupt) or ["nothing unfinished was left behind."])]), kwargs)
             raise typer.Exit(SIGNAL_EXIT_CODE + number) from None
         except Exception as error:
             if os.environ.get(DEBUG_VARIABLE, "") not in ("", "0"):
                 raise
             _say(_sentence(error), kwargs)
+            for note in notes(error):
+                print_error(f"{note[0].upper()}{note[1:]}")
             raise typer.Exit(error.exit_code if isinstance(error, MackoError) else 1) from None
 
     return run

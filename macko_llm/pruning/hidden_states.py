@@ -13,7 +13,7 @@ from torch import Tensor
 from macko_llm.errors import CheckpointError
 
 _SHARE = 0.5  # of the memory that is free, which the buffer takes at most where nobody has said where it shall be
-_FILE = "hidden-states.part"
+STATES_FILE = "hidden-states.part"
 
 
 class HiddenStates:
@@ -36,7 +36,7 @@ class HiddenStates:
             place = _place(count * first.nbytes, self._device, folder)
         try:
             if place == "disk" and folder is not None:
-                self._buffer = _on_disk(shape, first.dtype, folder / _FILE)
+                self._buffer = _on_disk(shape, first.dtype, folder / STATES_FILE)
             elif place == "device":
                 self._buffer = torch.empty(shape, dtype=first.dtype, device=self._device)
             else:
@@ -88,12 +88,13 @@ def _free_bytes() -> float:
 
 def _on_disk(shape: tuple[int, ...], dtype: torch.dtype, file: Path) -> Tensor:
     count = torch.Size(shape).numel()
-    with file.open("wb") as stream:
-        if sys.platform == "linux":  # writing to a mapped file that finds no room ends a process without a word
-            os.posix_fallocate(stream.fileno(), 0, count * dtype.itemsize)
-        else:
-            stream.truncate(count * dtype.itemsize)
-    buffer = torch.from_file(str(file), shared=True, size=count, dtype=dtype).view(shape)
-    if sys.platform != "win32":
-        file.unlink()  # gone when the buffer is, however the process ends
-    return buffer
+    try:
+        with file.open("wb") as stream:
+            if sys.platform == "linux":  # writing to a mapped file that finds no room ends a process without a word
+                os.posix_fallocate(stream.fileno(), 0, count * dtype.itemsize)
+            else:
+                stream.truncate(count * dtype.itemsize)
+        return torch.from_file(str(file), shared=True, size=count, dtype=dtype).view(shape)
+    finally:
+        if sys.platform != "win32":
+            file.unlink(missing_ok=True)  # gone when the buffer is, however the process ends

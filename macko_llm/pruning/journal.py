@@ -10,9 +10,10 @@ from typing import Any
 
 from macko_llm import checkpoint
 from macko_llm.checkpoint import CONFIG_FILE
-from macko_llm.errors import MackoWarning, UsageError
+from macko_llm.errors import CheckpointError, MackoWarning, UsageError
 
 JOURNAL_FILE = ".macko-journal.json"
+NEW_JOURNAL_FILE = f"{JOURNAL_FILE}.new"
 _SAMPLE_BYTES = 1024  # of each tensor, which tell a model from another of its shape
 
 
@@ -57,7 +58,7 @@ class Journal:
 
     def write(self, folder: Path) -> None:
         """Replace the journal in `folder` by this one, at once or not at all."""
-        new = folder / f"{JOURNAL_FILE}.new"
+        new = folder / NEW_JOURNAL_FILE
         checkpoint.write_json(new, asdict(self))
         os.replace(new, folder / JOURNAL_FILE)  # noqa: PTH105
 
@@ -67,28 +68,49 @@ def read_journal(folder: Path, job: Job) -> Journal | None:
 
     Raises:
         UsageError: it is of another job.
+        CheckpointError: it is damaged.
     """
     if not (folder / JOURNAL_FILE).is_file():
         return None
-    content = checkpoint.read_json(folder / JOURNAL_FILE)
-    journal = Journal(**{**content, "job": Job(**content["job"])})
+    try:
+        content = checkpoint.read_json(folder / JOURNAL_FILE)
+        journal = Journal(**{**content, "job": Job(**content["job"])})
+        _check_kinds(journal)
+    except (CheckpointError, KeyError, TypeError) as error:
+        raise damaged(folder) from error
     _check_same(journal.job, job, folder)
     return journal
 
 
+def damaged(folder: Path) -> CheckpointError:
+    """The error for a journal that is none, or that does not fit what else is there."""
+    return CheckpointError(f"The unfinished job in {folder} is damaged; drop --resume to begin again.")
+
+
+def _check_kinds(journal: Journal) -> None:
+    """Raise TypeError unless all values are of the kinds that `Journal.write` writes."""
+    amounts = {} if journal.amounts is None else journal.amounts
+    objects = (journal.job.recipe, journal.job.versions, amounts, journal.zeros, journal.sink)
+    if (
+        not all(isinstance(value, dict) for value in objects)
+        or not all(type(value) is int for value in (journal.blocks, *journal.zeros.values()))
+        or not all(type(value) in (int, float) for value in (journal.seconds, *amounts.values()))
+        or journal.blocks < 0
+    ):
+        raise TypeError("a value of another kind")
+
+
 def _check_same(old: Job, new: Job, folder: Path) -> None:
     change = None
-    for name in {**old.recipe, **new.recipe}:
-        if old.recipe.get(name) != new.recipe.get(name):
-            change = f"with {name} = {old.recipe.get(name)}, not {new.recipe.get(name)}"
-            break
-    else:
-        if old.output != new.output:
-            change = f"to write a {old.output} checkpoint, not a {new.output} one"
-        elif old.model != new.model:
-            change = "with another model"
-        elif old.calibration != new.calibration:
-            change = "with other calibration tokens"
+    changed = [name for name in {**old.recipe, **new.recipe} if old.recipe.get(name) != new.recipe.get(name)]
+    if old.output != new.output:  # which may be why the recipe's dtype is another
+        change = f"to write a {old.output} checkpoint, not a {new.output} one"
+    elif changed:
+        change = f"with {changed[0]} = {old.recipe.get(changed[0])}, not {new.recipe.get(changed[0])}"
+    elif old.model != new.model:
+        change = "with another model"
+    elif old.calibration != new.calibration:
+        change = "with other calibration tokens"
     if change is not None:
         raise UsageError(
             f"The unfinished job in {folder} was begun {change}; give what it was begun with to go on, or drop --resume to "

@@ -1,12 +1,11 @@
 """Pruning a model, block by block, and a checkpoint, folder to folder."""
 
 import time
-import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 import transformers
@@ -24,17 +23,17 @@ from macko_llm.calibration import (
     tokens_sha256,
 )
 from macko_llm.defaults import CALIBRATION_SEQLEN, HIDDEN_STATES, MAX_SHARD_SIZE
-from macko_llm.errors import CalibrationError, CheckpointError, MackoWarning, NonFiniteError, UsageError
+from macko_llm.errors import CalibrationError, CheckpointError, NonFiniteError, UsageError, add_note
 from macko_llm.progress import Progress, no_progress
 from macko_llm.pruning.allocation import overrides
 from macko_llm.pruning.blocks import layer_amounts, prune_blocks, shapes_of
-from macko_llm.pruning.journal import JOURNAL_FILE, Job, fingerprint
+from macko_llm.pruning.journal import JOURNAL_FILE, Job, Journal, damaged, fingerprint, read_journal
 from macko_llm.pruning.methods import Amount
 from macko_llm.pruning.report import PruneReport, make_report
 from macko_llm.pruning.scores import removed_per_row
 from macko_llm.pruning.selection import chosen_linears
-from macko_llm.pruning.sinks import DenseSink, SinkMaker
-from macko_llm.pruning.streamed import forget, prune_streamed
+from macko_llm.pruning.sinks import DenseSink, Sink, SinkMaker
+from macko_llm.pruning.streamed import prune_streamed
 from macko_llm.pruning.weights import WeightsInMemory, find_homes
 from macko_llm.recipe import PruneRecipe
 from macko_llm.refusals import check_place
@@ -90,6 +89,7 @@ def prune_checkpoint(
     device: str = "auto",
     hidden_states: str = HIDDEN_STATES,
     resume: bool = False,
+    resumable: bool = True,
     trust_remote_code: bool = False,
     overwrite: bool = False,
     progress: Progress = no_progress,
@@ -109,6 +109,7 @@ def prune_checkpoint(
         hidden_states: where those of the calibration text are between blocks: "device", "host", "disk", or "auto", the first
             with room for them.
         resume: go on with a job of the same target that was cut off, if there is one; without it, that begins again.
+        resumable: keep the blocks that are done when the job is cut off, in a hidden folder that the error names.
         trust_remote_code: run Python code that lies in the model's folder.
         overwrite: replace `target` when it holds a model.
         progress: called with (what, done, total).
@@ -118,7 +119,7 @@ def prune_checkpoint(
     Raises:
         UsageError: a packed or quantized model, an unusable target, sizes that do not fit the pattern or the model, or a job
             to resume that was begun with other settings.
-        CheckpointError: the model is missing, damaged, too large, or of an unsupported kind.
+        CheckpointError: the model is missing, damaged, too large, or of an unsupported kind, or the job to resume is damaged.
         CalibrationError: the calibration source is missing, too short, or from another vocabulary.
         NonFiniteError: NaN or infinity in weights or activations.
     """
@@ -135,29 +136,34 @@ def prune_checkpoint(
     torch_device = models.resolve_device(device)
     with (
         _unfinished() as begun,
-        outputs.new_folder(Path(target), overwrite=overwrite, fresh=not resume, keep=_would_go_on) as partial,
-    ):
-        begun.append(partial)
+        outputs.new_folder(
+            Path(target), overwrite=overwrite, fresh=not resume, journal=JOURNAL_FILE,
+            keep=lambda error, folder: resumable and _would_go_on(error, folder),
+        ) as partial,
+    ):  # fmt: skip
         progress("loading the model", 0, 1)
         empty = models.load_empty(folder, dtype=recipe.dtype, trust_remote_code=trust_remote_code)
         homes = find_homes(empty, folder) if torch_device.type in ("cpu", "cuda") else None
         progress("loading the model", 1, 1)
+        job = _job(folder, empty, recipe, tokens, torch_device, output)
+        journal = read_journal(partial, job) or Journal(job)
+        begun.append(partial)
         try:
             if homes is not None:
-                job = _job(folder, empty, recipe, tokens, torch_device, output)
-                report, sink = prune_streamed(
-                    empty, homes, tokens, recipe, job, partial,
-                    device=torch_device, place=hidden_states, new_sink=new_sink, progress=progress,
+                sink = _make_sink(new_sink, partial, journal.sink)
+                report = prune_streamed(
+                    empty, homes, tokens, recipe, journal, sink, partial,
+                    device=torch_device, place=hidden_states, progress=progress,
                 )  # fmt: skip
                 progress("saving", 0, 1)
                 sink.finish(empty, folder, {"prune": _provenance(model, recipe, report)})
-                forget(partial)
             elif output != DENSE:
                 raise CheckpointError(
                     f"{folder} does not store its tensors as they are, so that it cannot be packed as it is pruned; "
                     "prune it without --pack, and pack the result with `macko pack`."
                 )
             else:
+                outputs.empty(partial)  # of what was begun where it could be resumed
                 loaded = models.load_model(
                     folder, dtype=recipe.dtype, device=device, trust_remote_code=trust_remote_code
                 )
@@ -179,14 +185,19 @@ def _unfinished() -> Iterator[list[Path]]:
     begun: list[Path] = []
     try:
         yield begun
-    except BaseException:
+    except BaseException as error:
         if any((folder / JOURNAL_FILE).is_file() for folder in begun):
-            warnings.warn(
-                f"The blocks that are done are kept in {begun[0]}: the same command with --resume goes on from there.",
-                MackoWarning,
-                stacklevel=4,
+            add_note(
+                error, f"the same command with --resume goes on after the blocks that are done, kept in {begun[0]}."
             )
         raise
+
+
+def _make_sink(new: SinkMaker, folder: Path, state: Mapping[str, Any]) -> Sink:
+    try:
+        return new(folder, state)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise damaged(folder) from error
 
 
 def _would_go_on(error: BaseException, folder: Path) -> bool:

@@ -66,7 +66,7 @@ class DenseSink:
 
     def finish(self, model: PreTrainedModel, source: Path, provenance: dict[str, Any]) -> None:
         """See `Sink`."""
-        self._writer.close()
+        self._writer.close(total_parameters=model.num_parameters())
         write_surroundings(model, source, self._folder)
         checkpoint.write_provenance(self._folder, provenance)
 

@@ -10,11 +10,12 @@ from transformers import PreTrainedModel
 
 from macko_llm.progress import Progress
 from macko_llm.pruning.blocks import layer_amounts, prune_blocks, shapes_of
-from macko_llm.pruning.journal import JOURNAL_FILE, Job, Journal, read_journal
+from macko_llm.pruning.hidden_states import STATES_FILE
+from macko_llm.pruning.journal import NEW_JOURNAL_FILE, Journal, damaged
 from macko_llm.pruning.methods import Amount
 from macko_llm.pruning.report import PruneReport, make_report
 from macko_llm.pruning.selection import chosen_linears
-from macko_llm.pruning.sinks import Sink, SinkMaker
+from macko_llm.pruning.sinks import Sink
 from macko_llm.pruning.weights import Homes, StreamedWeights
 from macko_llm.recipe import UNIFORM, PruneRecipe
 from macko_llm.streaming import TensorReader
@@ -26,14 +27,14 @@ def prune_streamed(
     homes: Homes,
     tokens: Tensor | None,
     recipe: PruneRecipe,
-    job: Job,
+    journal: Journal,
+    sink: Sink,
     folder: Path,
     *,
     device: torch.device,
     place: str,
-    new_sink: SinkMaker,
     progress: Progress,
-) -> tuple[PruneReport, Sink]:
+) -> PruneReport:
     """Prune a model block by block into the files of a folder, or go on where a job in that folder was cut off.
 
     Args:
@@ -41,26 +42,29 @@ def prune_streamed(
         homes: of all that it lacks.
         tokens: int64 [nsamples, seqlen]; None where the recipe needs none.
         recipe: how to prune.
-        job: what decides the result.
-        folder: for the files, and for the journal of what is done.
+        journal: of what is done, and of a job that has not begun.
+        sink: writes the files, from the journal's state on; it wants to be finished afterwards.
+        folder: for the files, and for the journal, which stays there.
         device: where to compute.
         place: of the hidden states.
-        new_sink: makes what writes the files.
         progress: called with (what, done, total).
 
-    Returns:
-        The report, and the sink that wants to be finished. The journal stays until `forget` is called.
-
     Raises:
-        UsageError: the job in the folder is another one.
-        CheckpointError, CalibrationError, NonFiniteError: as `prune_blocks`.
+        CheckpointError: as `prune_blocks`, or the journal does not fit the model.
+        CalibrationError, NonFiniteError: as `prune_blocks`.
     """
-    journal = read_journal(folder, job) or Journal(job)
-    sink = new_sink(folder, journal.sink)
     started = time.perf_counter() - journal.seconds
     layers = chosen_linears(model, recipe)
     zeros = dict(journal.zeros)
     pruned = [key for block in [*homes.blocks][: journal.blocks] for key in homes.blocks[block]]
+
+    finished = tuple(f"{block}." for block in [*homes.blocks][: journal.blocks])
+    if (
+        any(key not in sink for key in pruned)
+        or zeros.keys() != {name for name in layers if name.startswith(finished)}
+        or (journal.amounts is not None and journal.amounts.keys() != layers.keys())
+    ):
+        raise damaged(folder)
 
     def load(key: str, target: Tensor, reader: TensorReader) -> bool:
         if key not in pruned:
@@ -69,7 +73,7 @@ def prune_streamed(
         return True
 
     def note(blocks: int) -> None:
-        Journal(job, shares, blocks, zeros, sink.state(), time.perf_counter() - started).write(folder)
+        Journal(journal.job, shares, blocks, zeros, sink.state(), time.perf_counter() - started).write(folder)
 
     with StreamedWeights(model, homes, device, place, folder, load) as weights:
         shares: Mapping[str, float] | None = journal.amounts
@@ -81,10 +85,11 @@ def prune_streamed(
                 shares = {name: amount.sparsity for name, amount in amounts.items()}
                 note(0)
         done = journal.blocks
-        for key, gap in homes.in_front.items() if done == 0 else ():
+        for key, gap in homes.before.items() if done == 0 else ():
             sink.add(key, weights.read(gap))
         blocks = prune_blocks(model, layers, tokens, recipe, amounts, weights, progress, finished=done)
-        for block, of_block in blocks:
+        # Where all are pruned, the sink may have been cut off while it finished, and has nothing to load any more.
+        for block, of_block in blocks if done < len(homes.blocks) else ():
             for key, gap in homes.blocks[block].items():
                 sink.add(key, gap.tensor)
             zeros.update(of_block)
@@ -95,9 +100,6 @@ def prune_streamed(
             sink.add(key, weights.read(gap))
         if rest:
             note(done)
-    return make_report(recipe, tokens, shapes_of(layers), zeros, time.perf_counter() - started), sink
-
-
-def forget(folder: Path) -> None:
-    """Remove the journal of a job that is finished."""
-    (folder / JOURNAL_FILE).unlink(missing_ok=True)
+    for file in (STATES_FILE, NEW_JOURNAL_FILE):  # of a process that was killed before it could remove them
+        (folder / file).unlink(missing_ok=True)
+    return make_report(recipe, tokens, shapes_of(layers), zeros, time.perf_counter() - started)

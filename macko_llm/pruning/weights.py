@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from macko_llm import models
+from macko_llm import checkpoint, models
 from macko_llm.errors import NonFiniteError
 from macko_llm.gaps import Gap, find_gaps, move_buffers
 from macko_llm.pruning.hidden_states import HiddenStates
@@ -60,22 +61,31 @@ class WeightsInMemory:
 
 @dataclass(frozen=True)
 class Homes:
-    """Where the tensors of a model belong, each by its name in the files, in the order of the model's state_dict.
+    """Where the tensors of a model belong, each by its name in the files.
 
     Attributes:
+        order: all names, as transformers puts them into shards.
         blocks: qualified name of each block -> its tensors.
         in_front: all others but the lm_head, which no block needs; a tied lm_head is here.
         heads: what is left.
     """
 
+    order: list[str]
     blocks: dict[str, dict[str, Gap]]
     in_front: dict[str, Gap]
     heads: dict[str, Gap]
 
     @property
     def outside(self) -> dict[str, Gap]:
-        """What belongs to no block."""
-        return {**self.in_front, **self.heads}
+        """What belongs to no block, in the order."""
+        gaps = {**self.in_front, **self.heads}
+        return {key: gaps[key] for key in self.order if key in gaps}
+
+    @property
+    def before(self) -> dict[str, Gap]:
+        """What comes before the first block, in the order."""
+        outside = self.outside
+        return {key: outside[key] for key in takewhile(outside.__contains__, self.order)}
 
 
 def find_homes(model: PreTrainedModel, folder: Path) -> Homes | None:
@@ -88,11 +98,11 @@ def find_homes(model: PreTrainedModel, folder: Path) -> Homes | None:
     gaps = find_gaps(model, folder)
     if gaps is None:
         return None
-    order = {name: number for number, name in enumerate(model.state_dict())}
     block_of = {id(part): name for name, block in models.decoder_blocks(model).items() for part in block.modules()}
     head = model.get_output_embeddings()
-    homes = Homes({name: {} for name in models.decoder_blocks(model)}, {}, {})
-    for key in sorted(gaps, key=lambda key: order.get(key, len(order))):
+    names = sorted(gaps, key=checkpoint.natural_order)
+    homes = Homes(names, {name: {} for name in models.decoder_blocks(model)}, {}, {})
+    for key in names:
         blocks = {block_of.get(id(module)) for module, _ in gaps[key].places}
         if len(blocks) > 1:
             return None
