@@ -68,6 +68,8 @@ CALLS = [
     ("prune dense -o out --method magnitude --update admm --calibration no.txt", FAILED_JOB, "no.txt"),
     ("prune dense -o out --dtype float8", WRONG_CALL, "The dtype float8 is not supported"),
     ("prune dense -o out --device 0", WRONG_CALL, "The device '0' is not available"),
+    ("prune dense -o out --pack --dtype float32", WRONG_CALL, "The dtype float32 cannot be packed"),
+    ("prune dense -o out --hidden-states moon", WRONG_CALL, "There is no place 'moon' for hidden states"),
     ("tune dense -o out --steps 0", WRONG_CALL, "steps is 0; use 1 or more"),
     ("tune dense -o out --learning-rate -1", WRONG_CALL, "learning_rate is -1.0"),
     ("tune dense -o out --learning-rate nan", WRONG_CALL, "learning_rate is nan"),

@@ -197,14 +197,12 @@ def prune(
         )
     refusals.check_device(device)
     refusals.check_place(hidden_states)
-    refusals.check_prune(model, output, settings, overwrite=overwrite)
-
-    from macko_llm.pruning.allocation import overrides
-
     if packed:
         refusals.check_value_dtype(settings.dtype)
+    refusals.check_prune(model, output, settings, overwrite=overwrite)
 
     from macko_llm.pruned_packing import prune_packed
+    from macko_llm.pruning.allocation import overrides
     from macko_llm.pruning.pipeline import plan, prune_checkpoint  # takes seconds, which a wrong call need not wait for
 
     if dry_run:
