@@ -256,7 +256,9 @@ def _list_files(folder: Path, journal: str | None) -> None:
     """Name the folder's files in its macko.json, if it has one, so that all of it may be replaced one day."""
     if (folder / PROVENANCE_FILE).is_file():
         names = sorted(path.name for path in folder.iterdir() if path.name != journal)
-        write_json(folder / PROVENANCE_FILE, {**read_provenance(folder), FILES: names})
+        record = read_provenance(folder)
+        record.pop(FILES, None)  # of the folder that this one was made of; the list comes last
+        write_json(folder / PROVENANCE_FILE, {**record, FILES: names})
 
 
 def _rename(partial: Path, target: Path) -> None:
