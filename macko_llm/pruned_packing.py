@@ -86,12 +86,19 @@ def prune_packed(
 
 
 class PackedSink:
-    """Writes a packed checkpoint (a `macko_llm.pruning.sinks.Sink`)."""
+    """Writes a packed checkpoint (a `macko_llm.pruning.sinks.Sink`).
+
+    Raises:
+        AttributeError, KeyError, TypeError, ValueError: `state` is none, or lacks its files.
+    """
 
     def __init__(self, linears: list[str], value_dtype: str, folder: Path, state: Mapping[str, Any]) -> None:
         self._folder = folder
         self._shards = ShardWriter(folder, checkpoint.parse_size(MAX_SHARD_SIZE), state.get("shards"))
         self._packed = PackedWriter(linears, value_dtype, self._shards, state.get("packed"))
+        reported = self._packed.state()["layers"]
+        if any(f"{name}.weight" in self and name not in reported for name in linears):
+            raise ValueError("a layer without its report")
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Pack and write a tensor."""
