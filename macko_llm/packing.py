@@ -24,6 +24,7 @@ from macko_llm.packed_checkpoint import ARRAY_NAMES, PackedConfig, array_keys, r
 from macko_llm.progress import Progress, no_progress
 from macko_llm.recipe import title
 from macko_llm.shards import ShardWriter
+from macko_llm.stages import stage
 from macko_llm.streaming import TensorReader, wait
 from macko_llm.version import __version__
 
@@ -129,6 +130,7 @@ class PackedWriter:
         self._bytes_packed: int = before["bytes_packed"]
         self._rounding = Rounding(**before["rounding"])
 
+    @stage("packing")
     def add(self, key: str, tensor: Tensor) -> None:
         """Cast, check and write one tensor, packed if it is the weight of a layer to pack; on the CPU or a GPU.
 
@@ -161,6 +163,7 @@ class PackedWriter:
         layers = {name: self._layers[name] for name in self._linears}
         return PackReport(self._value_dtype, self._bytes_dense, self._bytes_packed, layers, 0.0, self._rounding)
 
+    @stage("saving")
     def finish(
         self, source: Path, target: Path, skeleton: PreTrainedModel, provenance: dict[str, Any] | None = None
     ) -> PackReport:

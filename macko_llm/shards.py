@@ -15,6 +15,7 @@ import torch
 from macko_llm.checkpoint import INDEX_FILE, LENGTH_BYTES, WEIGHTS_FILE, TensorInfo, write_json
 from macko_llm.dtypes import HEADERS
 from macko_llm.errors import CheckpointError
+from macko_llm.stages import stage
 
 _HEADER_NAMES = {dtype: header for header, dtype in HEADERS.items()}
 _METADATA = {"format": "pt"}  # transformers reads no shard without it
@@ -66,6 +67,7 @@ class ShardWriter:
         """Bytes of all tensors so far."""
         return sum(stored.end - stored.begin for stored in self._tensors.values())
 
+    @stage("writing")
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Append one tensor, on the CPU or not; from a GPU it takes no host memory to speak of."""
         if self._end and self._end + tensor.nbytes > self._max_shard_bytes:
@@ -95,6 +97,7 @@ class ShardWriter:
         stored = self._tensors[name]
         return TensorInfo(self._path(stored.shard), stored.dtype, stored.shape, stored.begin)
 
+    @stage("saving")
     def close(self, **metadata: Any) -> None:
         """Write the shards under their final names, and the index, with more metadata, if there is more than one."""
         files = {

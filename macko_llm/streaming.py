@@ -16,6 +16,7 @@ from torch import Tensor
 from macko_llm.checkpoint import TensorInfo
 from macko_llm.dtypes import HEADERS
 from macko_llm.errors import CheckpointError
+from macko_llm.stages import stage
 
 _THREADS = 4
 _CHUNK_BYTES = 16 * 2**20
@@ -101,6 +102,7 @@ class _Lane:
         self._stream.synchronize()
 
 
+@stage("reading")
 def wait(futures: Sequence[Future[None]]) -> None:
     """Wait until all is read; raises CheckpointError."""
     for future in futures:

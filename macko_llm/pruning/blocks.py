@@ -14,6 +14,7 @@ from macko_llm.pruning.methods.norms import InputNorms
 from macko_llm.pruning.observing import observed_blocks
 from macko_llm.pruning.weights import Weights
 from macko_llm.recipe import UNIFORM, PruneRecipe
+from macko_llm.stages import stage
 
 
 def layer_amounts(
@@ -84,13 +85,14 @@ def prune_blocks(
     blocks = observed_blocks(model, layers, tokens, new, progress, "pruning blocks", weights, finished=finished)
     for block, methods in blocks:
         zeros = {}
-        for name in [*methods]:
-            weight = layers[name].weight.data
-            method = methods.pop(name)
-            if amounts[name].sparsity > 0:
-                weight.copy_(method.prune(name, weight, amounts[name]))
-            del method  # frees what has pruned its last weight
-            zeros[name] = weight.numel() - int(torch.count_nonzero(weight))
+        with stage("choosing"):
+            for name in [*methods]:
+                weight = layers[name].weight.data
+                method = methods.pop(name)
+                if amounts[name].sparsity > 0:
+                    weight.copy_(method.prune(name, weight, amounts[name]))
+                del method  # frees what has pruned its last weight
+                zeros[name] = weight.numel() - int(torch.count_nonzero(weight))
         yield block, zeros
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from macko_llm import checkpoint
 from macko_llm.checkpoint import CONFIG_FILE
 from macko_llm.errors import CheckpointError, MackoWarning, UsageError
+from macko_llm.stages import stage
 
 JOURNAL_FILE = ".macko-journal.json"
 NEW_JOURNAL_FILE = f"{JOURNAL_FILE}.new"
@@ -56,6 +57,7 @@ class Journal:
     sink: Mapping[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
 
+    @stage("writing")
     def write(self, folder: Path) -> None:
         """Replace the journal in `folder` by this one, at once or not at all."""
         new = folder / NEW_JOURNAL_FILE

@@ -21,6 +21,7 @@ from macko_llm.pruning.replay import (
     watched_inputs,
 )
 from macko_llm.pruning.weights import Weights
+from macko_llm.stages import stage
 
 T = TypeVar("T", bound=Observer)
 _Identity = tuple[Any, ...]
@@ -61,7 +62,7 @@ def observed_blocks(
     arguments: list[BlockArguments] = []
     states: HiddenStates | None = None
     if tokens is not None:
-        with weights.in_front():
+        with weights.in_front(), stage("recording"):
             arguments = record_block_arguments(model, blocks, tokens, weights.device)
             first = next(iter(blocks.values()))
             states = first_hidden_states(model, first, tokens, weights.device, weights.new_states)
@@ -88,11 +89,13 @@ def observed_blocks(
                 yield block_name, cast(dict[str, T], by_name)
                 by_name.clear()  # before the next block's take their memory
             if states is not None and done + 1 < len(blocks):  # nothing sees what the last block computes
-                for index, hidden in enumerate(states):
-                    states[index] = run_block(block, hidden, arguments[done])
+                with stage("running"):
+                    for index, hidden in enumerate(states):
+                        states[index] = run_block(block, hidden, arguments[done])
     progress(what, len(blocks), len(blocks))
 
 
+@stage("observing")
 def _observe(
     name: str,
     block: nn.Module,

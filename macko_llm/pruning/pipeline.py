@@ -37,6 +37,7 @@ from macko_llm.pruning.streamed import prune_streamed
 from macko_llm.pruning.weights import WeightsInMemory, find_homes
 from macko_llm.recipe import PruneRecipe
 from macko_llm.refusals import check_place
+from macko_llm.stages import stage
 from macko_llm.version import __version__
 
 DENSE = "dense"
@@ -156,7 +157,8 @@ def prune_checkpoint(
                     device=torch_device, place=hidden_states, progress=progress,
                 )  # fmt: skip
                 progress("saving", 0, 1)
-                sink.finish(empty, folder, {"prune": _provenance(model, recipe, report)})
+                with stage("saving"):
+                    sink.finish(empty, folder, {"prune": _provenance(model, recipe, report)})
             elif output != DENSE:
                 raise CheckpointError(
                     f"{folder} does not store its tensors as they are, so that it cannot be packed as it is pruned; "
@@ -322,6 +324,7 @@ def _fill_gaps(recipe: PruneRecipe, config: PretrainedConfig) -> PruneRecipe:
     return recipe
 
 
+@stage("drawing")
 def _calibrate(folder: Path, recipe: PruneRecipe, trust_remote_code: bool) -> torch.Tensor:
     assert recipe.seqlen is not None  # _fill_gaps has seen to it
     tokenizer = None

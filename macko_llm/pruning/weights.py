@@ -17,6 +17,7 @@ from macko_llm import checkpoint, models
 from macko_llm.errors import NonFiniteError
 from macko_llm.gaps import Gap, find_gaps, move_buffers
 from macko_llm.pruning.hidden_states import HiddenStates
+from macko_llm.stages import stage
 from macko_llm.streaming import TensorReader, wait
 
 Loader = Callable[[str, Tensor, TensorReader], bool]
@@ -173,18 +174,19 @@ class StreamedWeights:
     def _present(self, gaps: dict[str, Gap]) -> Iterator[None]:
         reading: list[tuple[str, Tensor, list[Future[None]]]] = []
         try:
-            for key, gap in gaps.items():
-                tensor = torch.empty_like(gap.empty, device=self.device)
-                if self._loader(key, tensor, self._reader):
-                    gap.put(tensor)
-                else:
-                    reading.append((key, tensor, gap.close(tensor, self._reader)))
-            for key, tensor, futures in reading:
-                wait(futures)
-                if tensor.is_floating_point() and not tensor.isfinite().all():
-                    raise NonFiniteError(
-                        f"The weights of {key.removesuffix('.weight')} hold NaN or infinity; use an undamaged checkpoint."
-                    )
+            with stage("reading"):
+                for key, gap in gaps.items():
+                    tensor = torch.empty_like(gap.empty, device=self.device)
+                    if self._loader(key, tensor, self._reader):
+                        gap.put(tensor)
+                    else:
+                        reading.append((key, tensor, gap.close(tensor, self._reader)))
+                for key, tensor, futures in reading:
+                    wait(futures)
+                    if tensor.is_floating_point() and not tensor.isfinite().all():
+                        raise NonFiniteError(
+                            f"The weights of {key.removesuffix('.weight')} hold NaN or infinity; use an undamaged checkpoint."
+                        )
             reading.clear()
             yield
         finally:
