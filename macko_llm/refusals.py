@@ -70,12 +70,17 @@ def check_prune(model: str | Path, target: Path, recipe: PruneRecipe, *, overwri
     check_dtype(recipe.dtype)
     folder = checkpoint.locate(model)
     outputs.check_output(target, overwrite=overwrite, source=folder)
+    require_prunable(folder)
+    return folder
+
+
+def require_prunable(folder: Path) -> None:
+    """Raise UsageError unless `folder` holds dense weights."""
     method = checkpoint.quantization_method(folder)
     if method == checkpoint.QUANT_METHOD:
         raise UsageError(f"{folder} is packed; unpack it first with `macko unpack`, or prune the dense model.")
     if method is not None:
         raise UsageError(f"{folder} is quantized with {method}; prune the model it was made from.")
-    return folder
 
 
 def check_tune(model: str | Path, target: Path, *, dtype: str, overwrite: bool) -> Path:
@@ -106,7 +111,7 @@ def require_packed(folder: Path) -> None:
 def check_subject(
     model: str | None, config: str | None, sparsities: Sequence[float], random_weights: bool
 ) -> Path | None:
-    """The folder of the model that `macko bench decode` shall run, None for a shape.
+    """The folder of the model that a benchmark of whole models shall run, None for a shape.
 
     Raises:
         UsageError: not exactly one of model and config, or sparsities for a model that is packed.
@@ -168,6 +173,12 @@ def check_counts(context: int, new_tokens: int, batch: int) -> None:
     for option, count in (("--context", context), ("--new-tokens", new_tokens), ("--batch", batch)):
         if count < 1:
             raise UsageError(f"There is nothing to measure with {option} {count}; use 1 or more.")
+
+
+def check_folder(folder: Path | None) -> None:
+    """Raise UsageError unless a temporary folder can be made in this one, or in the system's usual one."""
+    if folder is not None and not folder.is_dir():
+        raise UsageError(f"There is no folder {folder}; make it, or leave --folder out.")
 
 
 def check_batch_size(batch_size: int) -> None:

@@ -19,6 +19,16 @@ SHAPES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 8192,
         "rms_norm_eps": 1e-5,
     },
+    "llama2-70b": {
+        "vocab_size": 32000,
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+    },
     "llama3-8b": {
         "vocab_size": 128256,
         "hidden_size": 4096,
@@ -57,6 +67,17 @@ def check_shape(name: str) -> None:
     """Raise UsageError unless there is a shape of that name."""
     if name not in SHAPES:
         raise UsageError(f"There is no shape {name!r}; use --config {', '.join(sorted(SHAPES))}, or a model's folder.")
+
+
+def check_blocks(blocks: int | None, config: str | None) -> None:
+    """Raise UsageError unless so many blocks of a shape tell what all of them would take."""
+    if blocks is None:
+        return
+    if config is None:
+        raise UsageError("Only a shape can do with fewer blocks; use --blocks with --config.")
+    every = SHAPES[config]["num_hidden_layers"]
+    if not 2 <= blocks <= every:  # a pruned block is run for the next one, so there must be two
+        raise UsageError(f"{blocks} blocks do not tell what {every} would take; use --blocks from 2 to {every}.")
 
 
 def shape_config(name: str) -> "PretrainedConfig":

@@ -94,12 +94,7 @@ class RandomShape(Subject):
         later = {f"{name}.weight" for name in models.prunable_linears(model)}
         for name, parameter in list(model.named_parameters()):
             if name not in later:
-                value = torch.empty(parameter.shape, dtype=parameter.dtype, device=self._device)
-                if value.ndim > 1:
-                    value.normal_(std=STD, generator=generator)
-                else:
-                    value.fill_("norm" in name)  # scales of norms are 1, biases 0
-                _set(model, name, _constant(value))
+                _set(model, name, _constant(random_parameter(name, parameter.shape, parameter.dtype, generator)))
         for name, buffer in list(model.named_buffers()):
             _set(model, name, buffer.to(self._device))
         model.tie_weights()
@@ -232,6 +227,14 @@ def _pruned_by_magnitude(linear: nn.Linear, sparsity: float) -> Tensor:
     weight = linear.weight.detach()
     removed = lowest(magnitude_scores(weight), removed_per_row(weight.shape[1], sparsity, None))
     return weight.masked_fill(removed, 0)
+
+
+def random_parameter(name: str, shape: torch.Size, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """A parameter of a random model, on the generator's device: matrices are normal with STD."""
+    value = torch.empty(shape, dtype=dtype, device=generator.device)
+    if value.ndim > 1:
+        return value.normal_(std=STD, generator=generator)
+    return value.fill_("norm" in name)  # scales of norms are 1, biases 0
 
 
 def _set(model: nn.Module, name: str, tensor: Tensor) -> None:

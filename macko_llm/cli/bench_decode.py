@@ -45,7 +45,8 @@ def decode(
     config: Annotated[
         str | None,
         typer.Option(
-            metavar="SHAPE", help="In place of a MODEL: llama2-7b, llama3-8b, tinyllama-1.1b or tiny, random weights."
+            metavar="SHAPE",
+            help="In place of a MODEL: llama2-7b, llama2-70b, llama3-8b, tinyllama-1.1b or tiny, random weights.",
         ),
     ] = None,
     sparsity: Annotated[

@@ -9,6 +9,7 @@ import typer
 import typer.core
 
 import macko_llm
+from macko_llm.cli import bench_prune
 from macko_llm.cli.bench_decode import decode
 from macko_llm.cli.bench_quality import quality
 from macko_llm.cli.bench_spmv import spmv
@@ -97,11 +98,12 @@ app.command(cls=PlainCommand)(inspect)
 app.command(cls=PlainCommand)(doctor)
 app.command(cls=PlainCommand)(demo)
 bench = typer.Typer(
-    cls=PlainGroup, help="Measure: sizes and perplexities, whole models token by token, single products."
+    cls=PlainGroup, help="Measure: sizes and perplexities, whole models token by token, single products, pruning."
 )
 bench.command(cls=PlainCommand)(quality)
 bench.command(cls=PlainCommand)(spmv)
 bench.command(cls=PlainCommand)(decode)
+bench.command(cls=PlainCommand)(bench_prune.prune)
 app.add_typer(bench, name="bench")
 
 

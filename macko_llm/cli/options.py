@@ -7,8 +7,9 @@ from typing import Annotated, TypeVar
 
 import typer
 
-from macko_llm.defaults import MODEL_DTYPE_NAMES
+from macko_llm.defaults import HIDDEN_STATE_PLACES, MODEL_DTYPE_NAMES
 from macko_llm.errors import UsageError
+from macko_llm.recipe import ALLOCATIONS, METHODS, UPDATES
 
 Value = TypeVar("Value")
 
@@ -21,6 +22,26 @@ def expanded_path(text: str | Path) -> Path:
 def model_dtypes() -> list[str]:
     """What shells complete for --dtype."""
     return ["auto", *MODEL_DTYPE_NAMES]
+
+
+def methods() -> list[str]:
+    """What shells complete for --method."""
+    return [*METHODS]
+
+
+def updates() -> list[str]:
+    """What shells complete for --update."""
+    return [*UPDATES]
+
+
+def allocations() -> list[str]:
+    """What shells complete for --allocation."""
+    return [*ALLOCATIONS]
+
+
+def places() -> list[str]:
+    """What shells complete for --hidden-states."""
+    return [*HIDDEN_STATE_PLACES]
 
 
 def _devices() -> list[str]:

@@ -16,32 +16,20 @@ from macko_llm.cli.options import (
     OutputOption,
     OverwriteOption,
     TrustOption,
+    allocations,
     expanded_path,
+    methods,
     model_dtypes,
+    places,
+    updates,
 )
 from macko_llm.cli.reports import pack_report_json
 from macko_llm.cli.surroundings import with_hub, with_threads
-from macko_llm.defaults import CALIBRATION_SEQLEN, HIDDEN_STATE_PLACES, HIDDEN_STATES
+from macko_llm.defaults import CALIBRATION_SEQLEN, HIDDEN_STATES
 from macko_llm.recipe import ALLOCATIONS, METHODS, UNIFORM, UPDATES, PruneRecipe, load_recipe, make_recipe, one_of
 
 if TYPE_CHECKING:
     from macko_llm.packing import PackReport
-
-
-def _methods() -> list[str]:
-    return [*METHODS]
-
-
-def _updates() -> list[str]:
-    return [*UPDATES]
-
-
-def _allocations() -> list[str]:
-    return [*ALLOCATIONS]
-
-
-def _places() -> list[str]:
-    return [*HIDDEN_STATE_PLACES]
 
 
 def _help(text: str, setting: str) -> str:
@@ -56,19 +44,19 @@ def prune(
     model: DenseArgument,
     output: OutputOption,
     method: Annotated[
-        str | None, typer.Option(autocompletion=_methods, help=_help(f"{one_of(METHODS)}.", "method"))
+        str | None, typer.Option(autocompletion=methods, help=_help(f"{one_of(METHODS)}.", "method"))
     ] = None,
     update: Annotated[
         str | None,
         typer.Option(
-            autocompletion=_updates,
+            autocompletion=updates,
             help=_help(f"{one_of(UPDATES)}: re-fit the weights that the method keeps.", "update"),
         ),
     ] = None,
     allocation: Annotated[
         str | None,
         typer.Option(
-            autocompletion=_allocations,
+            autocompletion=allocations,
             help=_help(f"{one_of(ALLOCATIONS)}: blocks with more outliers keep more.", "allocation"),
         ),
     ] = None,
@@ -122,7 +110,7 @@ def prune(
     hidden_states: Annotated[
         str,
         typer.Option(
-            autocompletion=_places,
+            autocompletion=places,
             help="Where those of the calibration text are between blocks: auto, device, host or disk (beside the output).",
         ),
     ] = HIDDEN_STATES,
