@@ -165,7 +165,8 @@ def test_random_models_lack_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "parameters"), [("llama2-7b", 6.738), ("llama3-8b", 8.030), ("tinyllama-1.1b", 1.100)]
+    ("name", "parameters"),
+    [("llama2-7b", 6.738), ("llama2-70b", 68.977), ("llama3-8b", 8.030), ("tinyllama-1.1b", 1.100)],
 )
 def test_named_shapes_are_those_of_the_models(name: str, parameters: float) -> None:
     with torch.device("meta"):

@@ -53,7 +53,7 @@ def report(folder: Path) -> dict[str, Any]:
 def test_every_stage_is_there(report: dict[str, Any]) -> None:
     assert set(report["prune"]["stages"]) == DENSE_STAGES
     assert set(report["pack"]["stages"]) == PACK_STAGES
-    assert DENSE_STAGES | PACK_STAGES == set(get_args(Stage))
+    assert set(get_args(Stage)) == DENSE_STAGES | PACK_STAGES
 
 
 @pytest.mark.parametrize("job", ["prune", "pack"])
@@ -75,7 +75,9 @@ def test_json_names_the_conditions(report: dict[str, Any], folder: Path) -> None
     assert (report["model"], report["blocks"], report["blocks_measured"], report["packed"]) == ("tiny", 2, 2, False)
     assert (report["recipe"]["nsamples"], report["recipe"]["seqlen"]) == (3, 32)
     assert report["machine"]["device"] == "cpu"
-    parameters = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(shape_config("tiny")).parameters())
+    parameters = sum(
+        parameter.numel() for parameter in AutoModelForCausalLM.from_config(shape_config("tiny")).parameters()
+    )
     assert report["weight_bytes"] == pytest.approx(2 * parameters, abs=4096)  # a header
 
 
@@ -165,15 +167,15 @@ def _told(count: int, progress: Progress) -> int:
     return os.getpid()
 
 
-def _refused(progress: Progress) -> None:
+def _refused(**_: Progress) -> None:
     raise UsageError("Use something else.")
 
 
-def _broken(progress: Progress) -> None:
+def _broken(**_: Progress) -> None:
     raise KeyError("gone")
 
 
-def _ended(progress: Progress) -> None:
+def _ended(**_: Progress) -> None:
     os._exit(3)
 
 
@@ -182,7 +184,7 @@ def _interrupted(progress: Progress) -> None:
     time.sleep(600)
 
 
-def _peak(ballast: int, progress: Progress) -> int:
+def _peak(ballast: int, **_: Progress) -> int:
     kept = b"\1" * ballast
     peak = peak_host_bytes()
     assert peak is not None
@@ -208,7 +210,7 @@ def test_what_a_process_raises_is_raised_here() -> None:
 def test_a_process_ends_with_who_waits_for_it() -> None:
     pids = []
 
-    def interrupt(what: str, done: int, total: int) -> None:
+    def interrupt(what: str, *_: int) -> None:
         pids.append(int(what))
         raise KeyboardInterrupt
 

@@ -42,6 +42,7 @@ COMMANDS = [
     "demo",
     "bench quality",
     "bench spmv",
+    "bench prune",
 ]
 PROGRESS_LINE = re.compile(r".+: \d+/\d+")
 UP = "model.layers.0.mlp.up_proj"

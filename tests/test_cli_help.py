@@ -38,6 +38,7 @@ COMMANDS = [
     ["bench", "quality"],
     ["bench", "spmv"],
     ["bench", "decode"],
+    ["bench", "prune"],
     [],
 ]
 

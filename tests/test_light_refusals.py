@@ -99,6 +99,26 @@ CALLS = [
     ("bench spmv --dtype float32", WRONG_CALL, "There is no benchmark in float32"),
     ("bench quality --sparsity 1", WRONG_CALL, "The sparsity 1.0 is outside"),
     ("bench quality --nsamples 0", WRONG_CALL, "nsamples is 0"),
+    ("bench prune", WRONG_CALL, "Give either a MODEL or the name of a shape"),
+    ("bench prune --random-weights", WRONG_CALL, "Give either a MODEL or the name of a shape"),
+    ("bench prune dense --config tiny", WRONG_CALL, "Give either a MODEL or the name of a shape"),
+    ("bench prune packed", WRONG_CALL, "packed is packed; unpack it first"),
+    ("bench prune --config huge --blocks 2", WRONG_CALL, "There is no shape 'huge'"),
+    (
+        "bench prune --config tiny --blocks 1",
+        WRONG_CALL,
+        "1 blocks do not tell what 2 would take; use --blocks from 2 to 2",
+    ),
+    ("bench prune --config llama2-70b --blocks 81", WRONG_CALL, "use --blocks from 2 to 80"),
+    ("bench prune dense --random-weights --blocks 2", WRONG_CALL, "Only a shape can do with fewer blocks"),
+    ("bench prune --config tiny --method random", WRONG_CALL, "There is no pruning method 'random'"),
+    ("bench prune --config tiny --hidden-states here", WRONG_CALL, "There is no place 'here' for hidden states"),
+    ("bench prune --config tiny --device 0", WRONG_CALL, "The device '0' is not available"),
+    (
+        "bench prune --config tiny --folder nowhere",
+        WRONG_CALL,
+        "There is no folder nowhere; make it, or leave --folder out",
+    ),
 ]
 
 
