@@ -1,8 +1,6 @@
 """`macko bench prune` on the CPU: what it says, that its figures agree with each other, what it leaves behind."""
 
 import json
-import os
-import time
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,19 +11,16 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
 from macko_llm.benchmarks import prune
-from macko_llm.benchmarks.processes import in_fresh_process, peak_host_bytes
 from macko_llm.benchmarks.prune import Cost, write_random_checkpoint
 from macko_llm.benchmarks.shapes import SHAPES, shape_config
 from macko_llm.cli.main import app
-from macko_llm.errors import MackoError, UsageError
-from macko_llm.progress import Progress, no_progress
+from macko_llm.progress import no_progress
 from macko_llm.stages import Stage
 
 CPU = torch.device("cpu")
 FEW = ["--nsamples", "3", "--seqlen", "32"]
 DENSE_STAGES = {"drawing", "recording", "reading", "observing", "choosing", "running", "writing", "saving", "other"}
 PACK_STAGES = {"reading", "packing", "writing", "saving", "other"}
-BALLAST = 400 * 2**20
 
 
 def macko(*arguments: object, exit_code: int = 0) -> Result:
@@ -141,8 +136,8 @@ def test_a_model_of_ones_own_stays_as_it_is(tmp_path: Path) -> None:
 def test_random_weights_take_the_shape_of_a_model(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", "llama")
     (model / "model.safetensors").unlink()  # is not needed
-    content = json.loads(macko(model, "--random-weights", *FEW, "--json").stdout)
-    assert set(content["prune"]["stages"]) == DENSE_STAGES
+    content = json.loads(macko(model, "--random-weights", "--pack", *FEW, "--json").stdout)
+    assert set(content["prune"]["stages"]) == DENSE_STAGES | PACK_STAGES
 
 
 def test_random_checkpoints_are_what_transformers_loads(tmp_path: Path) -> None:
@@ -156,78 +151,6 @@ def test_random_checkpoints_are_what_transformers_loads(tmp_path: Path) -> None:
         else:
             assert parameter.float().std().item() == pytest.approx(0.02, rel=0.05)
     assert model(torch.arange(200)[None]).logits.isfinite().all()
-
-
-# A process of its own
-
-
-def _told(count: int, progress: Progress) -> int:
-    for done in range(count):
-        progress("counting", done, count)
-    return os.getpid()
-
-
-def _refused(**_: Progress) -> None:
-    raise UsageError("Use something else.")
-
-
-def _broken(**_: Progress) -> None:
-    raise KeyError("gone")
-
-
-def _ended(**_: Progress) -> None:
-    os._exit(3)
-
-
-def _interrupted(progress: Progress) -> None:
-    progress(str(os.getpid()), 0, 1)
-    time.sleep(600)
-
-
-def _peak(ballast: int, **_: Progress) -> int:
-    kept = b"\1" * ballast
-    peak = peak_host_bytes()
-    assert peak is not None
-    return peak + 0 * len(kept)
-
-
-def test_a_process_says_how_far_it_is() -> None:
-    told: list[tuple[str, int, int]] = []
-    pid = in_fresh_process(_told, 2, progress=lambda *what: told.append(what))
-    assert told == [("counting", 0, 2), ("counting", 1, 2)]
-    assert pid != os.getpid()
-
-
-def test_what_a_process_raises_is_raised_here() -> None:
-    with pytest.raises(UsageError, match="Use something else"):
-        in_fresh_process(_refused, progress=no_progress)
-    with pytest.raises(RuntimeError, match="KeyError: 'gone'"):
-        in_fresh_process(_broken, progress=no_progress)
-    with pytest.raises(MackoError, match=r"was ended \(exit code 3\)"):
-        in_fresh_process(_ended, progress=no_progress)
-
-
-def test_a_process_ends_with_who_waits_for_it() -> None:
-    pids = []
-
-    def interrupt(what: str, *_: int) -> None:
-        pids.append(int(what))
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        in_fresh_process(_interrupted, progress=interrupt)
-    with pytest.raises(ProcessLookupError):
-        os.kill(pids[0], 0)
-
-
-def test_the_peak_is_that_of_the_process_alone() -> None:
-    alone = in_fresh_process(_peak, 0, progress=no_progress)
-    heavy = in_fresh_process(_peak, BALLAST, progress=no_progress)
-    assert heavy - alone > 0.9 * BALLAST
-    ours = b"\1" * (2 * BALLAST)
-    beside = in_fresh_process(_peak, 0, progress=no_progress)
-    assert beside < alone + 0.5 * BALLAST
-    assert len(ours) == 2 * BALLAST
 
 
 # What it refuses beside what tests/test_light_refusals.py has
@@ -244,12 +167,13 @@ def test_what_fails_in_its_process_is_one_sentence(tmp_path: Path, folder: Path)
     model = save_model(tmp_path / "model", "llama", torch.float16)
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
     with torch.no_grad():
-        loaded.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
+        loaded.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
     loaded.save_pretrained(model)
     result = macko(model, *FEW, "--folder", folder, "--json", exit_code=1)
-    sentence = "The weights of model.layers.0.mlp.up_proj hold NaN or infinity; use an undamaged checkpoint."
+    sentence = "The weights of model.layers.1.mlp.up_proj hold NaN or infinity; use an undamaged checkpoint."
     assert result.stderr.splitlines()[-1] == f"macko: {sentence}"
     assert json.loads(result.stdout) == {"error": sentence}
+    assert "--resume" not in result.stderr  # nothing is kept that could go on
     assert not any(folder.iterdir())
 
 

@@ -19,6 +19,8 @@ T = TypeVar("T")
 def in_fresh_process(work: Callable[..., T], *args: Any, progress: Progress) -> T:
     """Call `work(*args, progress=...)` in a new process, which ends with it, or with this one.
 
+    Our own warnings come with the result; of a call that fails they would tell what to do with files that are not kept.
+
     Args:
         work: a function of a module; it, its arguments and its result are pickled.
         args: for it.
@@ -40,7 +42,10 @@ def in_fresh_process(work: Callable[..., T], *args: Any, progress: Progress) -> 
                 raise content
             if kind == "result":
                 process.join()
-                return content
+                result, said = content
+                for sentence in said:
+                    warnings.warn(sentence, MackoWarning, stacklevel=2)
+                return result
             progress(*content)
     except EOFError:
         process.join()
@@ -67,15 +72,16 @@ def peak_host_bytes() -> int | None:
 
 def _run(pipe: Connection, work: Callable[..., object], args: tuple[Any, ...]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # who waits for this process ends it
-    if not sys.warnoptions:
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("default", MackoWarning)
 
     def progress(what: str, done: int, total: int) -> None:
         pipe.send(("progress", (what, done, total)))
 
     try:
-        pipe.send(("result", work(*args, progress=progress)))
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("always", MackoWarning)
+            result = work(*args, progress=progress)
+        pipe.send(("result", (result, [str(warning.message) for warning in said])))
     except (MackoError, OSError) as error:
         pipe.send(("error", error))
     except Exception as error:
