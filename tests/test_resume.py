@@ -32,7 +32,8 @@ BLOCKS = 6
 SLOW = {"method": "sparsegpt", "update": "admm", "allocation": "owl"}
 # A process as a command runs, which waits a little wherever it reports, so that a kill finds it anywhere.
 COMMAND = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs the tests in the background has it ignored
 from macko_llm.cli import console, prune
 bars = console.progress_bars
 def slowly():

@@ -131,7 +131,7 @@ def test_a_job_that_was_cut_off_ends_the_same(
 )
 @torch.no_grad()
 def test_methods_do_what_they_do_on_the_cpu(kind: dict[str, str]) -> None:
-    """In fp32, of which no more is asked than that the few weights on the verge differ."""
+    """In fp32, of which no more is asked than that the few weights on the verge differ, and with them what makes up for them."""
     tokens, recipe = random_tokens(8, 64), PruneRecipe(**kind)  # type: ignore[arg-type]
     here, there = _model().float(), _model().float().cuda()
     assert prune_model(here, tokens, recipe).sparsity == prune_model(there, tokens, recipe).sparsity
@@ -139,7 +139,7 @@ def test_methods_do_what_they_do_on_the_cpu(kind: dict[str, str]) -> None:
         other = there.get_submodule(name).weight.cpu()
         alike = (linear.weight == 0) == (other == 0)
         assert alike.float().mean() > 0.99, name
-        assert (linear.weight - other)[alike].norm() < 0.02 * linear.weight.norm(), name
+        assert (linear.weight - other)[alike].norm() < 0.1 * linear.weight.norm(), name
 
 
 @pytest.mark.parametrize("size", [(1 << 17) + 1, 3_000_001])
