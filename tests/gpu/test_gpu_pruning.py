@@ -131,7 +131,7 @@ def test_a_job_that_was_cut_off_ends_the_same(
 )
 @torch.no_grad()
 def test_methods_do_what_they_do_on_the_cpu(kind: dict[str, str]) -> None:
-    """In fp32 and the first block, as later ones read what differs already: weights on the verge, and what makes up for them."""
+    """In fp32 and the first block, as later ones read what differs already: few weights on the verge, and what they move."""
     tokens, recipe = random_tokens(8, 64), PruneRecipe(targets=("model.layers.0.*",), **kind)  # type: ignore[arg-type]
     here, there = _model().float(), _model().float().cuda()
     assert prune_model(here, tokens, recipe).sparsity == prune_model(there, tokens, recipe).sparsity
