@@ -20,7 +20,7 @@
 extern "C" {
 #endif
 
-#define MACKO_ABI_VERSION 4
+#define MACKO_ABI_VERSION 5
 
 typedef enum macko_status {
   MACKO_OK = 0,
@@ -72,6 +72,53 @@ MACKO_API macko_status macko_cpu_spmv(const uint16_t* values, int32_t value_dtyp
                                       int32_t x_dtype,   // macko_dtype
                                       int64_t tokens,    // rows of x
                                       int32_t threads);  // at most this many threads, at least 1
+
+// The layout in which a CPU multiplies (csrc/cpu/bitmap.h). The caller owns the arrays.
+typedef struct macko_bitmap {
+  uint16_t* values;     // [row_starts[rows] + 32] 16-bit floats other than zero, row after row; the last 32 are padding
+  uint32_t* masks;      // [rows][cols / 32, rounded up] a bit a column, the first in the lowest bit
+  int32_t* row_starts;  // [rows + 1] the value at which each row begins
+  int32_t rows;
+  int32_t cols;
+  int32_t value_dtype;  // macko_dtype: a 16-bit one
+  int32_t smallest;     // the bits of the smallest magnitude of a value, 0x7f80 without values
+} macko_bitmap;
+
+// What a CPU's kernels are made of, each a part of the next.
+typedef enum macko_instructions {
+  MACKO_PORTABLE = 0,  // any C++
+  MACKO_AVX2 = 1,      // with FMA and F16C
+  MACKO_AVX512 = 2,    // F, BW, VL and VBMI2; BF16 where there is one
+} macko_instructions;
+
+// The most that this CPU can do, a macko_instructions.
+MACKO_API int32_t macko_cpu_instructions(void);
+
+// First half of making a bitmap: where each row's values begin.
+MACKO_API macko_status macko_cpu_bitmap_starts(const uint16_t* values, const int32_t* row_offsets, int64_t rows,
+                                               int32_t* row_starts,  // out: [rows + 1]
+                                               int32_t threads);     // at most this many threads, at least 1
+
+// Second half: values, masks and `smallest` of a bitmap that has the rest.
+MACKO_API macko_status macko_cpu_bitmap_fill(const uint16_t* values, const uint8_t* deltas, const int32_t* row_offsets,
+                                             macko_bitmap* matrix,
+                                             int32_t threads);  // at most this many threads, at least 1
+
+// The dense matrix of a bitmap.
+MACKO_API macko_status macko_cpu_bitmap_unpack(const macko_bitmap* matrix,
+                                               uint16_t* weight,      // out: [rows, cols], every element is written
+                                               int32_t instructions,  // a macko_instructions that this CPU has
+                                               int32_t threads);      // at most this many threads, at least 1
+
+// y = x W^T + bias for a few tokens, accumulated in float32. A token with a NaN or an infinity has NaN in all of its y.
+MACKO_API macko_status macko_cpu_bitmap_spmv(const macko_bitmap* matrix,
+                                             const void* x,         // [tokens, cols] of x_dtype
+                                             const void* bias,      // [rows] of x_dtype, or null
+                                             void* y,               // out: [tokens, rows] of x_dtype
+                                             int32_t x_dtype,       // macko_dtype
+                                             int64_t tokens,        // rows of x
+                                             int32_t instructions,  // a macko_instructions that this CPU has
+                                             int32_t threads);      // at most this many threads, at least 1
 
 // The functions below exist only in a library that was built with CUDA. Their pointers are addresses on GPU `device`,
 // that of `values` a multiple of 16 and that of `deltas` of 4. They queue their work on `stream`, a cudaStream_t of

@@ -2,6 +2,7 @@
 
 import ctypes
 import importlib.util
+import os
 import sys
 import warnings
 from functools import lru_cache
@@ -14,7 +15,7 @@ from macko_llm.dtypes import CODES, VALUE_DTYPES
 from macko_llm.errors import MackoWarning, NativeError
 from macko_llm.format import MackoMatrix, check_entries, padded_count
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 
 _INT32, _INT64, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 _SIGNATURES: dict[str, list[type]] = {
@@ -25,6 +26,11 @@ _SIGNATURES: dict[str, list[type]] = {
     "macko_cpu_spmv": [
         _POINTER, _INT32, _POINTER, _POINTER, _INT64, _INT64, _POINTER, _POINTER, _POINTER, _INT32, _INT64, _INT32,
     ],
+    "macko_cpu_instructions": [],
+    "macko_cpu_bitmap_starts": [_POINTER, _POINTER, _INT64, _POINTER, _INT32],
+    "macko_cpu_bitmap_fill": [_POINTER, _POINTER, _POINTER, _POINTER, _INT32],
+    "macko_cpu_bitmap_unpack": [_POINTER, _POINTER, _INT32, _INT32],
+    "macko_cpu_bitmap_spmv": [_POINTER, _POINTER, _POINTER, _POINTER, _INT32, _INT64, _INT32, _INT32],
 }  # fmt: skip
 _CUDA_SIGNATURES: dict[str, list[type]] = {
     "macko_cuda_row_entries": [_POINTER, _INT64, _INT64, _POINTER, _INT32, _POINTER],
@@ -49,6 +55,10 @@ _CUDA_SIGNATURES: dict[str, list[type]] = {
     "macko_cuda_decode_attention": [_POINTER, _INT32, _POINTER],
     "macko_cuda_argmax": [_POINTER, _POINTER, _POINTER, _INT64, _INT64, _INT32, _INT32, _POINTER],
 }  # fmt: skip
+CPU_VARIABLE = "MACKO_CPU"
+"""The environment variable that holds products on the CPU to a lesser set of instructions than it has, for measurements."""
+INSTRUCTIONS = ("portable", "avx2", "avx512")
+"""Those sets, by their macko_instructions."""
 _CUDA_FAILED = 4
 _STATUS = {
     1: "it refused its arguments; report this with the output of `macko doctor`",
@@ -66,6 +76,15 @@ class SlicedStruct(ctypes.Structure):
             (name, ctypes.c_int32)
             for name in ("rows", "cols", "slices", "first_row", "value_dtype", "delta_bits", "height", "warps")
         ),
+    )
+
+
+class BitmapStruct(ctypes.Structure):
+    """`macko_bitmap` of csrc/macko.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("values", "masks", "row_starts")),
+        *((name, ctypes.c_int32) for name in ("rows", "cols", "value_dtype", "smallest")),
     )
 
 
@@ -235,6 +254,74 @@ def cpu_spmv(matrix: MackoMatrix, x: torch.Tensor, bias: torch.Tensor | None) ->
         *(_address(matrix.deltas), _address(matrix.row_offsets), rows, cols),
         *(_address(x), None if bias is None else _address(bias), _address(y), CODES[x.dtype], tokens),
         torch.get_num_threads(),
+    )
+    return y
+
+
+@lru_cache(maxsize=1)
+def cpu_instructions() -> int:
+    """The macko_instructions of products on the CPU: the most that it has, unless the environment asks for others.
+
+    Raises:
+        NativeError: the environment asks for what this CPU or this build lacks.
+    """
+    best = int(library().macko_cpu_instructions())
+    name = os.environ.get(CPU_VARIABLE, "")
+    if not name:
+        return best
+    names = INSTRUCTIONS[: best + 1]
+    if name not in names:
+        raise NativeError(f"{CPU_VARIABLE} is {name!r}; here it can be {' or '.join(names)}, or unset.")
+    return names.index(name)
+
+
+class OnCpu(Protocol):
+    """A matrix whose struct the library reads on the CPU."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, cols)."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the values."""
+
+    @property
+    def address(self) -> int:
+        """Of its BitmapStruct."""
+
+
+def cpu_bitmap_starts(matrix: MackoMatrix) -> torch.Tensor:
+    """Where each row's values other than zero begin, if they lie row after row: [rows + 1] int32, of a valid matrix."""
+    rows = matrix.shape[0]
+    starts = torch.empty(rows + 1, dtype=torch.int32)
+    arrays = _address(matrix.values), _address(matrix.row_offsets)
+    _call("macko_cpu_bitmap_starts", *arrays, rows, _address(starts), torch.get_num_threads())
+    return starts
+
+
+def cpu_bitmap_fill(matrix: MackoMatrix, bitmap: BitmapStruct) -> None:
+    """Fill a bitmap that has its row starts from a valid matrix: its values, its masks and `smallest`."""
+    arrays = _address(matrix.values), _address(matrix.deltas), _address(matrix.row_offsets)
+    _call("macko_cpu_bitmap_fill", *arrays, address_of(bitmap), torch.get_num_threads())
+
+
+def cpu_bitmap_unpack(matrix: OnCpu) -> torch.Tensor:
+    """The dense [rows, cols] matrix of a bitmap."""
+    weight = torch.empty(matrix.shape, dtype=matrix.dtype)
+    _call("macko_cpu_bitmap_unpack", matrix.address, _address(weight), cpu_instructions(), torch.get_num_threads())
+    return weight
+
+
+def cpu_bitmap_spmv(matrix: OnCpu, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """`cpu_spmv` of a bitmap."""
+    rows, tokens = matrix.shape[0], x.shape[0]
+    _check_bias(bias, x, rows)
+    y = torch.empty(tokens, rows, dtype=x.dtype)
+    _call(
+        "macko_cpu_bitmap_spmv",
+        *(matrix.address, _address(x), None if bias is None else _address(bias), _address(y)),
+        *(CODES[x.dtype], tokens, cpu_instructions(), torch.get_num_threads()),
     )
     return y
 

@@ -1,0 +1,227 @@
+// The bitmap layout: how it is made of the canonical arrays, and its products, by what this CPU can do.
+#include "cpu/bitmap.h"
+
+#include <algorithm>
+#include <exception>
+#include <mutex>
+#include <type_traits>
+#include <vector>
+
+#include "cpu/float16.h"
+#include "cpu/parallel.h"
+#include "format.h"
+#include "macko.h"
+
+namespace macko {
+namespace {
+
+macko_instructions best_instructions() {
+#ifdef MACKO_X86
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
+      __builtin_cpu_supports("popcnt")) {
+    const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi2");
+    return has_avx512 ? MACKO_AVX512 : MACKO_AVX2;
+  }
+#endif
+  return MACKO_PORTABLE;
+}
+
+BitmapKernels kernels_of(int32_t instructions) {
+#ifdef MACKO_X86
+  if (instructions == MACKO_AVX512) return avx512_kernels(__builtin_cpu_supports("avx512bf16"));
+  if (instructions == MACKO_AVX2) return avx2_kernels();
+#endif
+  (void)instructions;
+  return portable_kernels();
+}
+
+bool is_runnable(int32_t instructions) { return instructions >= MACKO_PORTABLE && instructions <= best_instructions(); }
+
+bool is_sound(const macko_bitmap* matrix) {
+  if (!matrix || matrix->rows < 0 || matrix->cols < 1) return false;
+  if (matrix->value_dtype != MACKO_FLOAT16 && matrix->value_dtype != MACKO_BFLOAT16) return false;
+  return matrix->values && matrix->masks && matrix->row_starts;
+}
+
+int64_t blocks_of(int64_t cols) { return (cols + kBlock - 1) / kBlock; }
+
+// What a row costs: its values, and its words, each about as much as a value.
+auto row_costs(const macko_bitmap& matrix, int64_t tokens) {
+  return [starts = matrix.row_starts, blocks = blocks_of(matrix.cols), tokens](int64_t row) {
+    return (starts[row] + row * blocks) * tokens;
+  };
+}
+
+BitmapProduct without_tokens(const macko_bitmap& matrix) {
+  return {matrix.values, matrix.masks, matrix.row_starts, matrix.rows, blocks_of(matrix.cols), nullptr, 0, nullptr};
+}
+
+// What an input holds, by the bits of its magnitudes, which rise with them.
+struct Range {
+  int32_t smallest = INT32_MAX;  // but for zeros
+  int32_t largest = 0;
+
+  bool is_finite() const { return largest < 0x7f800000; }
+};
+
+Range range_of(const float* x, int64_t count) {
+  Range range;
+  for (int64_t i = 0; i < count; ++i) {
+    const int32_t magnitude = static_cast<int32_t>(bits_of_float(x[i]) & 0x7fffffffu);
+    range.largest = std::max(range.largest, magnitude);
+    range.smallest = std::min(range.smallest, magnitude == 0 ? INT32_MAX : magnitude);
+  }
+  return range;
+}
+
+// Whether `vdpbf16ps`, which takes subnormal numbers for zeros, meets none. All products are whole multiples of the last
+// places of the smallest two factors, 2^-7 of their powers of two, and so are all sums of them: if that is 2^-126 or
+// more, the smallest normal float32, no sum is subnormal.
+bool pairs_are_exact(int32_t smallest_value, int32_t smallest_x) {
+  const int32_t value = smallest_value >> 7, input = smallest_x >> 23;  // exponents, 127 above the powers of two
+  return value > 0 && input > 0 && value - 127 - 7 + input - 127 - 7 >= -126;
+}
+
+template <typename Activation>
+void widen(const typename Activation::Storage* x, int64_t count, float* floats, const BitmapKernels&) {
+  for (int64_t i = 0; i < count; ++i) floats[i] = Activation::load(x[i]);
+}
+
+template <>
+void widen<Float16>(const uint16_t* x, int64_t count, float* floats, const BitmapKernels& kernels) {
+  kernels.widen(x, count, floats);
+}
+
+template <typename Activation>
+macko_status spmv(const macko_bitmap& matrix, const void* x_any, const void* bias_any, void* y_any, int64_t tokens,
+                  const BitmapKernels& kernels, int32_t threads) {
+  using Storage = typename Activation::Storage;
+  const Storage* x = static_cast<const Storage*>(x_any);
+  const Storage* bias = static_cast<const Storage*>(bias_any);
+  Storage* y = static_cast<Storage*>(y_any);
+  BitmapProduct product = without_tokens(matrix);
+  const int64_t rows = matrix.rows, cols = matrix.cols, width = product.blocks * kBlock;
+  std::vector<float> wide(static_cast<size_t>(tokens * width), 0.f), sums(static_cast<size_t>(tokens * rows));
+  std::vector<float> spoilt(static_cast<size_t>(tokens), 0.f);  // NaN for a token that is not finite: 0 x infinity
+  int32_t smallest = INT32_MAX;
+  for (int64_t token = 0; token < tokens; ++token) {
+    float* floats = wide.data() + token * width;
+    widen<Activation>(x + token * cols, cols, floats, kernels);
+    const Range range = range_of(floats, cols);
+    if (!range.is_finite()) spoilt[token] = float_of_bits(0x7fc00000u);
+    smallest = std::min(smallest, range.smallest);
+  }
+  product.x = wide.data();
+  product.tokens = tokens;
+  product.sums = sums.data();
+  MultiplyRows multiply = matrix.value_dtype == MACKO_FLOAT16 ? kernels.float16 : kernels.bfloat16;
+  std::vector<uint16_t> padded;
+  if constexpr (std::is_same_v<Activation, BFloat16>) {
+    if (matrix.value_dtype == MACKO_BFLOAT16 && kernels.pairs_of_bfloat16 && pairs_are_exact(matrix.smallest, smallest)) {
+      padded.resize(wide.size());
+      for (int64_t token = 0; token < tokens; ++token) {
+        std::copy(x + token * cols, x + (token + 1) * cols, padded.begin() + token * width);
+      }
+      product.x = padded.data();
+      multiply = kernels.pairs_of_bfloat16;
+    }
+  }
+  return for_row_ranges(rows, threads, row_costs(matrix, tokens), [&](int64_t first, int64_t last) {
+    multiply(product, first, last);
+    for (int64_t token = 0; token < tokens; ++token) {
+      for (int64_t row = first; row < last; ++row) {
+        const float start = bias ? Activation::load(bias[row]) : 0.f;
+        y[token * rows + row] = Activation::store(sums[token * rows + row] + start + spoilt[token]);
+      }
+    }
+  });
+}
+
+}  // namespace
+}  // namespace macko
+
+extern "C" int32_t macko_cpu_instructions(void) { return macko::best_instructions(); }
+
+extern "C" macko_status macko_cpu_bitmap_starts(const uint16_t* values, const int32_t* row_offsets, int64_t rows,
+                                                int32_t* row_starts, int32_t threads) {
+  using namespace macko;
+  if (rows < 0 || !row_offsets || !row_starts || (row_offsets[rows] > 0 && !values)) return MACKO_BAD_ARGUMENT;
+  const auto entries_before = [=](int64_t row) { return row_offsets[row] + row; };
+  row_starts[0] = 0;
+  const macko_status status = for_row_ranges(rows, threads, entries_before, [=](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; ++row) {
+      int32_t count = 0;
+      for (int64_t entry = row_offsets[row]; entry < row_offsets[row + 1]; ++entry) count += !is_zero(values[entry]);
+      row_starts[row + 1] = count;
+    }
+  });
+  for (int64_t row = 0; row < rows; ++row) row_starts[row + 1] += row_starts[row];  // no more than there are entries
+  return status;
+}
+
+extern "C" macko_status macko_cpu_bitmap_fill(const uint16_t* values, const uint8_t* deltas, const int32_t* row_offsets,
+                                              macko_bitmap* matrix, int32_t threads) {
+  using namespace macko;
+  if (!is_sound(matrix) || !row_offsets) return MACKO_BAD_ARGUMENT;
+  const int64_t rows = matrix->rows, blocks = blocks_of(matrix->cols);
+  if (row_offsets[rows] > 0 && (!values || !deltas)) return MACKO_BAD_ARGUMENT;
+  std::fill_n(matrix->values + matrix->row_starts[rows], kBitmapPadding, uint16_t{0});
+  int32_t smallest = kNoSmallest;
+  std::mutex ends;
+  const auto entries_before = [=](int64_t row) { return row_offsets[row] + row * blocks; };
+  const macko_status status = for_row_ranges(rows, threads, entries_before, [&](int64_t first, int64_t last) {
+    int32_t own_smallest = kNoSmallest;
+    for (int64_t row = first; row < last; ++row) {
+      uint32_t* masks = matrix->masks + row * blocks;
+      uint16_t* target = matrix->values + matrix->row_starts[row];
+      std::fill_n(masks, blocks, 0u);
+      int64_t column = -1;
+      for (int64_t entry = row_offsets[row]; entry < row_offsets[row + 1]; ++entry) {
+        column += delta_at(deltas, entry) + 1;
+        const uint16_t value = values[entry];
+        if (is_zero(value)) continue;
+        masks[column / kBlock] |= 1u << (column % kBlock);
+        *target++ = value;
+        own_smallest = std::min(own_smallest, value & 0x7fff);
+      }
+    }
+    const std::lock_guard<std::mutex> lock(ends);
+    smallest = std::min(smallest, own_smallest);
+  });
+  matrix->smallest = smallest;
+  return status;
+}
+
+extern "C" macko_status macko_cpu_bitmap_unpack(const macko_bitmap* matrix, uint16_t* weight, int32_t instructions,
+                                                int32_t threads) {
+  using namespace macko;
+  if (!is_sound(matrix) || !is_runnable(instructions) || (matrix->rows > 0 && !weight)) return MACKO_BAD_ARGUMENT;
+  const BitmapKernels kernels = kernels_of(instructions);
+  const BitmapProduct product = without_tokens(*matrix);
+  const int64_t cols = matrix->cols;
+  const auto elements_before = [cols](int64_t row) { return row * cols; };
+  return for_row_ranges(matrix->rows, threads, elements_before, [&](int64_t first, int64_t last) {
+    kernels.unpack(product, cols, first, last, weight + first * cols);
+  });
+}
+
+extern "C" macko_status macko_cpu_bitmap_spmv(const macko_bitmap* matrix, const void* x, const void* bias, void* y,
+                                              int32_t x_dtype, int64_t tokens, int32_t instructions, int32_t threads) {
+  using namespace macko;
+  if (!is_sound(matrix) || !is_runnable(instructions) || tokens < 0) return MACKO_BAD_ARGUMENT;
+  if (matrix->rows == 0 || tokens == 0) return MACKO_OK;
+  if (!x || !y) return MACKO_BAD_ARGUMENT;
+  const BitmapKernels kernels = kernels_of(instructions);
+  try {
+    switch (x_dtype) {
+      case MACKO_FLOAT16: return spmv<Float16>(*matrix, x, bias, y, tokens, kernels, threads);
+      case MACKO_BFLOAT16: return spmv<BFloat16>(*matrix, x, bias, y, tokens, kernels, threads);
+      case MACKO_FLOAT32: return spmv<Float32>(*matrix, x, bias, y, tokens, kernels, threads);
+      default: return MACKO_BAD_ARGUMENT;
+    }
+  } catch (const std::exception&) {
+    return MACKO_OUT_OF_MEMORY;
+  }
+}

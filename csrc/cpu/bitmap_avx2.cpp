@@ -1,0 +1,114 @@
+// The bitmap layout with AVX2, FMA and F16C: eight columns at a time, by shuffles that a table holds for each byte of bits.
+#include <immintrin.h>
+
+#include "cpu/bitmap_rows.h"
+
+namespace macko {
+namespace {
+
+// For each byte of bits, where each column's 16 bits come from; what has its highest bit set becomes zero.
+struct Shuffles {
+  alignas(16) uint8_t halves[256][16];  // columns of 16 bits
+  alignas(32) uint8_t upper[256][32];   // columns of 32 bits, filled in their upper half: bfloat16 as float32
+
+  constexpr Shuffles() : halves(), upper() {
+    for (int bits = 0; bits < 256; ++bits) {
+      uint8_t source = 0;
+      for (int column = 0; column < 8; ++column) {
+        const bool is_set = bits >> column & 1;
+        for (int byte = 0; byte < 2; ++byte) {
+          const uint8_t from = is_set ? static_cast<uint8_t>(source + byte) : uint8_t{0x80};
+          halves[bits][2 * column + byte] = from;
+          upper[bits][4 * column + byte] = 0x80;
+          upper[bits][4 * column + 2 + byte] = from;
+        }
+        if (is_set) source = static_cast<uint8_t>(source + 2);
+      }
+    }
+  }
+};
+constexpr Shuffles kShuffles;
+
+__m128i load_values(const uint16_t* values) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(values)); }
+
+__m128i expand_halves(uint32_t bits, const uint16_t* values) {
+  return _mm_shuffle_epi8(load_values(values), _mm_load_si128(reinterpret_cast<const __m128i*>(kShuffles.halves[bits])));
+}
+
+struct Float16 {
+  static __m256 load(uint32_t bits, const uint16_t* values) { return _mm256_cvtph_ps(expand_halves(bits, values)); }
+};
+
+struct BFloat16 {
+  static __m256 load(uint32_t bits, const uint16_t* values) {
+    const __m256i both = _mm256_broadcastsi128_si256(load_values(values));
+    const __m256i shuffle = _mm256_load_si256(reinterpret_cast<const __m256i*>(kShuffles.upper[bits]));
+    return _mm256_castsi256_ps(_mm256_shuffle_epi8(both, shuffle));
+  }
+};
+
+template <typename Value>
+struct Avx2 {
+  static constexpr int kTokens = 2, kSums = 2;
+  using Input = float;
+  struct Weights {
+    __m256 columns[4];
+  };
+  struct Sum {
+    __m256 even = _mm256_setzero_ps(), odd = _mm256_setzero_ps();
+  };
+
+  static Weights expand(uint32_t mask, const uint16_t*& values) {
+    Weights weights;
+    for (int part = 0; part < 4; ++part) {
+      // How many bits lie before this part, rather than one part after the other: loads need not wait for each other.
+      const uint32_t before = mask & ((1u << 8 * part) - 1);
+      weights.columns[part] = Value::load(mask >> 8 * part & 0xffu, values + _mm_popcnt_u32(before));
+    }
+    values += _mm_popcnt_u32(mask);
+    return weights;
+  }
+
+  static void add(Sum& sum, const Weights& weights, const float* x) {
+    sum.even = _mm256_fmadd_ps(weights.columns[0], _mm256_loadu_ps(x), sum.even);
+    sum.odd = _mm256_fmadd_ps(weights.columns[1], _mm256_loadu_ps(x + 8), sum.odd);
+    sum.even = _mm256_fmadd_ps(weights.columns[2], _mm256_loadu_ps(x + 16), sum.even);
+    sum.odd = _mm256_fmadd_ps(weights.columns[3], _mm256_loadu_ps(x + 24), sum.odd);
+  }
+
+  static void join(Sum& sum, const Sum& other) {
+    sum.even = _mm256_add_ps(sum.even, other.even);
+    sum.odd = _mm256_add_ps(sum.odd, other.odd);
+  }
+
+  static float total(const Sum& sum) {
+    const __m256 lanes = _mm256_add_ps(sum.even, sum.odd);
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(lanes), _mm256_extractf128_ps(lanes, 1));
+    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+  }
+};
+
+void widen(const uint16_t* halves, int64_t count, float* floats) {
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) _mm256_storeu_ps(floats + i, _mm256_cvtph_ps(load_values(halves + i)));
+  for (; i < count; ++i) floats[i] = _cvtsh_ss(halves[i]);
+}
+
+void unpack(const BitmapProduct& product, int64_t cols, int64_t first_row, int64_t last_row, uint16_t* weight) {
+  unpack_rows(product, cols, first_row, last_row, weight, [](uint32_t mask, const uint16_t*& values, uint16_t* columns) {
+    for (int part = 0; part < 4; ++part) {
+      const uint32_t bits = mask >> 8 * part & 0xffu;
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(columns + 8 * part), expand_halves(bits, values));
+      values += _mm_popcnt_u32(bits);
+    }
+  });
+}
+
+}  // namespace
+
+BitmapKernels avx2_kernels() {
+  return {multiply_rows<Avx2<Float16>>, multiply_rows<Avx2<BFloat16>>, nullptr, widen, unpack};
+}
+
+}  // namespace macko
