@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from macko_llm.errors import FormatError
 from macko_llm.format import ENTRY_ALIGNMENT, MackoMatrix
-from macko_llm.layouts import sliced
+from macko_llm.layouts import bitmap, sliced
 from macko_llm.layouts.canonical import Canonical, validate
 from macko_llm.layouts.layout import Layout
 from macko_llm.layouts.sliced import SlicedMatrix
@@ -19,7 +19,7 @@ from macko_llm.packed_checkpoint import ARRAY_NAMES
 class MackoLinear(nn.Module):
     """y = x Wᵀ + b like `nn.Linear`, with W in the MACKO format; `layouts.layout.Layout.linear` says how precise y is.
 
-    The layer holds the canonical arrays as parameters or, once arranged for a GPU, another layout as a buffer and no
+    The layer holds the canonical arrays as parameters or, once arranged for its device, another layout as a buffer and no
     canonical arrays; the layers of a group (`arrange_group`) share that buffer. `state_dict()` gives canonical arrays
     either way, on the CPU where they are not the layer's own, and moving the layer to another device restores them.
 
@@ -102,6 +102,11 @@ class MackoLinear(nn.Module):
         """Whether the layer holds another layout than the canonical arrays."""
         return self._arranged is not None
 
+    @property
+    def device_type(self) -> str:
+        """Where the weight lies, "cpu" or "cuda"."""
+        return (self.weight_values if self.weight_layout is None else self.weight_layout).device.type
+
     def validate(self, name: str) -> None:
         """Check the canonical arrays, unless they are on the meta device: what is computed there reaches no kernel.
 
@@ -115,7 +120,7 @@ class MackoLinear(nn.Module):
             self._hold(validate(self._canonical(), name))
 
     def arrange(self) -> None:
-        """Change canonical arrays on a GPU to its fastest layout; elsewhere, and if it does not suit, do nothing.
+        """Change canonical arrays on a GPU or a CPU to its fastest layout; elsewhere, and if it does not suit, do nothing.
 
         Raises:
             FormatError: the arrays are not valid.
@@ -172,6 +177,7 @@ class MackoLinear(nn.Module):
         return any(a is None or a.is_meta or type(a) not in (Tensor, nn.Parameter) for a in arrays)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MackoLinear":
+        was_arranged = self.is_arranged
         self.restore()
         arrays = {name: _constant(_moved(getattr(self, name), fn)) for name in ARRAY_NAMES}
         for name in ARRAY_NAMES:
@@ -180,17 +186,18 @@ class MackoLinear(nn.Module):
             super()._apply(fn, recurse)
         finally:
             self._parameters.update(arrays)  # also where the bias did not fit
-        # to_empty() brings anything at all; whoever multiplies it is told.
-        with contextlib.suppress(FormatError):
-            self.arrange()
+        # Casts on a CPU leave canonical arrays alone. to_empty() brings anything at all; whoever multiplies it is told.
+        if was_arranged or self.device_type != "cpu":
+            with contextlib.suppress(FormatError):
+                self.arrange()
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.is_arranged:
             matrix = self.matrix
             for name, array in zip(ARRAY_NAMES, (matrix.values, matrix.deltas, matrix.row_offsets), strict=True):
                 destination[prefix + name] = array.cpu()  # a second copy of a model may not fit on its GPU
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(
         self,
@@ -239,10 +246,15 @@ def arrange_group(layers: Sequence[MackoLinear]) -> None:
     for layer in layers:
         if layer.is_arranged:
             continue
-        if layer._is_abstract() or not layer.weight_values.is_cuda:  # nothing suits it better than its arrays
+        if layer._is_abstract():
             return
         if not layer._is_validated():
             layer.validate("a packed layer")
+    if all(layer.device_type == "cpu" for layer in layers):
+        for layer in layers:
+            if not layer.is_arranged:
+                layer._hold(bitmap.arrange(layer.matrix))
+        return
     members = sliced.arrange_group([layer.matrix for layer in layers])
     if members is not None:
         for layer, member in zip(layers, members, strict=True):

@@ -26,7 +26,6 @@ _SIGNATURES: dict[str, list[type]] = {
     "macko_cpu_spmv": [
         _POINTER, _INT32, _POINTER, _POINTER, _INT64, _INT64, _POINTER, _POINTER, _POINTER, _INT32, _INT64, _INT32,
     ],
-    "macko_cpu_instructions": [],
     "macko_cpu_bitmap_starts": [_POINTER, _POINTER, _INT64, _POINTER, _INT32],
     "macko_cpu_bitmap_fill": [_POINTER, _POINTER, _POINTER, _POINTER, _INT32],
     "macko_cpu_bitmap_unpack": [_POINTER, _POINTER, _INT32, _INT32],

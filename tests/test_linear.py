@@ -165,8 +165,11 @@ def test_compiles_with_inductor() -> None:
         assert torch.equal(compiled(x), layer(x))
 
 
-def test_state_dict_round_trip() -> None:
+@pytest.mark.parametrize("is_arranged", [False, True])
+def test_state_dict_round_trip(is_arranged: bool) -> None:
     layer, weight = make()
+    if is_arranged:
+        layer.arrange()
     state = layer.state_dict()
     assert set(state) == {*ARRAY_NAMES, "bias"}
     assert (state["weight_values"].dtype, state["weight_deltas"].dtype) == (torch.float16, torch.uint8)
@@ -180,8 +183,9 @@ def test_state_dict_round_trip() -> None:
     for other in (filled, placeholder, copy.deepcopy(layer)):
         assert other.state_dict().keys() == state.keys()
         assert all(torch.equal(tensor, state[name]) for name, tensor in other.state_dict().items())
+        assert list(other.state_dict()) == list(state)
         assert torch.equal(canonical.unpack(other.matrix), weight)
-        assert torch.equal(other(x), layer(x))
+        assert_close(other(x), reference(x, layer, weight))
 
 
 def test_a_new_layer_is_all_zeros() -> None:
@@ -202,22 +206,33 @@ def test_parameters_are_frozen_and_shared_with_the_matrix() -> None:
     assert torch.equal(canonical.unpack(matrix), weight)
 
 
-def test_a_cpu_has_nothing_to_arrange() -> None:
-    layer, weight = make()
+@pytest.mark.parametrize("dtype", HALVES)
+def test_a_cpu_arranges_and_restores_the_same_bytes(dtype: torch.dtype) -> None:
+    layer, weight = make(dtype)
     state = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
-    places = [parameter.data_ptr() for parameter in layer.parameters()]
     x = torch.randn(1, COLS)
-    expected = layer(x)
-    for change in (layer.restore, layer.arrange, layer.arrange, layer.restore, layer.cpu):
+    expected = reference(x, layer, weight)
+    for change in (layer.arrange, layer.arrange, layer.cpu, layer.restore, layer.restore, layer.arrange, layer.restore):
         change()
-        assert not layer.is_arranged
-        assert layer.weight_layout is None
-        assert [parameter.data_ptr() for parameter in layer.parameters()] == places
-        assert layer.state_dict().keys() == state.keys()
+        assert layer.is_arranged == (change != layer.restore)
+        assert (layer.weight_layout is None) != layer.is_arranged
+        assert len(list(layer.parameters())) == (1 if layer.is_arranged else 4)
+        assert list(layer.state_dict()) == list(state)
         assert all(torch.equal(tensor, state[name]) for name, tensor in layer.state_dict().items())
-        assert torch.equal(layer(x), expected)
+        assert_close(layer(x), expected)
     assert sliced.arrange(layer.matrix) is None
-    assert torch.equal(canonical.unpack(layer.matrix), weight)
+
+
+def test_a_model_that_was_arranged_stays_so_through_casts() -> None:
+    layer, weight = make()
+    state = layer.state_dict()
+    layer.arrange()
+    layer.float()
+    assert layer.is_arranged
+    assert layer.bias.dtype == torch.float32
+    assert all(torch.equal(layer.state_dict()[name], state[name]) for name in ARRAY_NAMES)
+    x = torch.randn(1, COLS)
+    assert_close(layer(x), reference(x, layer, weight))
 
 
 def test_a_placeholder_has_nothing_to_arrange() -> None:
@@ -235,8 +250,9 @@ def test_a_cpu_has_no_groups() -> None:
     assert group_of(layers) is None
     assert sliced.arrange_group([layer.matrix for layer in layers]) is None
     for layer, state in zip(layers, states, strict=True):
-        assert not layer.is_arranged
+        assert layer.is_arranged
         assert all(torch.equal(tensor, state[name]) for name, tensor in layer.state_dict().items())
+    layers[0].restore()
     arrange_group([MackoLinear(COLS, ROWS, 8, device="meta"), layers[0]])
     assert not layers[0].is_arranged
 
@@ -322,6 +338,7 @@ def test_valid_arrays_are_checked_once_however_they_came(monkeypatch: pytest.Mon
     monkeypatch.setattr(native, "cpu_row_spans", lambda *arrays: [calls.append(1), spans(*arrays)][1])
     layer.load_state_dict(other.state_dict(), assign=True)
     assert len(calls) == 1
+    layer.restore()
     x = torch.randn(1, COLS)
     for _ in range(3):
         assert torch.equal(layer(x), other(x))

@@ -15,23 +15,17 @@
 namespace macko {
 namespace {
 
-macko_instructions best_instructions() {
+int32_t best_instructions() {
 #ifdef MACKO_X86
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
-      __builtin_cpu_supports("popcnt")) {
-    const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi2");
-    return has_avx512 ? MACKO_AVX512 : MACKO_AVX2;
-  }
-#endif
+  return x86_instructions();
+#else
   return MACKO_PORTABLE;
+#endif
 }
 
 BitmapKernels kernels_of(int32_t instructions) {
 #ifdef MACKO_X86
-  if (instructions == MACKO_AVX512) return avx512_kernels(__builtin_cpu_supports("avx512bf16"));
-  if (instructions == MACKO_AVX2) return avx2_kernels();
+  if (instructions != MACKO_PORTABLE) return x86_kernels(instructions);
 #endif
   (void)instructions;
   return portable_kernels();

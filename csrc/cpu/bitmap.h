@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "macko.h"
+
 namespace macko {
 
 constexpr int kBlock = 32;           // columns of a word
@@ -35,9 +37,11 @@ struct BitmapKernels {
 };
 
 BitmapKernels portable_kernels();
-#ifdef MACKO_X86
+
+// Of csrc/x86, where the library is built for such CPUs (MACKO_X86).
+int32_t x86_instructions();                      // the most that this CPU can do, a macko_instructions
+BitmapKernels x86_kernels(int32_t instructions);  // MACKO_AVX2 or MACKO_AVX512
 BitmapKernels avx2_kernels();
 BitmapKernels avx512_kernels(bool has_bf16);
-#endif
 
 }  // namespace macko

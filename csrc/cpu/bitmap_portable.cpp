@@ -5,14 +5,11 @@
 namespace macko {
 namespace {
 
+// The place of the lowest bit: the top five bits of a product with a de Bruijn sequence differ for each of the 32.
 int first_bit(uint32_t mask) {
-#if defined(__GNUC__)
-  return __builtin_ctz(mask);
-#else
-  int bit = 0;
-  while (!(mask >> bit & 1u)) ++bit;
-  return bit;
-#endif
+  static constexpr uint8_t kPlaces[32] = {0,  1,  28, 2,  29, 14, 24, 3, 30, 22, 20, 15, 25, 17, 4,  8,
+                                          31, 27, 13, 23, 21, 19, 16, 7, 26, 12, 18, 6,  11, 5,  10, 9};
+  return kPlaces[(mask & (0u - mask)) * 0x077cb531u >> 27];
 }
 
 void expand_bits(uint32_t mask, const uint16_t*& values, uint16_t* columns) {
@@ -20,14 +17,11 @@ void expand_bits(uint32_t mask, const uint16_t*& values, uint16_t* columns) {
   for (; mask; mask &= mask - 1) columns[first_bit(mask)] = *values++;
 }
 
+// By pairs, fours and bytes of bits; compilers know this for one instruction.
 int count_bits(uint32_t mask) {
-#if defined(__GNUC__)
-  return __builtin_popcount(mask);
-#else
-  int count = 0;
-  for (; mask; mask &= mask - 1) ++count;
-  return count;
-#endif
+  mask -= mask >> 1 & 0x55555555u;
+  mask = (mask & 0x33333333u) + (mask >> 2 & 0x33333333u);
+  return static_cast<int>(((mask + (mask >> 4)) & 0x0f0f0f0fu) * 0x01010101u >> 24);
 }
 
 template <typename Value>
@@ -41,6 +35,8 @@ struct Portable {
   struct Sum {
     float low = 0.f, high = 0.f;  // of the lower and the upper 16 columns, so that neither waits for the other
   };
+
+  static void prefetch(const uint16_t*) {}
 
   static Weights expand(uint32_t mask, const uint16_t*& values) {
     const Weights weights{mask, values};

@@ -9,7 +9,7 @@
 //   kTokens   tokens at a time, where there are as many
 //   kSums     sums of a row and a token at a time, of every kSums-th block each, so that none waits for the one before
 //   expand(mask, values)   the weights of a block, and `values` moves on
-//   add(sum, weights, x), join(sum, other), total(sum)
+//   prefetch(values), add(sum, weights, x), join(sum, other), total(sum)
 #pragma once
 
 #include "cpu/bitmap.h"
@@ -29,9 +29,7 @@ inline void multiply_row(const BitmapProduct& product, int64_t row, int64_t toke
   const uint32_t* masks = product.masks + row * blocks;
   typename Set::Sum sums[Set::kSums][kTokens];
   const auto add_block = [&](int64_t block, int sum) {
-#if defined(__GNUC__)
-    __builtin_prefetch(values + kPrefetch);
-#endif
+    Set::prefetch(values + kPrefetch);
     const typename Set::Weights weights = Set::expand(masks[block], values);
     for (int t = 0; t < kTokens; ++t) Set::add(sums[sum][t], weights, x + t * width + block * kBlock);
   };

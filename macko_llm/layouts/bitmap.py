@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from macko_llm import native
-from macko_llm.dtypes import CODES, VALUE_DTYPES
+from macko_llm.dtypes import CODES
 from macko_llm.format import MackoMatrix
 from macko_llm.layouts.canonical import pack_finite
 from macko_llm.layouts.layout import Layout
@@ -110,14 +110,12 @@ class BitmapMatrix(Layout):
         return y
 
 
-def arrange(matrix: MackoMatrix) -> BitmapMatrix | None:
-    """The bitmap of a valid matrix; None where it does not lie on a CPU."""
-    if matrix.values.device.type != "cpu" or matrix.values.dtype not in VALUE_DTYPES.values():
-        return None
+def arrange(matrix: MackoMatrix) -> BitmapMatrix:
+    """The bitmap of a valid matrix on the CPU."""
     starts = native.cpu_bitmap_starts(matrix)
     count = int(starts[-1])
     at = _offsets(matrix.shape, count)
-    data = torch.empty(at[-1], dtype=torch.uint8)
+    data = torch.zeros(at[-1], dtype=torch.uint8)  # so that what lies between the arrays is the same each time
     data[at[2] : at[2] + starts.nbytes] = starts.view(torch.uint8)
     struct = _struct(data, matrix.shape, matrix.values.dtype, count, 0)
     native.cpu_bitmap_fill(matrix, struct)

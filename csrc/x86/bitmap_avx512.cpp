@@ -7,6 +7,10 @@
 namespace macko {
 namespace {
 
+struct Prefetching {
+  static void prefetch(const uint16_t* values) { _mm_prefetch(reinterpret_cast<const char*>(values), _MM_HINT_T0); }
+};
+
 // `vpexpandw` waits for what its target held before, even where nothing of that is kept. So the target is a register that
 // was zeroed just now, which costs nothing: else every block would wait for the one before.
 __m512i zeros() {
@@ -37,7 +41,7 @@ struct BFloat16 {
 };
 
 template <typename Value>
-struct Avx512 {
+struct Avx512 : Prefetching {
   static constexpr int kTokens = 4, kSums = 2;
   using Input = float;
   struct Weights {
@@ -68,7 +72,7 @@ struct Avx512 {
   static float total(const Sum& sum) { return _mm512_reduce_add_ps(_mm512_add_ps(sum.low, sum.high)); }
 };
 
-struct Pairs {
+struct Pairs : Prefetching {
   static constexpr int kTokens = 4, kSums = 4;
   using Input = uint16_t;
   using Weights = __m512i;

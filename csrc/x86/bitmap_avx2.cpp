@@ -6,6 +6,10 @@
 namespace macko {
 namespace {
 
+struct Prefetching {
+  static void prefetch(const uint16_t* values) { _mm_prefetch(reinterpret_cast<const char*>(values), _MM_HINT_T0); }
+};
+
 // For each byte of bits, where each column's 16 bits come from; what has its highest bit set becomes zero.
 struct Shuffles {
   alignas(16) uint8_t halves[256][16];  // columns of 16 bits
@@ -48,7 +52,7 @@ struct BFloat16 {
 };
 
 template <typename Value>
-struct Avx2 {
+struct Avx2 : Prefetching {
   static constexpr int kTokens = 2, kSums = 2;
   using Input = float;
   struct Weights {
