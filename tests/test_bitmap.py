@@ -1,4 +1,4 @@
-"""The CPU's layout against float64, the canonical bytes and a naive reader, with every set of instructions that this CPU has."""
+"""The CPU's layout against float64, canonical bytes and a naive reader, with every set of instructions that this CPU has."""
 
 import copy
 import pickle
