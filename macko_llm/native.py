@@ -274,22 +274,6 @@ def cpu_instructions() -> int:
     return names.index(name)
 
 
-class OnCpu(Protocol):
-    """A matrix whose struct the library reads on the CPU."""
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(rows, cols)."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the values."""
-
-    @property
-    def address(self) -> int:
-        """Of its BitmapStruct."""
-
-
 def cpu_bitmap_starts(matrix: MackoMatrix) -> torch.Tensor:
     """Where each row's values other than zero begin, if they lie row after row: [rows + 1] int32, of a valid matrix."""
     rows = matrix.shape[0]
@@ -305,21 +289,20 @@ def cpu_bitmap_fill(matrix: MackoMatrix, bitmap: BitmapStruct) -> None:
     _call("macko_cpu_bitmap_fill", *arrays, address_of(bitmap), torch.get_num_threads())
 
 
-def cpu_bitmap_unpack(matrix: OnCpu) -> torch.Tensor:
-    """The dense [rows, cols] matrix of a bitmap."""
-    weight = torch.empty(matrix.shape, dtype=matrix.dtype)
-    _call("macko_cpu_bitmap_unpack", matrix.address, _address(weight), cpu_instructions(), torch.get_num_threads())
-    return weight
+def cpu_bitmap_unpack(bitmap: BitmapStruct, weight: torch.Tensor) -> None:
+    """Fill a contiguous [rows, cols] matrix of the values' dtype with what a bitmap of that shape holds."""
+    threads = torch.get_num_threads()
+    _call("macko_cpu_bitmap_unpack", address_of(bitmap), _address(weight), cpu_instructions(), threads)
 
 
-def cpu_bitmap_spmv(matrix: OnCpu, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """`cpu_spmv` of a bitmap."""
-    rows, tokens = matrix.shape[0], x.shape[0]
-    _check_bias(bias, x, rows)
-    y = torch.empty(tokens, rows, dtype=x.dtype)
+def cpu_bitmap_spmv(bitmap: BitmapStruct, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Y = x Wᵀ + bias for a bitmap, like `cpu_spmv`."""
+    tokens = x.shape[0]
+    _check_bias(bias, x, bitmap.rows)
+    y = torch.empty(tokens, bitmap.rows, dtype=x.dtype)
     _call(
         "macko_cpu_bitmap_spmv",
-        *(matrix.address, _address(x), None if bias is None else _address(bias), _address(y)),
+        *(address_of(bitmap), _address(x), None if bias is None else _address(bias), _address(y)),
         *(CODES[x.dtype], tokens, cpu_instructions(), torch.get_num_threads()),
     )
     return y

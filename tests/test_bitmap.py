@@ -107,11 +107,15 @@ def test_tokens_together_are_what_they_are_alone(x_dtype: torch.dtype) -> None:
     assert_within_rounding(alone, x, weight, None)
 
 
-@pytest.mark.parametrize("dtype", HALVES)
-def test_more_tokens_go_through_the_dense_matrix(dtype: torch.dtype) -> None:
-    weight = sparse(9, 100, 0.5, dtype)
-    x = torch.randn(BITMAP_SPMV_MAX_TOKENS + 1, 100)
-    assert torch.equal(arrange(weight).linear(x, None), x @ weight.float().T)
+@pytest.mark.parametrize("rows_at_a_time", [1, 4, 9, 100])
+def test_more_tokens_are_multiplied_with_dense_rows(rows_at_a_time: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bitmap, "_DENSE_ELEMENTS", rows_at_a_time * 100)
+    for dtype in HALVES:
+        weight, bias = torch.randint(-4, 5, (9, 100)).to(dtype), torch.arange(9.0)
+        x = torch.randint(-4, 5, (2, BITMAP_SPMV_MAX_TOKENS, 100)).float()
+        # Small whole numbers: every sum is exact.
+        assert torch.equal(arrange(weight).linear(x, bias), x @ weight.float().T + bias)
+        assert torch.equal(arrange(weight).linear(x.double(), None), x.double() @ weight.double().T)
 
 
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
@@ -151,8 +155,8 @@ def test_subnormal_halves_where_subnormal_floats_are_flushed() -> None:
     if not torch.set_flush_denormal(True):
         pytest.skip("this CPU cannot flush subnormal numbers to zero")
     try:
-        y = native.cpu_bitmap_spmv(matrix, torch.ones(1, 1), None)[0]
-        x = native.cpu_bitmap_spmv(one, values[:, None], None)[:, 0]
+        y = native.cpu_bitmap_spmv(matrix.struct, torch.ones(1, 1), None)[0]
+        x = native.cpu_bitmap_spmv(one.struct, values[:, None], None)[:, 0]
     finally:
         torch.set_flush_denormal(False)
     assert_same(y, values.float())
@@ -234,7 +238,7 @@ def test_copies_have_a_struct_of_their_own(remake: Callable[[BitmapMatrix], Bitm
     matrix = arrange(sparse(5, 77, 0.5, torch.float16))
     x = torch.randn(1, 77)
     expected = matrix.linear(x, None)
-    assert matrix.address  # fills the cached struct
+    assert matrix.struct.rows == 5  # fills the cache
     twin = remake(matrix)
     matrix.data.zero_()
     assert twin.numbers == matrix.numbers
@@ -248,6 +252,7 @@ def test_opcheck(dtype: torch.dtype, x_dtype: torch.dtype) -> None:
     x, bias = torch.randn(3, 40).to(x_dtype), torch.randn(6).to(x_dtype)
     for values in (bias, None):
         torch.library.opcheck(torch.ops.macko.bitmap_spmv, (x, matrix.data, values, dtype, matrix.numbers))
+        torch.library.opcheck(torch.ops.macko.bitmap_dense_product, (x, matrix.data, values, dtype, matrix.numbers))
     torch.library.opcheck(torch.ops.macko.bitmap_unpack, (matrix.data, dtype, matrix.numbers))
 
 
@@ -309,6 +314,6 @@ def test_the_library_refuses_instructions_that_are_not_there() -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(native, "cpu_instructions", lambda number=number: number)
             with pytest.raises(NativeError, match="refused its arguments"):
-                native.cpu_bitmap_spmv(matrix, torch.ones(1, 3), None)
+                native.cpu_bitmap_spmv(matrix.struct, torch.ones(1, 3), None)
             with pytest.raises(NativeError, match="refused its arguments"):
-                native.cpu_bitmap_unpack(matrix)
+                native.cpu_bitmap_unpack(matrix.struct, torch.ones(2, 3).half())

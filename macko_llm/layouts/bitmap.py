@@ -4,7 +4,7 @@ Vector instructions expand values to the columns that 32 bits name. Of the canon
 long gaps, which the format's rule determines; so packing what it unpacks to gives the same canonical bytes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -22,6 +22,9 @@ from macko_llm.native import BitmapStruct
 
 BITMAP_SPMV_MAX_TOKENS = 16
 """Up to this many tokens SpMV is faster than unpacking for a dense product."""
+
+_DENSE_ELEMENTS = 2**22
+"""Of the rows that are dense at a time while many tokens are multiplied: they stay in a CPU's last cache."""
 
 _COLUMNS = 32  # that a word of bits is for
 _PADDING = 32  # values behind the last, which vectors may read
@@ -78,11 +81,6 @@ class BitmapMatrix(Layout):
         """What the library is given; lives as long as the matrix."""
         return _struct(self.data, self.shape, self.dtype, self.count, self.smallest)
 
-    @cached_property
-    def address(self) -> int:
-        """Of the struct."""
-        return native.address_of(self.struct)
-
     def __getstate__(self) -> dict[str, object]:
         """What a copy takes along: not the struct, whose addresses are this matrix's."""
         names = ("data", "rows", "cols", "dtype", "count", "smallest")
@@ -90,7 +88,7 @@ class BitmapMatrix(Layout):
 
     def canonical(self) -> MackoMatrix:
         """See Layout."""
-        return pack_finite(native.cpu_bitmap_unpack(self))
+        return pack_finite(_unpack_cpu(self.data, self.dtype, self.numbers))
 
     def dense(self) -> Tensor:
         """See Layout."""
@@ -100,6 +98,24 @@ class BitmapMatrix(Layout):
     def few_tokens(self, dtype: torch.dtype) -> int:
         """See Layout."""
         return BITMAP_SPMV_MAX_TOKENS if dtype in (self.dtype, torch.float32) else 0
+
+    def row_parts(self) -> Iterator[tuple[slice, Tensor]]:
+        """The dense matrix a few rows at a time, in the same memory: which, and [those, cols] of `dtype`."""
+        step = min(max(1, _DENSE_ELEMENTS // self.cols), self.rows)
+        memory = torch.empty(step, self.cols, dtype=self.dtype)
+        for first in range(0, self.rows, step):
+            part = memory[: self.rows - first]
+            struct = _struct(self.data, self.shape, self.dtype, self.count, self.smallest)
+            struct.masks += first * _words(self.cols) * 4
+            struct.row_starts += first * 4
+            struct.rows = len(part)
+            native.cpu_bitmap_unpack(struct, part)
+            yield slice(first, first + len(part)), part
+
+    def _dense_product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        flat = x.reshape(-1, self.cols)
+        y: Tensor = torch.ops.macko.bitmap_dense_product(flat, self.data, bias, self.dtype, self.numbers)
+        return y.view(*x.shape[:-1], self.rows)
 
     def _spmv(self, x: Tensor, bias: Tensor | None) -> Tensor:
         y: Tensor = torch.ops.macko.bitmap_spmv(x, self.data, bias, self.dtype, self.numbers)
@@ -126,9 +142,13 @@ def _offsets(shape: tuple[int, int], count: int) -> list[int]:
     """Bytes at which values, bits and row starts begin, and at which all ends."""
     rows, cols = shape
     offsets = [0]
-    for nbytes in ((count + _PADDING) * 2, rows * -(-cols // _COLUMNS) * 4, (rows + 1) * 4):
+    for nbytes in ((count + _PADDING) * 2, rows * _words(cols) * 4, (rows + 1) * 4):
         offsets.append(offsets[-1] + -(-nbytes // _ALIGNMENT) * _ALIGNMENT)
     return offsets
+
+
+def _words(cols: int) -> int:
+    return -(-cols // _COLUMNS)
 
 
 def _struct(data: Tensor, shape: tuple[int, int], dtype: torch.dtype, count: int, smallest: int) -> BitmapStruct:
@@ -140,19 +160,32 @@ _library = torch.library.Library("macko", "FRAGMENT")
 # `numbers` are BitmapMatrix.numbers.
 _library.define("bitmap_unpack(Tensor data, ScalarType dtype, int[] numbers) -> Tensor")
 _library.define("bitmap_spmv(Tensor x, Tensor data, Tensor? bias, ScalarType dtype, int[] numbers) -> Tensor")
+_library.define("bitmap_dense_product(Tensor x, Tensor data, Tensor? bias, ScalarType dtype, int[] numbers) -> Tensor")
 # The dense product whose gradient unpacks again.
 _library.define("bitmap_linear(Tensor x, Tensor data, Tensor? bias, ScalarType dtype, int[] numbers) -> Tensor")
 
 
 @torch.library.impl(_library, "bitmap_unpack", "CPU")
 def _unpack_cpu(data: Tensor, dtype: torch.dtype, numbers: list[int]) -> Tensor:
-    return native.cpu_bitmap_unpack(BitmapMatrix.from_numbers(data, dtype, numbers))
+    matrix = BitmapMatrix.from_numbers(data, dtype, numbers)
+    weight = torch.empty(matrix.shape, dtype=dtype)
+    native.cpu_bitmap_unpack(matrix.struct, weight)
+    return weight
 
 
 @torch.library.impl(_library, "bitmap_spmv", "CPU")
 def _spmv_cpu(x: Tensor, data: Tensor, bias: Tensor | None, dtype: torch.dtype, numbers: list[int]) -> Tensor:
     matrix = BitmapMatrix.from_numbers(data, dtype, numbers)
-    return native.cpu_bitmap_spmv(matrix, x.contiguous(), None if bias is None else bias.contiguous())
+    return native.cpu_bitmap_spmv(matrix.struct, x.contiguous(), None if bias is None else bias.contiguous())
+
+
+@torch.library.impl(_library, "bitmap_dense_product", "CPU")
+def _dense_product_cpu(x: Tensor, data: Tensor, bias: Tensor | None, dtype: torch.dtype, numbers: list[int]) -> Tensor:
+    matrix = BitmapMatrix.from_numbers(data, dtype, numbers)
+    y = x.new_empty(x.shape[0], matrix.rows)
+    for rows, part in matrix.row_parts():
+        y[:, rows] = F.linear(x, part.to(x.dtype), None if bias is None else bias[rows])
+    return y
 
 
 @torch.library.impl(_library, "bitmap_linear", "CompositeExplicitAutograd")
@@ -171,6 +204,7 @@ def _spmv_fake(x: Tensor, data: Tensor, bias: Tensor | None, dtype: torch.dtype,
     return x.new_empty(*x.shape[:-1], numbers[0])
 
 
+torch.library.register_fake("macko::bitmap_dense_product")(_spmv_fake)
 torch.library.register_fake("macko::bitmap_linear")(_spmv_fake)
 
 

@@ -45,6 +45,10 @@ class Layout(ABC):
     def _differentiable(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """The dense product, which keeps the packed arrays for its gradient, and not the dense matrix."""
 
+    def _dense_product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The product of many tokens [..., cols], with a bias of x's dtype, without a gradient."""
+        return F.linear(x, self.dense().to(x.dtype), bias)
+
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Y = x Wᵀ + bias, in x's dtype.
 
@@ -76,7 +80,7 @@ class Layout(ABC):
             if x.dtype != torch.float64 and tokens <= self.few_tokens(exact):
                 y = self._spmv(x.reshape(tokens, cols).to(exact), _cast(bias, exact))
                 return y.view(*x.shape[:-1], rows).to(x.dtype)
-            return F.linear(x, self.dense().to(x.dtype), _cast(bias, x.dtype))
+            return self._dense_product(x, _cast(bias, x.dtype))
         return self._differentiable(x, _cast(bias, x.dtype))
 
 
