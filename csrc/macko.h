@@ -5,7 +5,8 @@
 //   deltas       [padded / 2] bytes
 //   row_offsets  [rows + 1] int32
 // Functions check their arguments, not the data: packed arrays must have passed validation when they were loaded.
-// They keep no state but the text of a CUDA error, may be called from any thread, and never throw.
+// They keep no state but the text of a CUDA error and what macko_cpu_use_openmp was given, may be called from any
+// thread, and never throw.
 #pragma once
 
 #include <stdint.h>
@@ -38,6 +39,10 @@ typedef enum macko_dtype {
 
 // MACKO_ABI_VERSION of the library that was built; a caller refuses any other.
 MACKO_API int32_t macko_abi_version(void);
+
+// Has the threads of an OpenMP runtime do the work of all calls that follow, by its function GOMP_parallel; null:
+// threads that each call starts for itself.
+MACKO_API void macko_cpu_use_openmp(void* gomp_parallel);
 
 // First half of packing: where each row's entries begin. The last offset is the number of entries.
 MACKO_API macko_status macko_cpu_row_offsets(const uint16_t* weight,  // [rows, cols] float16 or bfloat16 bits

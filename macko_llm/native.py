@@ -144,7 +144,20 @@ def library() -> ctypes.CDLL:
         function = getattr(loaded, name)
         function.argtypes = arguments
         function.restype = ctypes.c_int32
+    loaded.macko_cpu_use_openmp.argtypes, loaded.macko_cpu_use_openmp.restype = [_POINTER], None
+    loaded.macko_cpu_use_openmp(_threads_of_torch())
     return loaded
+
+
+def _threads_of_torch() -> int | None:
+    """GOMP_parallel of the OpenMP runtime that torch computes with, whose threads may as well do the library's work."""
+    if "ATen parallel backend: OpenMP" not in torch.__config__.parallel_info():
+        return None
+    try:
+        function = ctypes.CDLL(torch._C.__file__).GOMP_parallel  # found among what torch is linked with
+    except (OSError, AttributeError):
+        return None
+    return ctypes.cast(function, _POINTER).value
 
 
 def has_cuda() -> bool:

@@ -1,6 +1,7 @@
 """The CPU's layout against float64, canonical bytes and a naive reader, with every set of instructions that this CPU has."""
 
 import copy
+import ctypes
 import pickle
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from torch import Tensor
 from macko_llm import native
 from macko_llm.errors import NativeError
 from macko_llm.layouts import bitmap, canonical
-from macko_llm.layouts.bitmap import BITMAP_SPMV_MAX_TOKENS, BitmapMatrix
+from macko_llm.layouts.bitmap import BitmapMatrix
 from macko_llm.linear import ARRAY_NAMES, MackoLinear
 
 with_fixtures = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -100,9 +101,11 @@ def test_zeros_that_bridge_nothing_are_left_out() -> None:
 def test_tokens_together_are_what_they_are_alone(x_dtype: torch.dtype) -> None:
     weight = sparse(9, 1000, 0.5, torch.bfloat16 if x_dtype == torch.bfloat16 else torch.float16)
     matrix = arrange(weight)
-    x = torch.randn(BITMAP_SPMV_MAX_TOKENS, 1000).to(x_dtype)
+    most = matrix.few_tokens(x_dtype)
+    assert most >= 6
+    x = torch.randn(most, 1000).to(x_dtype)
     alone = torch.cat([matrix.linear(token[None], None) for token in x])
-    for count in range(2, BITMAP_SPMV_MAX_TOKENS + 1):
+    for count in range(2, most + 1):
         assert torch.equal(matrix.linear(x[:count], None), alone[:count])
     assert_within_rounding(alone, x, weight, None)
 
@@ -112,14 +115,14 @@ def test_more_tokens_are_multiplied_with_dense_rows(rows_at_a_time: int, monkeyp
     monkeypatch.setattr(bitmap, "_DENSE_ELEMENTS", rows_at_a_time * 100)
     for dtype in HALVES:
         weight, bias = torch.randint(-4, 5, (9, 100)).to(dtype), torch.arange(9.0)
-        x = torch.randint(-4, 5, (2, BITMAP_SPMV_MAX_TOKENS, 100)).float()
+        x = torch.randint(-4, 5, (2, 16, 100)).float()
         # Small whole numbers: every sum is exact.
         assert torch.equal(arrange(weight).linear(x, bias), x @ weight.float().T + bias)
         assert torch.equal(arrange(weight).linear(x.double(), None), x.double() @ weight.double().T)
 
 
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
-@pytest.mark.parametrize("tokens", [1, 2, 9, BITMAP_SPMV_MAX_TOKENS + 1])
+@pytest.mark.parametrize("tokens", [1, 2, 9, 33])
 def test_a_token_that_is_not_finite_spoils_its_whole_product(value: float, tokens: int) -> None:
     for dtype in HALVES:
         weight = torch.zeros(4, 40, dtype=dtype)
@@ -213,6 +216,32 @@ def test_threads_change_no_byte() -> None:
             assert torch.equal(one, other)
 
 
+def test_the_threads_are_those_of_the_runtime_that_torch_uses() -> None:
+    """As many as torch is told to use; and if the runtime grants only one, that one does all of it."""
+    asked = []
+
+    @ctypes.CFUNCTYPE(None, ctypes.CFUNCTYPE(None, ctypes.c_void_p), ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    def team_of_one(function: Callable, data: int, threads: int, flags: int) -> None:
+        asked.append((threads, flags))
+        function(data)
+
+    weight, x = sparse(2049, 1000, 0.5, torch.bfloat16), torch.randn(1, 1000)
+    expected = arrange(weight).linear(x, None)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        for team in (ctypes.cast(team_of_one, ctypes.c_void_p), None):
+            native.library().macko_cpu_use_openmp(team)
+            matrix = arrange(weight)
+            assert torch.equal(matrix.linear(x, None), expected)
+            assert torch.equal(matrix.dense(), weight)
+    finally:
+        torch.set_num_threads(before)
+        native.library().macko_cpu_use_openmp(native._threads_of_torch())
+    assert set(asked) == {(3, 0)}
+    assert len(asked) >= 4  # starts, fill, product, dense
+
+
 def test_inputs_at_any_address() -> None:
     weight = sparse(5, 77, 0.5, torch.bfloat16)
     matrix = arrange(weight)
@@ -276,7 +305,7 @@ def test_an_arranged_layer_compiles_into_one_graph() -> None:
     layer = MackoLinear.from_matrix(canonical.pack(sparse(6, 40, 0.5, torch.float16)))
     layer.arrange()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    for tokens in (1, 3, BITMAP_SPMV_MAX_TOKENS + 1):
+    for tokens in (1, 3, 17):
         x = torch.randn(tokens, 40)
         with torch.inference_mode():
             assert torch.equal(compiled(x), layer(x))

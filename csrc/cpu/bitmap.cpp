@@ -70,9 +70,9 @@ Range range_of(const float* x, int64_t count) {
   return range;
 }
 
-// Whether `vdpbf16ps`, which takes subnormal numbers for zeros, meets none. All products are whole multiples of the last
-// places of the smallest two factors, 2^-7 of their powers of two, and so are all sums of them: if that is 2^-126 or
-// more, the smallest normal float32, no sum is subnormal.
+// Whether `vdpbf16ps`, which takes subnormal numbers for zeros, meets none. All products are whole multiples of the
+// last places of the smallest two factors, 2^-7 of their powers of two, and so are all sums of them: if that is 2^-126
+// or more, the smallest normal float32, no sum is subnormal.
 bool pairs_are_exact(int32_t smallest_value, int32_t smallest_x) {
   const int32_t value = smallest_value >> 7, input = smallest_x >> 23;  // exponents, 127 above the powers of two
   return value > 0 && input > 0 && value - 127 - 7 + input - 127 - 7 >= -126;
@@ -113,7 +113,8 @@ macko_status spmv(const macko_bitmap& matrix, const void* x_any, const void* bia
   MultiplyRows multiply = matrix.value_dtype == MACKO_FLOAT16 ? kernels.float16 : kernels.bfloat16;
   std::vector<uint16_t> padded;
   if constexpr (std::is_same_v<Activation, BFloat16>) {
-    if (matrix.value_dtype == MACKO_BFLOAT16 && kernels.pairs_of_bfloat16 && pairs_are_exact(matrix.smallest, smallest)) {
+    if (matrix.value_dtype == MACKO_BFLOAT16 && kernels.pairs_of_bfloat16 &&
+        pairs_are_exact(matrix.smallest, smallest)) {
       padded.resize(wide.size());
       for (int64_t token = 0; token < tokens; ++token) {
         std::copy(x + token * cols, x + (token + 1) * cols, padded.begin() + token * width);

@@ -1,8 +1,8 @@
 // The layout in which a CPU multiplies (macko_bitmap in macko.h), and what each instruction set does with it.
 //
-// A row is a bit for each column, 32 to a word, and the values of the columns whose bits are set, in their order. So a word
-// says where the next values go: they are expanded into 32 columns, zeros between them, and multiplied with 32 columns of x
-// as they lie in memory. Nothing is gathered.
+// A row is a bit for each column, 32 to a word, and the values of the columns whose bits are set, in their order. So a
+// word says where the next values go: they are expanded into 32 columns, zeros between them, and multiplied with 32
+// columns of x as they lie in memory. Nothing is gathered.
 #pragma once
 
 #include <cstdint>
@@ -21,9 +21,10 @@ struct BitmapProduct {
   const uint32_t* masks;
   const int32_t* row_starts;
   int64_t rows, blocks;
-  const void* x;   // [tokens][blocks * kBlock], zeros behind the last column: float32, or bfloat16 for `pairs_of_bfloat16`
+  const void*
+      x;  // [tokens][blocks * kBlock], zeros behind the last column: float32, or bfloat16 for `pairs_of_bfloat16`
   int64_t tokens;
-  float* sums;     // out: [tokens][rows]
+  float* sums;  // out: [tokens][rows]
 };
 
 using MultiplyRows = void (*)(const BitmapProduct&, int64_t first_row, int64_t last_row);
@@ -39,7 +40,7 @@ struct BitmapKernels {
 BitmapKernels portable_kernels();
 
 // Of csrc/x86, where the library is built for such CPUs (MACKO_X86).
-int32_t x86_instructions();                      // the most that this CPU can do, a macko_instructions
+int32_t x86_instructions();                       // the most that this CPU can do, a macko_instructions
 BitmapKernels x86_kernels(int32_t instructions);  // MACKO_AVX2 or MACKO_AVX512
 BitmapKernels avx2_kernels();
 BitmapKernels avx512_kernels(bool has_bf16);

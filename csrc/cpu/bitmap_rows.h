@@ -1,6 +1,6 @@
-// The loops over rows, blocks and tokens, which all instruction sets share. Whoever includes this is compiled for one of
-// them: hence the anonymous namespace, and no header with inline functions, of which the linker might keep this file's copy
-// for code that runs on any CPU.
+// The loops over rows, blocks and tokens, which all instruction sets share. Whoever includes this is compiled for one
+// of them: hence the anonymous namespace, and no header with inline functions, of which the linker might keep this
+// file's copy for code that runs on any CPU.
 //
 // Set: what an instruction set does with one block.
 //   Weights   32 weights, in registers
@@ -50,7 +50,8 @@ template <typename Set>
 void multiply_rows(const BitmapProduct& product, int64_t row, int64_t last_row) {
   for (; row < last_row; ++row) {
     int64_t token = 0;
-    for (; token + Set::kTokens <= product.tokens; token += Set::kTokens) multiply_row<Set, Set::kTokens>(product, row, token);
+    for (; token + Set::kTokens <= product.tokens; token += Set::kTokens)
+      multiply_row<Set, Set::kTokens>(product, row, token);
     for (; token < product.tokens; ++token) multiply_row<Set, 1>(product, row, token);
   }
 }

@@ -1,4 +1,5 @@
-// The bitmap layout with AVX2, FMA and F16C: eight columns at a time, by shuffles that a table holds for each byte of bits.
+// The bitmap layout with AVX2, FMA and F16C: eight columns at a time, by shuffles that a table holds for each byte of
+// bits.
 #include <immintrin.h>
 
 #include "cpu/bitmap_rows.h"
@@ -36,7 +37,8 @@ constexpr Shuffles kShuffles;
 __m128i load_values(const uint16_t* values) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(values)); }
 
 __m128i expand_halves(uint32_t bits, const uint16_t* values) {
-  return _mm_shuffle_epi8(load_values(values), _mm_load_si128(reinterpret_cast<const __m128i*>(kShuffles.halves[bits])));
+  return _mm_shuffle_epi8(load_values(values),
+                          _mm_load_si128(reinterpret_cast<const __m128i*>(kShuffles.halves[bits])));
 }
 
 struct Float16 {
@@ -100,13 +102,14 @@ void widen(const uint16_t* halves, int64_t count, float* floats) {
 }
 
 void unpack(const BitmapProduct& product, int64_t cols, int64_t first_row, int64_t last_row, uint16_t* weight) {
-  unpack_rows(product, cols, first_row, last_row, weight, [](uint32_t mask, const uint16_t*& values, uint16_t* columns) {
-    for (int part = 0; part < 4; ++part) {
-      const uint32_t bits = mask >> 8 * part & 0xffu;
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(columns + 8 * part), expand_halves(bits, values));
-      values += _mm_popcnt_u32(bits);
-    }
-  });
+  unpack_rows(product, cols, first_row, last_row, weight,
+              [](uint32_t mask, const uint16_t*& values, uint16_t* columns) {
+                for (int part = 0; part < 4; ++part) {
+                  const uint32_t bits = mask >> 8 * part & 0xffu;
+                  _mm_storeu_si128(reinterpret_cast<__m128i*>(columns + 8 * part), expand_halves(bits, values));
+                  values += _mm_popcnt_u32(bits);
+                }
+              });
 }
 
 }  // namespace

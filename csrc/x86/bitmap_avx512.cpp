@@ -11,8 +11,8 @@ struct Prefetching {
   static void prefetch(const uint16_t* values) { _mm_prefetch(reinterpret_cast<const char*>(values), _MM_HINT_T0); }
 };
 
-// `vpexpandw` waits for what its target held before, even where nothing of that is kept. So the target is a register that
-// was zeroed just now, which costs nothing: else every block would wait for the one before.
+// `vpexpandw` waits for what its target held before, even where nothing of that is kept. So the target is a register
+// that was zeroed just now, which costs nothing: else every block would wait for the one before.
 __m512i zeros() {
   __m512i zero;
   asm("vpxor %x0, %x0, %x0" : "=x"(zero));
@@ -100,9 +100,10 @@ void widen(const uint16_t* halves, int64_t count, float* floats) {
 }
 
 void unpack(const BitmapProduct& product, int64_t cols, int64_t first_row, int64_t last_row, uint16_t* weight) {
-  unpack_rows(product, cols, first_row, last_row, weight, [](uint32_t mask, const uint16_t*& values, uint16_t* columns) {
-    _mm512_storeu_si512(columns, expand_words(mask, values));
-  });
+  unpack_rows(product, cols, first_row, last_row, weight,
+              [](uint32_t mask, const uint16_t*& values, uint16_t* columns) {
+                _mm512_storeu_si512(columns, expand_words(mask, values));
+              });
 }
 
 }  // namespace

@@ -20,8 +20,8 @@ from macko_llm.layouts.canonical import pack_finite
 from macko_llm.layouts.layout import Layout
 from macko_llm.native import BitmapStruct
 
-BITMAP_SPMV_MAX_TOKENS = 16
-"""Up to this many tokens SpMV is faster than unpacking for a dense product."""
+BITMAP_SPMV_MAX_TOKENS = {torch.bfloat16: 6, torch.float16: 32, torch.float32: 16}
+"""Up to this many tokens of a dtype SpMV is faster than a dense product of unpacked rows (measured, docs/design.md)."""
 
 _DENSE_ELEMENTS = 2**22
 """Of the rows that are dense at a time while many tokens are multiplied: they stay in a CPU's last cache."""
@@ -97,7 +97,7 @@ class BitmapMatrix(Layout):
 
     def few_tokens(self, dtype: torch.dtype) -> int:
         """See Layout."""
-        return BITMAP_SPMV_MAX_TOKENS if dtype in (self.dtype, torch.float32) else 0
+        return BITMAP_SPMV_MAX_TOKENS[dtype] if dtype in (self.dtype, torch.float32) else 0
 
     def row_parts(self) -> Iterator[tuple[slice, Tensor]]:
         """The dense matrix a few rows at a time, in the same memory: which, and [those, cols] of `dtype`."""
