@@ -58,7 +58,8 @@ def _tensors(model: PreTrainedModel) -> Tensors:
     for prefix, module in model.named_modules():
         found = {name: parameter.data for name, parameter in module.named_parameters(recurse=False)}
         if isinstance(module, MackoLinear):
-            arrays = [found.pop(array) for array in ARRAY_NAMES]
+            state = module.state_dict()
+            arrays = [state[array] for array in ARRAY_NAMES]
             found["weight"] = unpack(MackoMatrix(*arrays, (module.out_features, module.in_features)))
         tensors |= {f"{prefix}.{name}": tensor for name, tensor in found.items()}
     return tensors

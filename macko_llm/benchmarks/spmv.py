@@ -26,7 +26,7 @@ TOKENS = (1,)
 
 CACHE_MULTIPLE = 6
 """A rotation's weights are at least this many times the GPU's L2, so that even a random replacement keeps nothing."""
-CPU_ROTATION_BYTES = 64 * 2**20
+CPU_ROTATION_BYTES = 512 * 2**20
 
 
 @dataclass(frozen=True)

@@ -33,9 +33,11 @@ def print_quality(report: "QualityReport") -> None:
 
 
 def note_on_cpu(device: str) -> None:
-    """Say of figures from a CPU that they are not what packing is for."""
+    """Say of figures from a CPU which layers are faster there."""
     if device == "cpu":
-        print("On a CPU packed models decode more slowly than dense ones for now; on NVIDIA GPUs they are faster.")
+        print(
+            "On a CPU packed layers are faster than dense ones where their weights outgrow its caches, as small ones do not."
+        )
 
 
 def pack_report_json(report: "PackReport") -> dict[str, object]:
