@@ -154,7 +154,7 @@ def test_random_models_lack_nothing() -> None:
         assert model.dtype == torch.bfloat16
         buffers = dict(reference.named_buffers())
         for name, buffer in model.named_buffers():
-            assert torch.equal(buffer, buffers[name])
+            assert name.endswith("weight_layout") or torch.equal(buffer, buffers[name])
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 assert (parameter == 1).all()
