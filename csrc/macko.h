@@ -211,6 +211,44 @@ MACKO_API macko_status macko_cuda_sliced_unpack(const macko_sliced* matrix,
                                                 uint16_t* weight,  // out: [rows, cols], every element is written
                                                 int32_t device, void* stream);
 
+// A matrix in the layout in which tensor cores multiply several tokens (csrc/cuda/tiled.cuh). All pointers are
+// addresses on one GPU.
+typedef struct macko_tiled {
+  void* records;         // one behind the other, each at a multiple of 16 bytes
+  uint32_t* starts;      // [strips * panels + 1] where each begins, in 16 bytes; a strip's panels of 64 columns in order
+  int32_t rows;
+  int32_t cols;          // at most MACKO_TILED_MAX_COLS
+  int32_t strips;        // of 8 to 64 rows: tiles of 8 rows, spread evenly
+  int32_t record_bytes;  // of the longest, rounded up to 128
+  int32_t value_dtype;   // macko_dtype: a 16-bit one
+} macko_tiled;
+#define MACKO_TILED_MAX_COLS 131072
+
+// How many 16 bytes each record needs.
+MACKO_API macko_status macko_cuda_tiled_count(const uint16_t* weight,  // [rows, cols] float16 or bfloat16 bits
+                                              int64_t rows, int64_t cols, int32_t strips,
+                                              int32_t* units,  // out: [strips * panels]
+                                              int32_t device, void* stream);
+
+// Fills the records of a layout that has the rest.
+MACKO_API macko_status macko_cuda_tiled_pack(const uint16_t* weight,  // [rows, cols] bits of value_dtype
+                                             const macko_tiled* matrix, int32_t device, void* stream);
+
+// The dense matrix of a tiled one.
+MACKO_API macko_status macko_cuda_tiled_unpack(const macko_tiled* matrix,
+                                               uint16_t* weight,  // out: [rows, cols], every element is written
+                                               int32_t device, void* stream);
+
+// y = x W^T + bias, accumulated in float32, on a GPU of sm_80 or newer. A token with a NaN or an infinity has one in
+// all of its y. Starts early like macko_cuda_sliced_spmv.
+MACKO_API macko_status macko_cuda_tiled_spmm(const macko_tiled* matrix,
+                                             const void* x,     // [tokens, cols rounded up to 8] of value_dtype, at a
+                                                                // multiple of 16, finite behind the columns
+                                             const void* bias,  // [rows] of value_dtype, or null
+                                             void* y,           // out: [tokens, rows] of value_dtype
+                                             int64_t tokens,    // rows of x
+                                             int32_t device, void* stream);
+
 // What becomes of x before a product of one token, rounded as transformers' eager Llama rounds it.
 typedef enum macko_transform {
   MACKO_PLAIN = 0,

@@ -1,0 +1,23 @@
+// What the entry point of tiled SpMM hands to the file that is compiled for a dtype.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "macko.h"
+
+namespace macko {
+
+// Arguments of macko_cuda_tiled_spmm.
+struct SpmmCall {
+  const macko_tiled* matrix;
+  const void* x;
+  const void* bias;
+  void* y;
+  int device;
+  cudaStream_t stream;
+};
+
+cudaError_t launch_spmm_fp16(const SpmmCall& call, int64_t tokens);
+cudaError_t launch_spmm_bf16(const SpmmCall& call, int64_t tokens);
+
+}  // namespace macko

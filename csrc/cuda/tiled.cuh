@@ -1,0 +1,183 @@
+// The tiled layout: how a packed matrix lies in GPU memory while tensor cores multiply it with several tokens.
+//
+// A tile is 8 rows x 64 columns. Tiles one below the other make a strip, whose rows one block multiplies; strips have
+// the same number of tiles, or the first of them one more. The tiles of a strip that share their columns make a record,
+// bytes that lie together: the masks of all tiles, their value offsets, and the values other than zero.
+//
+// Two tiles are multiplied in four steps of 16 columns (mma.m16n8k16: their rows are its 16 rows, 8 tokens its columns).
+// In a step a lane holds a unit of each: 4 positions of row lane / 4, columns column_of(step, lane) and the three behind it, so
+// that a lane's columns of two steps are 16 bytes of x. The units of eight lanes share a mask word, the first lane's in
+// its lowest bits, and their values lie one behind the other, where that word's offset says. So the lanes of a warp
+// read from a few neighbouring words of shared memory, and each finds its place by counting the bits below its own.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/launch.h"
+#include "cuda/warp.cuh"
+#include "macko.h"
+
+namespace macko {
+
+constexpr int kTileRows = 8, kTileColumns = 64;
+constexpr int kSteps = 4;         // of a tile
+constexpr int kUnit = 4;          // positions of a lane in a step
+constexpr int kUnitsOfWord = 8;   // lanes that share a mask word
+constexpr int kWordsOfStep = kWarpSize / kUnitsOfWord;
+constexpr int kMaskBytes = kSteps * kWordsOfStep * 4;    // of a tile: [words of a step][steps] uint32
+constexpr int kOffsetBytes = kSteps * kWordsOfStep * 2;  // the same of uint16: bytes behind the record's first value
+constexpr int kHeadBytes = kMaskBytes + kOffsetBytes;    // of a tile in a record
+constexpr int kRecordAlignment = 16;
+constexpr int kMaxTiles = 8;  // of a strip
+
+// The first of the 4 columns, within a tile, of a lane's unit in a step.
+__device__ __forceinline__ int column_of(int step, int lane) {
+  return step / 2 * 32 + lane % 4 * 8 + step % 2 * kUnit;
+}
+
+__host__ __device__ constexpr int panels_of(int cols) { return (cols + kTileColumns - 1) / kTileColumns; }
+__host__ __device__ constexpr int tiles_of(int rows) { return (rows + kTileRows - 1) / kTileRows; }
+
+// The tiles of a strip.
+struct Strip {
+  int first, count;
+};
+
+// How the tiles of a matrix are spread over its strips.
+struct StripCuts {
+  int each, longer;  // tiles of a strip, and how many strips have one more
+
+  __host__ __device__ StripCuts(int rows, int strips) : each(tiles_of(rows) / strips), longer(tiles_of(rows) % strips) {}
+
+  __device__ __forceinline__ Strip strip(int index) const {
+    return {index * each + min(index, longer), each + (index < longer ? 1 : 0)};
+  }
+};
+__host__ __device__ constexpr int most_tiles(int rows, int strips) { return (tiles_of(rows) + strips - 1) / strips; }
+
+// A lane's unit, as the two registers that mma reads: the values that follow each other at `address` in shared memory,
+// at the positions whose bits are set in the lowest 4 of `bits`, zeros between them. The upper value of a register is
+// loaded even where it is not used, so that its load's target needs no zero; so 2 bytes behind the values are read.
+#ifndef VARIANT
+#define VARIANT 0
+#endif
+#if VARIANT == 0
+__device__ __forceinline__ void expand_unit(uint32_t bits, uint32_t address, uint32_t& low, uint32_t& high) {
+  asm volatile(
+      "{\n"
+      " .reg .pred p0, p1, p2, p3;\n"
+      " .reg .b32 t, b, h1, h3;\n"
+      " and.b32 b, %2, 1;\n setp.ne.b32 p0, b, 0;\n"
+      " and.b32 b, %2, 2;\n setp.ne.b32 p1, b, 0;\n"
+      " and.b32 b, %2, 4;\n setp.ne.b32 p2, b, 0;\n"
+      " and.b32 b, %2, 8;\n setp.ne.b32 p3, b, 0;\n"
+      " mov.b32 %0, 0;\n mov.b32 %1, 0;\n mov.b32 t, %3;\n"
+      " @p0 ld.shared.u16 %0, [t];\n @p0 add.u32 t, t, 2;\n"
+      " ld.shared.u16 h1, [t];\n @p1 add.u32 t, t, 2;\n"
+      " @p2 ld.shared.u16 %1, [t];\n @p2 add.u32 t, t, 2;\n"
+      " ld.shared.u16 h3, [t];\n"
+      " @p1 prmt.b32 %0, %0, h1, 0x5410;\n @p3 prmt.b32 %1, %1, h3, 0x5410;\n"
+      "}"
+      : "=&r"(low), "=&r"(high)
+      : "r"(bits), "r"(address));
+}
+
+#elif VARIANT == 1
+__device__ __forceinline__ void expand_unit(uint32_t bits, uint32_t address, uint32_t& low, uint32_t& high) {
+  asm volatile(
+      "{\n"
+      " .reg .pred p0, p1, p2, p3;\n"
+      " .reg .b32 t, b, h0, h1, h2, h3, r;\n"
+      " and.b32 b, %2, 1;\n setp.ne.b32 p0, b, 0;\n"
+      " and.b32 b, %2, 2;\n setp.ne.b32 p1, b, 0;\n"
+      " and.b32 b, %2, 4;\n setp.ne.b32 p2, b, 0;\n"
+      " and.b32 b, %2, 8;\n setp.ne.b32 p3, b, 0;\n"
+      " mov.b32 h0, 0;\n mov.b32 h1, 0;\n mov.b32 h2, 0;\n mov.b32 h3, 0;\n mov.b32 t, %3;\n"
+      " @p0 ld.shared.u16 h0, [t];\n @p0 add.u32 t, t, 2;\n @p1 ld.shared.u16 h1, [t];\n @p1 add.u32 t, t, 2;\n"
+      " @p2 ld.shared.u16 h2, [t];\n @p2 add.u32 t, t, 2;\n @p3 ld.shared.u16 h3, [t];\n"
+      " prmt.b32 %0, h0, h1, 0x5410;\n prmt.b32 %1, h2, h3, 0x5410;\n}"
+      : "=r"(low), "=r"(high) : "r"(bits), "r"(address));
+}
+#elif VARIANT == 2
+__device__ __forceinline__ void expand_unit(uint32_t bits, uint32_t address, uint32_t& low, uint32_t& high) {
+  const uint32_t last = address + 2 * __popc(bits & 7u);
+  asm volatile(
+      "{\n"
+      " .reg .pred p0, p1, p2, p3;\n"
+      " .reg .b32 t, b, h0, h1, h2, h3, r;\n"
+      " and.b32 b, %2, 1;\n setp.ne.b32 p0, b, 0;\n"
+      " and.b32 b, %2, 2;\n setp.ne.b32 p1, b, 0;\n"
+      " and.b32 b, %2, 4;\n setp.ne.b32 p2, b, 0;\n"
+      " and.b32 b, %2, 8;\n setp.ne.b32 p3, b, 0;\n"
+      " mov.b32 h0, 0;\n mov.b32 h1, 0;\n mov.b32 h2, 0;\n mov.b32 h3, 0;\n mov.b32 t, %3;\n"
+      " @p0 ld.shared.u16 h0, [t];\n @p0 add.u32 t, t, 2;\n @p1 ld.shared.u16 h1, [t];\n"
+      " @p3 ld.shared.u16 h3, [%4];\n @p2 ld.shared.u16 h2, [%4 + -2];\n"
+      " prmt.b32 %0, h0, h1, 0x5410;\n prmt.b32 %1, h2, h3, 0x5410;\n}"
+      : "=r"(low), "=r"(high) : "r"(bits), "r"(address), "r"(last));
+}
+#else
+__device__ __forceinline__ void expand_unit(uint32_t bits, uint32_t address, uint32_t& low, uint32_t& high) {
+  asm volatile(
+      "{\n"
+      " .reg .pred p0, p1, p2, p3;\n"
+      " .reg .b32 t, b, h1, h3;\n"
+      " and.b32 b, %2, 1;\n setp.ne.b32 p0, b, 0;\n"
+      " and.b32 b, %2, 2;\n setp.ne.b32 p1, b, 0;\n"
+      " and.b32 b, %2, 4;\n setp.ne.b32 p2, b, 0;\n"
+      " and.b32 b, %2, 8;\n setp.ne.b32 p3, b, 0;\n"
+      " mov.b32 %0, 0;\n mov.b32 %1, 0;\n mov.b32 t, %3;\n"
+      " @p0 ld.shared.u16 %0, [t];\n @p0 add.u32 t, t, 2;\n"
+      " mov.b32 h1, 0;\n @p1 ld.shared.u16 h1, [t];\n @p1 add.u32 t, t, 2;\n"
+      " @p2 ld.shared.u16 %1, [t];\n @p2 add.u32 t, t, 2;\n"
+      " mov.b32 h3, 0;\n @p3 ld.shared.u16 h3, [t];\n"
+      " prmt.b32 %0, %0, h1, 0x5410;\n prmt.b32 %1, %1, h3, 0x5410;\n"
+      "}"
+      : "=&r"(low), "=&r"(high)
+      : "r"(bits), "r"(address));
+}
+
+#endif
+
+// What a lane needs to find its units: `bits >> shift` are its own, `bits & below` those of the lanes before it.
+struct LaneOfWord {
+  int word;
+  uint32_t shift, below;
+
+  __device__ __forceinline__ LaneOfWord()
+      : word(lane_index() / kUnitsOfWord),
+        shift(kUnit * (lane_index() % kUnitsOfWord)),
+        below((1u << shift) - 1u) {}
+};
+
+// A tile's masks and offsets of the lane's words in two steps, a half of the columns, from a record of `tiles` tiles in
+// shared memory.
+struct HalfTile {
+  uint32_t masks[2], offsets;
+
+  __device__ __forceinline__ HalfTile(uint32_t record, int tiles, int tile, int half, const LaneOfWord& lane) {
+    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];"
+                 : "=r"(masks[0]), "=r"(masks[1])
+                 : "r"(record + tile * kMaskBytes + lane.word * kSteps * 4 + half * 8));
+    asm volatile("ld.shared.b32 %0, [%1];"
+                 : "=r"(offsets)
+                 : "r"(record + tiles * kMaskBytes + tile * kOffsetBytes + lane.word * kSteps * 2 + half * 4));
+  }
+
+  // The lane's unit of the half's first or second step; `values` is where the record's values begin.
+  __device__ __forceinline__ void expand(int step, uint32_t values, const LaneOfWord& lane, uint32_t& low,
+                                         uint32_t& high) const {
+    const uint32_t mask = masks[step], offset = step ? offsets >> 16 : offsets & 0xffffu;
+    expand_unit(mask >> lane.shift, values + offset + 2 * __popc(mask & lane.below), low, high);
+  }
+};
+
+// Checks what launchers rely on.
+inline bool is_valid(const macko_tiled* m) {
+  return m && m->rows >= 0 && m->cols >= 1 && m->cols <= MACKO_TILED_MAX_COLS && m->strips >= 0 &&
+         (m->value_dtype == MACKO_FLOAT16 || m->value_dtype == MACKO_BFLOAT16) &&
+         (m->rows == 0 || (m->strips >= 1 && m->strips <= tiles_of(m->rows) &&
+                           most_tiles(m->rows, m->strips) <= kMaxTiles && m->records && m->starts &&
+                           m->record_bytes >= kHeadBytes && is_aligned(m->records, kRecordAlignment)));
+}
+
+}  // namespace macko

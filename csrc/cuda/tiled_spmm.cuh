@@ -1,0 +1,351 @@
+// y = x W^T + bias for 1 to 32 tokens from the tiled layout, on tensor cores. A block takes a strip, and each of its
+// warps a share of the strip's records, which come into shared memory through a ring of the warp's own; at the end the
+// warps' sums are added up.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "cuda/dependent_launch.cuh"
+#include "cuda/scalar.cuh"
+#include "cuda/spmm_call.h"
+#include "cuda/tiled.cuh"
+
+namespace macko {
+
+// Whether this lane is the one that does what only one of a converged warp shall do; the compiler knows that it is one.
+__device__ __forceinline__ bool is_elected() {
+#if __CUDA_ARCH__ >= 900
+  uint32_t elected;
+  asm volatile("{\n .reg .pred p;\n elect.sync _|p, 0xffffffff;\n selp.u32 %0, 1, 0, p;\n}" : "=r"(elected));
+  return elected != 0;
+#else
+  return lane_index() == 0;
+#endif
+}
+
+// A warp's ring of records. One lane starts bulk copies (sm_90), or all lanes copy 16 bytes each at a time.
+template <int Slots>
+struct RecordRing {
+  const uint8_t* records;
+  const uint32_t* next;  // start of the record to fetch
+  int left;              // records to fetch
+  uint32_t slots;        // in shared memory
+  uint32_t slot_bytes;
+  uint32_t barriers;          // one a slot
+  uint32_t from = 0, to = 0;  // where the record to fetch begins and ends, in kRecordAlignment bytes
+
+  __device__ __forceinline__ RecordRing(const macko_tiled& matrix, int64_t first, int count, uint32_t slots_of_warp,
+                                        uint32_t barriers_of_warp)
+      : records(static_cast<const uint8_t*>(matrix.records)),
+        next(matrix.starts + first + 1),
+        left(count),
+        slots(slots_of_warp),
+        slot_bytes(matrix.record_bytes),
+        barriers(barriers_of_warp) {
+    if (count > 0) {
+      from = next[-1];
+      to = next[0];
+    }
+#if __CUDA_ARCH__ >= 900
+    if (is_elected()) {
+#pragma unroll
+      for (int i = 0; i < Slots; i++) {
+        asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barriers + i * 8) : "memory");
+      }
+      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    }
+    __syncwarp();
+#endif
+  }
+
+  // Starts to copy the next record, if there is one, to a slot that no lane reads any more.
+  __device__ __forceinline__ void fetch(int slot) {
+    const uint32_t target = slots + slot * slot_bytes;
+    if (left > 0) {
+      const uint8_t* const source = records + static_cast<int64_t>(from) * kRecordAlignment;
+#if __CUDA_ARCH__ >= 900
+      if (is_elected()) {
+        const uint32_t bytes = (to - from) * kRecordAlignment, barrier = barriers + slot * 8;
+        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+        asm volatile(
+            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(target),
+            "l"(source), "r"(bytes), "r"(barrier)
+            : "memory");
+      }
+#elif __CUDA_ARCH__ >= 800
+      for (uint32_t i = lane_index(); i < to - from; i += kWarpSize) {
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target + i * 16), "l"(source + i * 16)
+                     : "memory");
+      }
+#endif
+      left--;
+      from = to;
+      next++;
+      if (left > 0) to = next[0];
+    }
+  }
+
+  // Waits for a slot's record, where cp.async.wait_group has not: `round` is how often the slot has been waited for.
+  __device__ __forceinline__ uint32_t wait(int slot, uint32_t round) const {
+#if __CUDA_ARCH__ >= 900
+    asm volatile(
+        "{\n .reg .pred p;\n"
+        "WAIT:\n mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n @p bra DONE;\n bra WAIT;\nDONE:\n}" ::"r"(
+            barriers + slot * 8),
+        "r"(round & 1)
+        : "memory");
+#else
+    __syncwarp();
+#endif
+    return slots + slot * slot_bytes;
+  }
+};
+
+// A warp's ring of x beside its records: a lane copies the columns that it will need itself, so that nobody waits for
+// another. A panel is [eight tokens][halves][lanes] of 8 columns.
+template <typename Config>
+struct ColumnRing {
+  static constexpr int kHalfBytes = kWarpSize * 16, kPanelBytes = Config::Eights * 2 * kHalfBytes;
+
+  const uint4* from;    // the lane's columns in the panel to fetch, of the first eight tokens
+  int64_t eight_apart;  // from an eight of tokens to the next
+  int left;             // columns from there on to the end
+  int tokens;           // of the lane: those from lane / 4 on
+  uint32_t slots;
+
+  template <typename T>
+  __device__ __forceinline__ ColumnRing(const T* x, int cols, int first_panel, int tokens, uint32_t slots_of_warp)
+      : tokens(tokens - lane_index() / 4), slots(slots_of_warp + lane_index() * 16) {
+    const int width = (cols + 7) / 8 * 8, column = first_panel * kTileColumns + column_of(0, lane_index());
+    from = reinterpret_cast<const uint4*>(x + static_cast<int64_t>(lane_index() / 4) * width + column);
+    eight_apart = width;  // 8 rows of width / 8 vectors
+    left = width - column;
+  }
+
+  // Starts to copy the next panel's columns to a slot, zeros where there are none.
+  __device__ __forceinline__ void fetch(int slot) {
+#pragma unroll
+    for (int e = 0; e < Config::Eights; e++) {
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        const int bytes = e * 8 < tokens && half * 32 < left ? 16 : 0;
+        asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;" ::"r"(slots + slot * kPanelBytes +
+                                                                          (e * 2 + half) * kHalfBytes),
+                     "l"(from + e * eight_apart + half * 4), "r"(bytes)
+                     : "memory");
+      }
+    }
+    from += kTileColumns / 8;
+    left -= kTileColumns;
+  }
+
+  __device__ __forceinline__ uint4 columns(int slot, int eight, int half) const {
+    uint4 v;
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(slots + slot * kPanelBytes + (eight * 2 + half) * kHalfBytes));
+    return v;
+  }
+};
+
+// sums += W x^T of 16 rows, 8 tokens and 16 columns: a lane's units of two tiles, and its columns of x.
+template <typename T>
+__device__ __forceinline__ void multiply_step(float (&sums)[4], const uint32_t (&low)[2], const uint32_t (&high)[2],
+                                              uint32_t x_low, uint32_t x_high) {
+#if __CUDA_ARCH__ >= 800
+  if constexpr (std::is_same_v<T, __half>) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(low[0]), "r"(low[1]), "r"(high[0]), "r"(high[1]), "r"(x_low), "r"(x_high));
+  } else {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(low[0]), "r"(low[1]), "r"(high[0]), "r"(high[1]), "r"(x_low), "r"(x_high));
+  }
+#endif
+}
+
+// Shape of a block, fixed when it is compiled.
+template <int Strips_, int Parts_, int Tiles_, int Eights_, int Slots_, int Blocks_>
+struct SpmmConfig {
+  static constexpr int Strips = Strips_;  // of a block: their warps read the same x at about the same time
+  static constexpr int Parts = Parts_;    // warps of a strip, each with a part of its columns
+  static constexpr int Tiles = Tiles_;    // of a strip, at most
+  static constexpr int Eights = Eights_;  // of tokens: 1, 2 or 4
+  static constexpr int Slots = Slots_;    // of a warp's ring
+  static constexpr int Blocks = Blocks_;  // of an SM, as far as registers matter
+  static constexpr int Warps = Strips * Parts;
+  static constexpr int Threads = Warps * kWarpSize;
+  static constexpr int Pairs = (Tiles + 1) / 2;  // of tiles
+  static constexpr int Tokens = Eights * 8;
+  static constexpr int Rows = Tiles * kTileRows;  // of a strip
+  static constexpr int64_t ring_bytes(int64_t record_bytes) {
+    return Warps * Slots * (record_bytes + Eights * 2 * kWarpSize * 16);
+  }
+  static constexpr int64_t sum_bytes() { return int64_t{Warps} * Rows * Tokens * 4; }
+};
+
+template <typename T, typename Config>
+__global__ void __launch_bounds__(Config::Threads, Config::Blocks)
+    spmm_strips(const macko_tiled matrix,   // its strips have at most Config::Tiles tiles
+                const StripCuts cuts,       // of the matrix
+                const T* x,    // [tokens, cols rounded up to 8] at a multiple of 16
+                const T* bias, // [rows], or null
+                T* y,          // out: [tokens, rows]
+                int tokens) {               // at most Config::Tokens
+#if __CUDA_ARCH__ >= 800
+  extern __shared__ __align__(128) unsigned char shared_bytes[];
+  __shared__ __align__(8) uint64_t barriers[Config::Warps * Config::Slots];
+  const int warp = __shfl_sync(kAllLanes, warp_index(), 0), lane = lane_index();
+  const int part = warp % Config::Parts, panels = panels_of(matrix.cols);
+  const int strip_index = blockIdx.x * Config::Strips + warp / Config::Parts;
+  const bool has_strip = Config::Strips == 1 || strip_index < matrix.strips;
+  const Strip strip = cuts.strip(has_strip ? strip_index : 0);
+  const int begin = panels * part / Config::Parts;
+  const int count = has_strip ? panels * (part + 1) / Config::Parts - begin : 0;
+  const uint32_t shared = static_cast<uint32_t>(__cvta_generic_to_shared(shared_bytes));
+  RecordRing<Config::Slots> ring(
+      matrix, static_cast<int64_t>(strip_index) * panels + begin, count,
+      shared + warp * Config::Slots * matrix.record_bytes,
+      static_cast<uint32_t>(__cvta_generic_to_shared(barriers + warp * Config::Slots)));
+#pragma unroll
+  for (int slot = 0; slot < Config::Slots; slot++) ring.fetch(slot);
+  using Columns = ColumnRing<Config>;
+  Columns x_ring(x, matrix.cols, begin, tokens,
+                 shared + (Config::Warps * matrix.record_bytes + warp * Columns::kPanelBytes) * Config::Slots);
+  const LaneOfWord own;
+  float sums[Config::Eights][Config::Pairs][4] = {};
+
+  let_next_kernel_start();
+  wait_for_previous_kernel();
+#pragma unroll
+  for (int slot = 0; slot < Config::Slots; slot++) {
+    if (slot < count) x_ring.fetch(slot);
+    asm volatile("cp.async.commit_group;" ::: "memory");
+  }
+  uint32_t round = 0;
+#pragma unroll 1
+  for (int done = 0; done < count; round++) {
+#pragma unroll
+    for (int slot = 0; slot < Config::Slots; slot++, done++) {
+      if (slot > 0 && done >= count) break;
+      asm volatile("cp.async.wait_group %0;" ::"n"(Config::Slots - 1) : "memory");
+      const uint32_t record = ring.wait(slot, round), values = record + strip.count * kHeadBytes;
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        uint4 columns[Config::Eights];
+#pragma unroll
+        for (int e = 0; e < Config::Eights; e++) columns[e] = x_ring.columns(slot, e, half);
+        const auto multiply_tiles = [&](int pair, auto both) {
+          constexpr bool kBoth = decltype(both)::value;
+          const HalfTile lower(record, strip.count, 2 * pair, half, own);
+          const HalfTile upper(record, strip.count, 2 * pair + (kBoth ? 1 : 0), half, own);
+#pragma unroll
+          for (int step = 0; step < 2; step++) {
+            uint32_t low[2] = {0, 0}, high[2] = {0, 0};
+            lower.expand(step, values, own, low[0], high[0]);
+            if (kBoth) upper.expand(step, values, own, low[1], high[1]);
+#pragma unroll
+            for (int e = 0; e < Config::Eights; e++) {
+              multiply_step<T>(sums[e][pair], low, high, step ? columns[e].z : columns[e].x,
+                               step ? columns[e].w : columns[e].y);
+            }
+          }
+        };
+#pragma unroll
+        for (int pair = 0; pair < Config::Pairs; pair++) {
+          if (2 * pair + 1 < strip.count) {
+            multiply_tiles(pair, std::true_type());
+          } else if (2 * pair < strip.count) {
+            multiply_tiles(pair, std::false_type());
+          }
+        }
+      }
+      __syncwarp();
+      ring.fetch(slot);
+      if (done + Config::Slots < count) x_ring.fetch(slot);
+      asm volatile("cp.async.commit_group;" ::: "memory");
+    }
+  }
+
+  // [strips][parts][tokens][rows], where the records were.
+  __syncthreads();
+  float* const partial = reinterpret_cast<float*>(shared_bytes);
+  constexpr int kPartial = Config::Tokens * Config::Rows;
+  float* const own_partial = partial + warp * kPartial + lane % 4 * 2 * Config::Rows + lane / 4;
+#pragma unroll
+  for (int e = 0; e < Config::Eights; e++) {
+    if (e * 8 >= tokens) break;
+#pragma unroll
+    for (int pair = 0; pair < Config::Pairs; pair++) {
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        if (2 * pair + i / 2 < Config::Tiles) {
+          own_partial[(e * 8 + i % 2) * Config::Rows + (2 * pair + i / 2) * kTileRows] = sums[e][pair][i];
+        }
+      }
+    }
+  }
+  __syncthreads();
+#pragma unroll 1
+  for (int i = threadIdx.x; i < Config::Strips * Config::Rows * tokens; i += Config::Threads) {
+    const int place = i % Config::Rows, which = i / Config::Rows % Config::Strips;
+    const int token = i / (Config::Rows * Config::Strips);
+    if (blockIdx.x * Config::Strips + which >= matrix.strips) continue;
+    const Strip its = cuts.strip(blockIdx.x * Config::Strips + which);
+    const int row = its.first * kTileRows + place;
+    if (place >= its.count * kTileRows || row >= matrix.rows) continue;
+    const float* const sums_of_parts = partial + which * Config::Parts * kPartial + token * Config::Rows + place;
+    float total = bias ? to_float(bias[row]) : 0.0f;
+#pragma unroll
+    for (int p = 0; p < Config::Parts; p++) total += sums_of_parts[p * kPartial];
+    y[static_cast<int64_t>(token) * matrix.rows + row] = from_float<T>(total);
+  }
+#endif
+}
+
+template <typename T, typename Config>
+cudaError_t launch_spmm_config(const SpmmCall& call, int tokens) {
+  static int64_t allowed[kMaxGpus];  // dynamic shared memory; written with the same values by every thread
+  const macko_tiled& matrix = *call.matrix;
+  const int64_t bytes =
+      std::max<int64_t>(Config::ring_bytes(matrix.record_bytes), Config::sum_bytes());
+  const auto kernel = spmm_strips<T, Config>;
+  if (call.device >= kMaxGpus || allowed[call.device] < bytes) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+    if (error != cudaSuccess) return error;
+    if (call.device < kMaxGpus) allowed[call.device] = bytes;
+  }
+  return launch_overlapping(kernel, (matrix.strips + Config::Strips - 1) / Config::Strips, Config::Threads, bytes,
+                            call.device, call.stream, matrix, StripCuts(matrix.rows, matrix.strips), static_cast<const T*>(call.x), static_cast<const T*>(call.bias), static_cast<T*>(call.y),
+                            tokens);
+}
+
+// At most 32 tokens, in the block that suits their number and the height of the strips.
+template <typename T>
+cudaError_t launch_spmm_some(const SpmmCall& call, int tokens) {
+  if (tokens > 16) return launch_spmm_config<T, SpmmConfig<1, 4, 8, 4, 2, 3>>(call, tokens);
+  if (tokens > 8) return launch_spmm_config<T, SpmmConfig<1, 8, 8, 2, 2, 2>>(call, tokens);
+  return launch_spmm_config<T, SpmmConfig<1, 8, 8, 1, 2, 2>>(call, tokens);
+}
+
+// All tokens, as many at a time as a block takes.
+template <typename T>
+cudaError_t launch_spmm(SpmmCall call, int64_t tokens) {
+  const int64_t width = (int64_t{call.matrix->cols} + 7) / 8 * 8;
+  while (tokens > 0) {
+    const int now = static_cast<int>(std::min<int64_t>(tokens, 32));
+    const cudaError_t error = launch_spmm_some<T>(call, now);
+    if (error != cudaSuccess) return error;
+    call.x = static_cast<const T*>(call.x) + now * width;
+    call.y = static_cast<T*>(call.y) + now * int64_t{call.matrix->rows};
+    tokens -= now;
+  }
+  return cudaSuccess;
+}
+
+}  // namespace macko
