@@ -1,8 +1,9 @@
 // The tiled layout: how a packed matrix lies in GPU memory while tensor cores multiply it with several tokens.
 //
-// A tile is 8 rows x 64 columns. Tiles one below the other make a strip, whose rows one block multiplies; strips have
-// the same number of tiles, or the first of them one more. The tiles of a strip that share their columns make a record,
-// bytes that lie together: the masks of all tiles, their value offsets, and the values other than zero.
+// A tile is 8 rows x 64 columns. Tiles one below the other make a strip; strips have the same number of tiles, or the
+// first of them one more. The tiles of a strip that share their columns make a record, bytes that lie together: a head
+// for each two tiles (half of one, if the last has no other), then the values other than zero, tile after tile. A head
+// is mask words, [halves of the columns][words of a step][tiles][steps of a half], and offsets in the same order.
 //
 // Two tiles are multiplied in four steps of 16 columns (mma.m16n8k16: their rows are its 16 rows, 8 tokens its columns).
 // In a step a lane holds a unit of each: 4 positions of row lane / 4, columns column_of(step, lane) and the three behind it, so
@@ -24,9 +25,9 @@ constexpr int kSteps = 4;         // of a tile
 constexpr int kUnit = 4;          // positions of a lane in a step
 constexpr int kUnitsOfWord = 8;   // lanes that share a mask word
 constexpr int kWordsOfStep = kWarpSize / kUnitsOfWord;
-constexpr int kMaskBytes = kSteps * kWordsOfStep * 4;    // of a tile: [words of a step][steps] uint32
-constexpr int kOffsetBytes = kSteps * kWordsOfStep * 2;  // the same of uint16: bytes behind the record's first value
-constexpr int kHeadBytes = kMaskBytes + kOffsetBytes;    // of a tile in a record
+constexpr int kMaskBytes = kSteps * kWordsOfStep * 4;    // of a tile's mask words
+constexpr int kOffsetBytes = kSteps * kWordsOfStep * 2;  // of its offsets: uint16, in bytes behind the first value
+constexpr int kHeadBytes = kMaskBytes + kOffsetBytes;
 constexpr int kRecordAlignment = 16;
 constexpr int kMaxTiles = 8;  // of a strip
 
@@ -56,55 +57,14 @@ struct StripCuts {
 __host__ __device__ constexpr int most_tiles(int rows, int strips) { return (tiles_of(rows) + strips - 1) / strips; }
 
 // A lane's unit, as the two registers that mma reads: the values that follow each other at `address` in shared memory,
-// at the positions whose bits are set in the lowest 4 of `bits`, zeros between them. The upper value of a register is
-// loaded even where it is not used, so that its load's target needs no zero; so 2 bytes behind the values are read.
-#ifndef VARIANT
-#define VARIANT 0
-#endif
-#if VARIANT == 0
-__device__ __forceinline__ void expand_unit(uint32_t bits, uint32_t address, uint32_t& low, uint32_t& high) {
-  asm volatile(
-      "{\n"
-      " .reg .pred p0, p1, p2, p3;\n"
-      " .reg .b32 t, b, h1, h3;\n"
-      " and.b32 b, %2, 1;\n setp.ne.b32 p0, b, 0;\n"
-      " and.b32 b, %2, 2;\n setp.ne.b32 p1, b, 0;\n"
-      " and.b32 b, %2, 4;\n setp.ne.b32 p2, b, 0;\n"
-      " and.b32 b, %2, 8;\n setp.ne.b32 p3, b, 0;\n"
-      " mov.b32 %0, 0;\n mov.b32 %1, 0;\n mov.b32 t, %3;\n"
-      " @p0 ld.shared.u16 %0, [t];\n @p0 add.u32 t, t, 2;\n"
-      " ld.shared.u16 h1, [t];\n @p1 add.u32 t, t, 2;\n"
-      " @p2 ld.shared.u16 %1, [t];\n @p2 add.u32 t, t, 2;\n"
-      " ld.shared.u16 h3, [t];\n"
-      " @p1 prmt.b32 %0, %0, h1, 0x5410;\n @p3 prmt.b32 %1, %1, h3, 0x5410;\n"
-      "}"
-      : "=&r"(low), "=&r"(high)
-      : "r"(bits), "r"(address));
-}
-
-#elif VARIANT == 1
-__device__ __forceinline__ void expand_unit(uint32_t bits, uint32_t address, uint32_t& low, uint32_t& high) {
-  asm volatile(
-      "{\n"
-      " .reg .pred p0, p1, p2, p3;\n"
-      " .reg .b32 t, b, h0, h1, h2, h3, r;\n"
-      " and.b32 b, %2, 1;\n setp.ne.b32 p0, b, 0;\n"
-      " and.b32 b, %2, 2;\n setp.ne.b32 p1, b, 0;\n"
-      " and.b32 b, %2, 4;\n setp.ne.b32 p2, b, 0;\n"
-      " and.b32 b, %2, 8;\n setp.ne.b32 p3, b, 0;\n"
-      " mov.b32 h0, 0;\n mov.b32 h1, 0;\n mov.b32 h2, 0;\n mov.b32 h3, 0;\n mov.b32 t, %3;\n"
-      " @p0 ld.shared.u16 h0, [t];\n @p0 add.u32 t, t, 2;\n @p1 ld.shared.u16 h1, [t];\n @p1 add.u32 t, t, 2;\n"
-      " @p2 ld.shared.u16 h2, [t];\n @p2 add.u32 t, t, 2;\n @p3 ld.shared.u16 h3, [t];\n"
-      " prmt.b32 %0, h0, h1, 0x5410;\n prmt.b32 %1, h2, h3, 0x5410;\n}"
-      : "=r"(low), "=r"(high) : "r"(bits), "r"(address));
-}
-#elif VARIANT == 2
+// at the positions whose bits are set in the lowest 4 of `bits`, zeros between them. From both ends, so that no load
+// waits for more than one other address.
 __device__ __forceinline__ void expand_unit(uint32_t bits, uint32_t address, uint32_t& low, uint32_t& high) {
   const uint32_t last = address + 2 * __popc(bits & 7u);
   asm volatile(
       "{\n"
       " .reg .pred p0, p1, p2, p3;\n"
-      " .reg .b32 t, b, h0, h1, h2, h3, r;\n"
+      " .reg .b32 t, b, h0, h1, h2, h3;\n"
       " and.b32 b, %2, 1;\n setp.ne.b32 p0, b, 0;\n"
       " and.b32 b, %2, 2;\n setp.ne.b32 p1, b, 0;\n"
       " and.b32 b, %2, 4;\n setp.ne.b32 p2, b, 0;\n"
@@ -112,31 +72,11 @@ __device__ __forceinline__ void expand_unit(uint32_t bits, uint32_t address, uin
       " mov.b32 h0, 0;\n mov.b32 h1, 0;\n mov.b32 h2, 0;\n mov.b32 h3, 0;\n mov.b32 t, %3;\n"
       " @p0 ld.shared.u16 h0, [t];\n @p0 add.u32 t, t, 2;\n @p1 ld.shared.u16 h1, [t];\n"
       " @p3 ld.shared.u16 h3, [%4];\n @p2 ld.shared.u16 h2, [%4 + -2];\n"
-      " prmt.b32 %0, h0, h1, 0x5410;\n prmt.b32 %1, h2, h3, 0x5410;\n}"
-      : "=r"(low), "=r"(high) : "r"(bits), "r"(address), "r"(last));
-}
-#else
-__device__ __forceinline__ void expand_unit(uint32_t bits, uint32_t address, uint32_t& low, uint32_t& high) {
-  asm volatile(
-      "{\n"
-      " .reg .pred p0, p1, p2, p3;\n"
-      " .reg .b32 t, b, h1, h3;\n"
-      " and.b32 b, %2, 1;\n setp.ne.b32 p0, b, 0;\n"
-      " and.b32 b, %2, 2;\n setp.ne.b32 p1, b, 0;\n"
-      " and.b32 b, %2, 4;\n setp.ne.b32 p2, b, 0;\n"
-      " and.b32 b, %2, 8;\n setp.ne.b32 p3, b, 0;\n"
-      " mov.b32 %0, 0;\n mov.b32 %1, 0;\n mov.b32 t, %3;\n"
-      " @p0 ld.shared.u16 %0, [t];\n @p0 add.u32 t, t, 2;\n"
-      " mov.b32 h1, 0;\n @p1 ld.shared.u16 h1, [t];\n @p1 add.u32 t, t, 2;\n"
-      " @p2 ld.shared.u16 %1, [t];\n @p2 add.u32 t, t, 2;\n"
-      " mov.b32 h3, 0;\n @p3 ld.shared.u16 h3, [t];\n"
-      " prmt.b32 %0, %0, h1, 0x5410;\n prmt.b32 %1, %1, h3, 0x5410;\n"
+      " prmt.b32 %0, h0, h1, 0x5410;\n prmt.b32 %1, h2, h3, 0x5410;\n"
       "}"
-      : "=&r"(low), "=&r"(high)
-      : "r"(bits), "r"(address));
+      : "=r"(low), "=r"(high)
+      : "r"(bits), "r"(address), "r"(last));
 }
-
-#endif
 
 // What a lane needs to find its units: `bits >> shift` are its own, `bits & below` those of the lanes before it.
 struct LaneOfWord {
@@ -149,24 +89,42 @@ struct LaneOfWord {
         below((1u << shift) - 1u) {}
 };
 
-// A tile's masks and offsets of the lane's words in two steps, a half of the columns, from a record of `tiles` tiles in
-// shared memory.
-struct HalfTile {
-  uint32_t masks[2], offsets;
+// Where a word's mask and offset lie, in bytes behind the record's begin.
+struct HeadPlace {
+  int mask, offset;
 
-  __device__ __forceinline__ HalfTile(uint32_t record, int tiles, int tile, int half, const LaneOfWord& lane) {
-    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];"
-                 : "=r"(masks[0]), "=r"(masks[1])
-                 : "r"(record + tile * kMaskBytes + lane.word * kSteps * 4 + half * 8));
-    asm volatile("ld.shared.b32 %0, [%1];"
-                 : "=r"(offsets)
-                 : "r"(record + tiles * kMaskBytes + tile * kOffsetBytes + lane.word * kSteps * 2 + half * 4));
+  __device__ __forceinline__ HeadPlace(int tiles, int tile, int step, int word) {
+    const int width = tile + 1 == tiles && tile % 2 == 0 ? 1 : 2;  // tiles of this head
+    const int at = ((step / 2 * kWordsOfStep + word) * width + tile % 2) * 2 + step % 2;
+    mask = tile / 2 * 2 * kHeadBytes + at * 4;
+    offset = tile / 2 * 2 * kHeadBytes + width * kMaskBytes + at * 2;
+  }
+};
+
+// The masks and offsets of the lane's words in a half of the columns: of two tiles, or of one, from a head in shared
+// memory.
+template <int Tiles>
+struct HalfHead {
+  uint32_t masks[Tiles][2], offsets[Tiles];
+
+  __device__ __forceinline__ HalfHead(uint32_t head, int half, const LaneOfWord& lane) {
+    const uint32_t words = head + (half * kWordsOfStep + lane.word) * Tiles * 8;
+    const uint32_t pairs = head + Tiles * kMaskBytes + (half * kWordsOfStep + lane.word) * Tiles * 4;
+    if constexpr (Tiles == 2) {
+      asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(masks[0][0]), "=r"(masks[0][1]), "=r"(masks[1][0]), "=r"(masks[1][1])
+                   : "r"(words));
+      asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(offsets[0]), "=r"(offsets[1]) : "r"(pairs));
+    } else {
+      asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(masks[0][0]), "=r"(masks[0][1]) : "r"(words));
+      asm volatile("ld.shared.b32 %0, [%1];" : "=r"(offsets[0]) : "r"(pairs));
+    }
   }
 
-  // The lane's unit of the half's first or second step; `values` is where the record's values begin.
-  __device__ __forceinline__ void expand(int step, uint32_t values, const LaneOfWord& lane, uint32_t& low,
+  // The lane's unit of a tile in the half's first or second step; `values` is where the record's values begin.
+  __device__ __forceinline__ void expand(int tile, int step, uint32_t values, const LaneOfWord& lane, uint32_t& low,
                                          uint32_t& high) const {
-    const uint32_t mask = masks[step], offset = step ? offsets >> 16 : offsets & 0xffffu;
+    const uint32_t mask = masks[tile][step], offset = step ? offsets[tile] >> 16 : offsets[tile] & 0xffffu;
     expand_unit(mask >> lane.shift, values + offset + 2 * __popc(mask & lane.below), low, high);
   }
 };

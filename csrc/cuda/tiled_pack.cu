@@ -62,10 +62,9 @@ __global__ void __launch_bounds__(kBlockThreads)
 #pragma unroll
     for (int distance = 1; distance < kUnitsOfWord; distance *= 2) mask |= __shfl_xor_sync(kAllLanes, mask, distance);
     if (lane % kUnitsOfWord == 0) {
-      const int place = word * kSteps + step;
-      reinterpret_cast<uint32_t*>(out + tile * kMaskBytes)[place] = mask;
-      reinterpret_cast<uint16_t*>(out + strip.count * kMaskBytes + tile * kOffsetBytes)[place] =
-          static_cast<uint16_t>(2 * at);
+      const HeadPlace place(strip.count, tile, step, word);
+      *reinterpret_cast<uint32_t*>(out + place.mask) = mask;
+      *reinterpret_cast<uint16_t*>(out + place.offset) = static_cast<uint16_t>(2 * at);
     }
     for (int i = 0; i < kUnit; i++) {
       if (bits >> i & 1) values[at++] = weight[static_cast<int64_t>(row) * matrix.cols + column + i];

@@ -25,7 +25,7 @@ __device__ __forceinline__ bool is_elected() {
 }
 
 // A warp's ring of records. One lane starts bulk copies (sm_90), or all lanes copy 16 bytes each at a time.
-template <int Slots>
+template <int Slots, bool Shared>
 struct RecordRing {
   const uint8_t* records;
   const uint32_t* next;  // start of the record to fetch
@@ -84,9 +84,12 @@ struct RecordRing {
       next++;
       if (left > 0) to = next[0];
     }
+#if __CUDA_ARCH__ >= 800 && __CUDA_ARCH__ < 900
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
   }
 
-  // Waits for a slot's record, where cp.async.wait_group has not: `round` is how often the slot has been waited for.
+  // Waits for a slot's record; `round` is how often the slot has been waited for.
   __device__ __forceinline__ uint32_t wait(int slot, uint32_t round) const {
 #if __CUDA_ARCH__ >= 900
     asm volatile(
@@ -95,56 +98,134 @@ struct RecordRing {
             barriers + slot * 8),
         "r"(round & 1)
         : "memory");
-#else
+#elif __CUDA_ARCH__ >= 800
+    // x's copies, where there are some, have been waited for, and are groups of their own.
+    if constexpr (!Shared) asm volatile("cp.async.wait_group %0;" ::"n"(Slots - 1) : "memory");
     __syncwarp();
 #endif
     return slots + slot * slot_bytes;
   }
 };
 
-// A warp's ring of x beside its records: a lane copies the columns that it will need itself, so that nobody waits for
-// another. A panel is [eight tokens][halves][lanes] of 8 columns.
+// A lane's columns of x for mma: 8 of a token, in each half of a panel, for each eight tokens. They come into registers
+// a panel ahead of their use, if there are few.
 template <typename Config>
-struct ColumnRing {
-  static constexpr int kHalfBytes = kWarpSize * 16, kPanelBytes = Config::Eights * 2 * kHalfBytes;
+struct OwnColumns {
+  static constexpr bool kAhead = Config::Eights <= 2;
 
   const uint4* from;    // the lane's columns in the panel to fetch, of the first eight tokens
   int64_t eight_apart;  // from an eight of tokens to the next
   int left;             // columns from there on to the end
   int tokens;           // of the lane: those from lane / 4 on
-  uint32_t slots;
+  uint4 next[Config::Eights][2];
 
   template <typename T>
-  __device__ __forceinline__ ColumnRing(const T* x, int cols, int first_panel, int tokens, uint32_t slots_of_warp)
-      : tokens(tokens - lane_index() / 4), slots(slots_of_warp + lane_index() * 16) {
+  __device__ __forceinline__ OwnColumns(const T* x, int cols, int first_panel, int, int tokens, uint32_t)
+      : tokens(tokens - lane_index() / 4) {
     const int width = (cols + 7) / 8 * 8, column = first_panel * kTileColumns + column_of(0, lane_index());
     from = reinterpret_cast<const uint4*>(x + static_cast<int64_t>(lane_index() / 4) * width + column);
     eight_apart = width;  // 8 rows of width / 8 vectors
     left = width - column;
+#pragma unroll
+    for (int e = 0; e < Config::Eights; e++) next[e][0] = next[e][1] = make_uint4(0, 0, 0, 0);
   }
 
-  // Starts to copy the next panel's columns to a slot, zeros where there are none.
-  __device__ __forceinline__ void fetch(int slot) {
+  __device__ __forceinline__ void start() {
+    if (kAhead) fetch();
+  }
+
+  // Behind the last column a token keeps older values of its own, which are multiplied with zeros.
+  __device__ __forceinline__ void fetch() {
 #pragma unroll
     for (int e = 0; e < Config::Eights; e++) {
-#pragma unroll
-      for (int half = 0; half < 2; half++) {
-        const int bytes = e * 8 < tokens && half * 32 < left ? 16 : 0;
-        asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;" ::"r"(slots + slot * kPanelBytes +
-                                                                          (e * 2 + half) * kHalfBytes),
-                     "l"(from + e * eight_apart + half * 4), "r"(bytes)
-                     : "memory");
-      }
+      if (e * 8 >= tokens) continue;
+      if (left > 0) next[e][0] = from[e * eight_apart];
+      if (left > 32) next[e][1] = from[e * eight_apart + 4];
     }
     from += kTileColumns / 8;
     left -= kTileColumns;
   }
 
-  __device__ __forceinline__ uint4 columns(int slot, int eight, int half) const {
+  // The next panel's, after which `half` gives them.
+  uint4 current[Config::Eights][2];
+  __device__ __forceinline__ void advance(int, bool more) {
+    if (!kAhead) fetch();
+#pragma unroll
+    for (int e = 0; e < Config::Eights; e++) {
+      current[e][0] = next[e][0];
+      current[e][1] = next[e][1];
+    }
+    if (kAhead && more) fetch();
+  }
+  __device__ __forceinline__ uint4 half(int, int eight, int half) const { return current[eight][half]; }
+};
+
+// The same through shared memory, where the strips of a block share them.
+template <typename Config>
+struct SharedColumns {
+  static constexpr int kPieceBytes = kWarpSize * 16, kPanelBytes = Config::Eights * 2 * kPieceBytes;
+
+  const uint4* from;
+  int64_t eight_apart;
+  int left, tokens, to_fetch, strip, part;
+  uint32_t slots;
+
+  template <typename T>
+  __device__ __forceinline__ SharedColumns(const T* x, int cols, int first_panel, int panels, int tokens,
+                                           uint32_t shared)
+      : tokens(tokens - lane_index() / 4),
+        to_fetch(panels),
+        strip(warp_index() / Config::Parts),
+        part(warp_index() % Config::Parts),
+        slots(shared + part * Config::Slots * kPanelBytes + lane_index() * 16) {
+    const int width = (cols + 7) / 8 * 8, column = first_panel * kTileColumns + column_of(0, lane_index());
+    from = reinterpret_cast<const uint4*>(x + static_cast<int64_t>(lane_index() / 4) * width + column);
+    eight_apart = width;
+    left = width - column;
+  }
+
+  __device__ __forceinline__ void start() {
+#pragma unroll
+    for (int i = 0; i + 1 < Config::Slots; i++) fetch(i);
+  }
+
+  __device__ __forceinline__ void fetch(int slot) {
+    if (to_fetch-- > 0) {
+#pragma unroll
+      for (int piece = 0; piece < Config::Eights * 2; piece++) {
+        if (piece % Config::Strips != strip) continue;
+        const int e = piece / 2, half = piece % 2, bytes = e * 8 < tokens && half * 32 < left ? 16 : 0;
+        asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;" ::"r"(slots + slot * kPanelBytes +
+                                                                          piece * kPieceBytes),
+                     "l"(from + e * eight_apart + half * 4), "r"(bytes)
+                     : "memory");
+      }
+      from += kTileColumns / 8;
+      left -= kTileColumns;
+    }
+    asm volatile("cp.async.commit_group;" ::: "memory");
+  }
+
+  // Waits for this slot's panel, and starts to fetch one into the slot before, which no warp reads any more.
+  __device__ __forceinline__ void advance(int slot, bool) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.wait_group %0;" ::"n"(Config::Slots - 2) : "memory");
+#else
+    asm volatile("cp.async.wait_group %0;" ::"n"(2 * Config::Slots - 3) : "memory");
+#endif
+    if constexpr (Config::Strips == 1) {
+      __syncwarp();
+    } else {
+      asm volatile("bar.sync %0, %1;" ::"r"(part + 1), "n"(Config::Strips * kWarpSize) : "memory");
+    }
+    fetch((slot + Config::Slots - 1) % Config::Slots);
+  }
+
+  __device__ __forceinline__ uint4 half(int slot, int eight, int half) const {
     uint4 v;
     asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "r"(slots + slot * kPanelBytes + (eight * 2 + half) * kHalfBytes));
+                 : "r"(slots + slot * kPanelBytes + (eight * 2 + half) * kPieceBytes));
     return v;
   }
 };
@@ -169,7 +250,7 @@ __device__ __forceinline__ void multiply_step(float (&sums)[4], const uint32_t (
 }
 
 // Shape of a block, fixed when it is compiled.
-template <int Strips_, int Parts_, int Tiles_, int Eights_, int Slots_, int Blocks_>
+template <int Strips_, int Parts_, int Tiles_, int Eights_, int Slots_, int Blocks_, bool Shared_>
 struct SpmmConfig {
   static constexpr int Strips = Strips_;  // of a block: their warps read the same x at about the same time
   static constexpr int Parts = Parts_;    // warps of a strip, each with a part of its columns
@@ -177,15 +258,19 @@ struct SpmmConfig {
   static constexpr int Eights = Eights_;  // of tokens: 1, 2 or 4
   static constexpr int Slots = Slots_;    // of a warp's ring
   static constexpr int Blocks = Blocks_;  // of an SM, as far as registers matter
+  static constexpr bool Shared = Shared_; // whether x goes through shared memory
   static constexpr int Warps = Strips * Parts;
   static constexpr int Threads = Warps * kWarpSize;
   static constexpr int Pairs = (Tiles + 1) / 2;  // of tiles
   static constexpr int Tokens = Eights * 8;
   static constexpr int Rows = Tiles * kTileRows;  // of a strip
-  static constexpr int64_t ring_bytes(int64_t record_bytes) {
-    return Warps * Slots * (record_bytes + Eights * 2 * kWarpSize * 16);
+
+  // Rings, then the sums in their place.
+  static constexpr int64_t shared_bytes(int64_t record_bytes) {
+    const int64_t columns = Shared ? int64_t{Parts} * Slots * Eights * 2 * kWarpSize * 16 : 0;
+    const int64_t rings = Warps * Slots * record_bytes + columns, sums = int64_t{Warps} * Rows * Tokens * 4;
+    return rings > sums ? rings : sums;
   }
-  static constexpr int64_t sum_bytes() { return int64_t{Warps} * Rows * Tokens * 4; }
 };
 
 template <typename T, typename Config>
@@ -203,71 +288,66 @@ __global__ void __launch_bounds__(Config::Threads, Config::Blocks)
   const int part = warp % Config::Parts, panels = panels_of(matrix.cols);
   const int strip_index = blockIdx.x * Config::Strips + warp / Config::Parts;
   const bool has_strip = Config::Strips == 1 || strip_index < matrix.strips;
-  const Strip strip = cuts.strip(has_strip ? strip_index : 0);
+  Strip strip = {0, 0};
+  if (has_strip) strip = cuts.strip(strip_index);
   const int begin = panels * part / Config::Parts;
-  const int count = has_strip ? panels * (part + 1) / Config::Parts - begin : 0;
+  const int count = panels * (part + 1) / Config::Parts - begin;
   const uint32_t shared = static_cast<uint32_t>(__cvta_generic_to_shared(shared_bytes));
-  RecordRing<Config::Slots> ring(
-      matrix, static_cast<int64_t>(strip_index) * panels + begin, count,
+  RecordRing<Config::Slots, Config::Shared> ring(
+      matrix, static_cast<int64_t>(strip_index) * panels + begin, has_strip ? count : 0,
       shared + warp * Config::Slots * matrix.record_bytes,
       static_cast<uint32_t>(__cvta_generic_to_shared(barriers + warp * Config::Slots)));
 #pragma unroll
   for (int slot = 0; slot < Config::Slots; slot++) ring.fetch(slot);
-  using Columns = ColumnRing<Config>;
-  Columns x_ring(x, matrix.cols, begin, tokens,
-                 shared + (Config::Warps * matrix.record_bytes + warp * Columns::kPanelBytes) * Config::Slots);
+  using Columns = std::conditional_t<Config::Shared, SharedColumns<Config>, OwnColumns<Config>>;
+  Columns columns(x, matrix.cols, begin, count, tokens,
+                  shared + Config::Warps * Config::Slots * matrix.record_bytes);
   const LaneOfWord own;
   float sums[Config::Eights][Config::Pairs][4] = {};
 
   let_next_kernel_start();
   wait_for_previous_kernel();
-#pragma unroll
-  for (int slot = 0; slot < Config::Slots; slot++) {
-    if (slot < count) x_ring.fetch(slot);
-    asm volatile("cp.async.commit_group;" ::: "memory");
-  }
+  columns.start();
   uint32_t round = 0;
 #pragma unroll 1
   for (int done = 0; done < count; round++) {
 #pragma unroll
     for (int slot = 0; slot < Config::Slots; slot++, done++) {
       if (slot > 0 && done >= count) break;
-      asm volatile("cp.async.wait_group %0;" ::"n"(Config::Slots - 1) : "memory");
+      columns.advance(slot, done + 1 < count);
+      if (Config::Strips > 1 && !has_strip) continue;
       const uint32_t record = ring.wait(slot, round), values = record + strip.count * kHeadBytes;
 #pragma unroll
       for (int half = 0; half < 2; half++) {
-        uint4 columns[Config::Eights];
+        uint4 eights[Config::Eights];
 #pragma unroll
-        for (int e = 0; e < Config::Eights; e++) columns[e] = x_ring.columns(slot, e, half);
-        const auto multiply_tiles = [&](int pair, auto both) {
-          constexpr bool kBoth = decltype(both)::value;
-          const HalfTile lower(record, strip.count, 2 * pair, half, own);
-          const HalfTile upper(record, strip.count, 2 * pair + (kBoth ? 1 : 0), half, own);
+        for (int e = 0; e < Config::Eights; e++) eights[e] = columns.half(slot, e, half);
+        const auto multiply_tiles = [&](int pair, auto tiles) {
+          constexpr int kTiles = decltype(tiles)::value;
+          const HalfHead<kTiles> head(record + pair * 2 * kHeadBytes, half, own);
 #pragma unroll
           for (int step = 0; step < 2; step++) {
             uint32_t low[2] = {0, 0}, high[2] = {0, 0};
-            lower.expand(step, values, own, low[0], high[0]);
-            if (kBoth) upper.expand(step, values, own, low[1], high[1]);
+#pragma unroll
+            for (int tile = 0; tile < kTiles; tile++) head.expand(tile, step, values, own, low[tile], high[tile]);
 #pragma unroll
             for (int e = 0; e < Config::Eights; e++) {
-              multiply_step<T>(sums[e][pair], low, high, step ? columns[e].z : columns[e].x,
-                               step ? columns[e].w : columns[e].y);
+              multiply_step<T>(sums[e][pair], low, high, step ? eights[e].z : eights[e].x,
+                               step ? eights[e].w : eights[e].y);
             }
           }
         };
 #pragma unroll
         for (int pair = 0; pair < Config::Pairs; pair++) {
           if (2 * pair + 1 < strip.count) {
-            multiply_tiles(pair, std::true_type());
+            multiply_tiles(pair, std::integral_constant<int, 2>());
           } else if (2 * pair < strip.count) {
-            multiply_tiles(pair, std::false_type());
+            multiply_tiles(pair, std::integral_constant<int, 1>());
           }
         }
       }
       __syncwarp();
       ring.fetch(slot);
-      if (done + Config::Slots < count) x_ring.fetch(slot);
-      asm volatile("cp.async.commit_group;" ::: "memory");
     }
   }
 
@@ -307,12 +387,32 @@ __global__ void __launch_bounds__(Config::Threads, Config::Blocks)
 #endif
 }
 
+// What is asked of CUDA once a GPU.
+struct SpmmGpu {
+  int multiprocessors = 0;  // 0 is not known yet
+  int block_shared_bytes = 0;
+};
+inline cudaError_t ask_gpu(int device, SpmmGpu* gpu) {
+  static SpmmGpu known[kMaxGpus];  // written with the same values by every thread that finds nothing
+  if (device < kMaxGpus && known[device].multiprocessors) {
+    *gpu = known[device];
+    return cudaSuccess;
+  }
+  cudaError_t error = cudaDeviceGetAttribute(&gpu->block_shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error != cudaSuccess) return error;
+  error = cudaDeviceGetAttribute(&gpu->multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess && device < kMaxGpus) {
+    known[device].block_shared_bytes = gpu->block_shared_bytes;
+    known[device].multiprocessors = gpu->multiprocessors;
+  }
+  return error;
+}
+
 template <typename T, typename Config>
 cudaError_t launch_spmm_config(const SpmmCall& call, int tokens) {
   static int64_t allowed[kMaxGpus];  // dynamic shared memory; written with the same values by every thread
   const macko_tiled& matrix = *call.matrix;
-  const int64_t bytes =
-      std::max<int64_t>(Config::ring_bytes(matrix.record_bytes), Config::sum_bytes());
+  const int64_t bytes = Config::shared_bytes(matrix.record_bytes);
   const auto kernel = spmm_strips<T, Config>;
   if (call.device >= kMaxGpus || allowed[call.device] < bytes) {
     const cudaError_t error =
@@ -325,21 +425,57 @@ cudaError_t launch_spmm_config(const SpmmCall& call, int tokens) {
                             tokens);
 }
 
-// At most 32 tokens, in the block that suits their number and the height of the strips.
-template <typename T>
-cudaError_t launch_spmm_some(const SpmmCall& call, int tokens) {
-  if (tokens > 16) return launch_spmm_config<T, SpmmConfig<1, 4, 8, 4, 2, 3>>(call, tokens);
-  if (tokens > 8) return launch_spmm_config<T, SpmmConfig<1, 8, 8, 2, 2, 2>>(call, tokens);
-  return launch_spmm_config<T, SpmmConfig<1, 8, 8, 1, 2, 2>>(call, tokens);
+// Whether a block fits a GPU's shared memory.
+template <typename Config>
+bool fits(const macko_tiled& matrix, const SpmmGpu& gpu) {
+  return Config::shared_bytes(matrix.record_bytes) <= gpu.block_shared_bytes;
+}
+
+// At most 8 * Eights tokens, in the fastest block of those measured (docs/design.md) that fits the GPU.
+template <typename T, int Eights>
+cudaError_t launch_spmm_some(const SpmmCall& call, const SpmmGpu& gpu, int tokens) {
+  const macko_tiled& matrix = *call.matrix;
+  const bool alone = matrix.strips <= gpu.multiprocessors, low = most_tiles(matrix.rows, matrix.strips) <= 4;
+  const auto launch = [&](auto config) { return launch_spmm_config<T, decltype(config)>(call, tokens); };
+  if constexpr (Eights == 1) {
+    using Wide = SpmmConfig<1, 24, 4, 1, 2, 1, false>;
+    using Narrow = SpmmConfig<1, 16, 4, 1, 2, 2, false>;
+    using Low = SpmmConfig<1, 8, 4, 1, 2, 3, false>;
+    using High = SpmmConfig<1, 8, 8, 1, 2, 2, false>;
+    if (alone && low && panels_of(matrix.cols) >= 96 && fits<Wide>(matrix, gpu)) return launch(Wide());
+    if (alone && low && fits<Narrow>(matrix, gpu)) return launch(Narrow());
+    if (low && fits<Low>(matrix, gpu)) return launch(Low());
+    if (fits<High>(matrix, gpu)) return launch(High());
+  } else if constexpr (Eights == 2) {
+    using Alone = SpmmConfig<1, 16, 4, 2, 2, 1, false>;
+    using Low = SpmmConfig<1, 8, 4, 2, 2, 3, false>;
+    using High = SpmmConfig<3, 6, 8, 2, 2, 1, true>;
+    if (alone && low && fits<Alone>(matrix, gpu)) return launch(Alone());
+    if (low && fits<Low>(matrix, gpu)) return launch(Low());
+    if (fits<High>(matrix, gpu)) return launch(High());
+  } else {
+    using Alone = SpmmConfig<1, 16, 4, 4, 2, 1, false>;
+    using Low = SpmmConfig<3, 8, 4, 4, 2, 1, true>;
+    using High = SpmmConfig<3, 5, 8, 4, 2, 1, true>;
+    if (alone && low && fits<Alone>(matrix, gpu)) return launch(Alone());
+    if (low && fits<Low>(matrix, gpu)) return launch(Low());
+    if (fits<High>(matrix, gpu)) return launch(High());
+  }
+  return launch(SpmmConfig<1, 4, 8, Eights, 2, 1, false>());
 }
 
 // All tokens, as many at a time as a block takes.
 template <typename T>
 cudaError_t launch_spmm(SpmmCall call, int64_t tokens) {
   const int64_t width = (int64_t{call.matrix->cols} + 7) / 8 * 8;
+  SpmmGpu gpu;
+  const cudaError_t unknown = ask_gpu(call.device, &gpu);
+  if (unknown != cudaSuccess) return unknown;
   while (tokens > 0) {
     const int now = static_cast<int>(std::min<int64_t>(tokens, 32));
-    const cudaError_t error = launch_spmm_some<T>(call, now);
+    const cudaError_t error = now > 16  ? launch_spmm_some<T, 4>(call, gpu, now)
+                              : now > 8 ? launch_spmm_some<T, 2>(call, gpu, now)
+                                        : launch_spmm_some<T, 1>(call, gpu, now);
     if (error != cudaSuccess) return error;
     call.x = static_cast<const T*>(call.x) + now * width;
     call.y = static_cast<T*>(call.y) + now * int64_t{call.matrix->rows};

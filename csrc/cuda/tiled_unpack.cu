@@ -27,24 +27,33 @@ __global__ void __launch_bounds__(kUnpackWarps* kWarpSize)
   const uint32_t record = static_cast<uint32_t>(__cvta_generic_to_shared(buffer));
   const uint32_t values = record + strip.count * kHeadBytes;
   const LaneOfWord own;
-  for (int tile = 0; tile < strip.count; tile++) {
+  const auto write_tile = [&](int tile, int half, const auto& head, int of_head) {
+    uint32_t words[4];
+    head.expand(of_head, 0, values, own, words[0], words[1]);
+    head.expand(of_head, 1, values, own, words[2], words[3]);
     const int row = (strip.first + tile) * kTileRows + lane / 4;
-    uint16_t* const out = weight + static_cast<int64_t>(row) * cols;
+    const int column = static_cast<int>(index % panels) * kTileColumns + column_of(2 * half, lane);
+    if (row >= matrix.rows) return;
+    uint16_t* const out = weight + static_cast<int64_t>(row) * cols + column;
+    if (cols % 8 == 0 && column < cols) {
+      *reinterpret_cast<uint4*>(out) = make_uint4(words[0], words[1], words[2], words[3]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 8; i++) {
+        if (column + i < cols) out[i] = static_cast<uint16_t>(words[i / 2] >> 16 * (i % 2));
+      }
+    }
+  };
+  for (int tile = 0; tile < strip.count; tile += 2) {
+    const uint32_t head_at = record + tile * kHeadBytes;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      const HalfTile masks(record, strip.count, tile, half, own);
-      uint32_t words[4];
-      masks.expand(0, values, own, words[0], words[1]);
-      masks.expand(1, values, own, words[2], words[3]);
-      const int column = static_cast<int>(index % panels) * kTileColumns + column_of(2 * half, lane);
-      if (row >= matrix.rows) continue;
-      if (cols % 8 == 0 && column < cols) {
-        *reinterpret_cast<uint4*>(out + column) = make_uint4(words[0], words[1], words[2], words[3]);
+      if (tile + 1 < strip.count) {
+        const HalfHead<2> head(head_at, half, own);
+        write_tile(tile, half, head, 0);
+        write_tile(tile + 1, half, head, 1);
       } else {
-#pragma unroll
-        for (int i = 0; i < 8; i++) {
-          if (column + i < cols) out[column + i] = static_cast<uint16_t>(words[i / 2] >> 16 * (i % 2));
-        }
+        write_tile(tile, half, HalfHead<1>(head_at, half, own), 0);
       }
     }
   }
@@ -61,6 +70,6 @@ macko_status macko_cuda_tiled_unpack(const macko_tiled* matrix, uint16_t* weight
   return launch_on(device, [&] {
     const int64_t records = int64_t{matrix->strips} * panels_of(matrix->cols);
     unpack_records<<<static_cast<unsigned>((records + kUnpackWarps - 1) / kUnpackWarps), kUnpackWarps * kWarpSize,
-                     kUnpackWarps * matrix->record_bytes + kRecordAlignment, static_cast<cudaStream_t>(stream)>>>(*matrix, weight);
+                     kUnpackWarps * matrix->record_bytes, static_cast<cudaStream_t>(stream)>>>(*matrix, weight);
   });
 }
