@@ -5,11 +5,12 @@
 // for each two tiles (half of one, if the last has no other), then the values other than zero, tile after tile. A head
 // is mask words, [halves of the columns][words of a step][tiles][steps of a half], and offsets in the same order.
 //
-// Two tiles are multiplied in four steps of 16 columns (mma.m16n8k16: their rows are its 16 rows, 8 tokens its columns).
-// In a step a lane holds a unit of each: 4 positions of row lane / 4, columns column_of(step, lane) and the three behind it, so
-// that a lane's columns of two steps are 16 bytes of x. The units of eight lanes share a mask word, the first lane's in
-// its lowest bits, and their values lie one behind the other, where that word's offset says. So the lanes of a warp
-// read from a few neighbouring words of shared memory, and each finds its place by counting the bits below its own.
+// Two tiles are multiplied in four steps of 16 columns (mma.m16n8k16: their rows are its 16 rows, 8 tokens its
+// columns). In a step a lane holds a unit of each: 4 positions of row lane / 4, columns column_of(step, lane) and the
+// three behind it, so that a lane's columns of two steps are 16 bytes of x. The units of eight lanes share a mask word,
+// the first lane's in its lowest bits, and their values lie one behind the other, where that word's offset says. So the
+// lanes of a warp read from a few neighbouring words of shared memory, and each finds its place by counting the bits
+// below its own.
 #pragma once
 
 #include <cstdint>
@@ -21,9 +22,9 @@
 namespace macko {
 
 constexpr int kTileRows = 8, kTileColumns = 64;
-constexpr int kSteps = 4;         // of a tile
-constexpr int kUnit = 4;          // positions of a lane in a step
-constexpr int kUnitsOfWord = 8;   // lanes that share a mask word
+constexpr int kSteps = 4;        // of a tile
+constexpr int kUnit = 4;         // positions of a lane in a step
+constexpr int kUnitsOfWord = 8;  // lanes that share a mask word
 constexpr int kWordsOfStep = kWarpSize / kUnitsOfWord;
 constexpr int kMaskBytes = kSteps * kWordsOfStep * 4;    // of a tile's mask words
 constexpr int kOffsetBytes = kSteps * kWordsOfStep * 2;  // of its offsets: uint16, in bytes behind the first value
@@ -32,9 +33,7 @@ constexpr int kRecordAlignment = 16;
 constexpr int kMaxTiles = 8;  // of a strip
 
 // The first of the 4 columns, within a tile, of a lane's unit in a step.
-__device__ __forceinline__ int column_of(int step, int lane) {
-  return step / 2 * 32 + lane % 4 * 8 + step % 2 * kUnit;
-}
+__device__ __forceinline__ int column_of(int step, int lane) { return step / 2 * 32 + lane % 4 * 8 + step % 2 * kUnit; }
 
 __host__ __device__ constexpr int panels_of(int cols) { return (cols + kTileColumns - 1) / kTileColumns; }
 __host__ __device__ constexpr int tiles_of(int rows) { return (rows + kTileRows - 1) / kTileRows; }
@@ -48,7 +47,8 @@ struct Strip {
 struct StripCuts {
   int each, longer;  // tiles of a strip, and how many strips have one more
 
-  __host__ __device__ StripCuts(int rows, int strips) : each(tiles_of(rows) / strips), longer(tiles_of(rows) % strips) {}
+  __host__ __device__ StripCuts(int rows, int strips)
+      : each(tiles_of(rows) / strips), longer(tiles_of(rows) % strips) {}
 
   __device__ __forceinline__ Strip strip(int index) const {
     return {index * each + min(index, longer), each + (index < longer ? 1 : 0)};
@@ -84,9 +84,7 @@ struct LaneOfWord {
   uint32_t shift, below;
 
   __device__ __forceinline__ LaneOfWord()
-      : word(lane_index() / kUnitsOfWord),
-        shift(kUnit * (lane_index() % kUnitsOfWord)),
-        below((1u << shift) - 1u) {}
+      : word(lane_index() / kUnitsOfWord), shift(kUnit * (lane_index() % kUnitsOfWord)), below((1u << shift) - 1u) {}
 };
 
 // Where a word's mask and offset lie, in bytes behind the record's begin.
@@ -133,9 +131,9 @@ struct HalfHead {
 inline bool is_valid(const macko_tiled* m) {
   return m && m->rows >= 0 && m->cols >= 1 && m->cols <= MACKO_TILED_MAX_COLS && m->strips >= 0 &&
          (m->value_dtype == MACKO_FLOAT16 || m->value_dtype == MACKO_BFLOAT16) &&
-         (m->rows == 0 || (m->strips >= 1 && m->strips <= tiles_of(m->rows) &&
-                           most_tiles(m->rows, m->strips) <= kMaxTiles && m->records && m->starts &&
-                           m->record_bytes >= kHeadBytes && is_aligned(m->records, kRecordAlignment)));
+         (m->rows == 0 ||
+          (m->strips >= 1 && m->strips <= tiles_of(m->rows) && most_tiles(m->rows, m->strips) <= kMaxTiles &&
+           m->records && m->starts && m->record_bytes >= kHeadBytes && is_aligned(m->records, kRecordAlignment)));
 }
 
 }  // namespace macko

@@ -195,10 +195,10 @@ struct SharedColumns {
       for (int piece = 0; piece < Config::Eights * 2; piece++) {
         if (piece % Config::Strips != strip) continue;
         const int e = piece / 2, half = piece % 2, bytes = e * 8 < tokens && half * 32 < left ? 16 : 0;
-        asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;" ::"r"(slots + slot * kPanelBytes +
-                                                                          piece * kPieceBytes),
-                     "l"(from + e * eight_apart + half * 4), "r"(bytes)
-                     : "memory");
+        asm volatile(
+            "cp.async.ca.shared.global [%0], [%1], 16, %2;" ::"r"(slots + slot * kPanelBytes + piece * kPieceBytes),
+            "l"(from + e * eight_apart + half * 4), "r"(bytes)
+            : "memory");
       }
       from += kTileColumns / 8;
       left -= kTileColumns;
@@ -252,13 +252,13 @@ __device__ __forceinline__ void multiply_step(float (&sums)[4], const uint32_t (
 // Shape of a block, fixed when it is compiled.
 template <int Strips_, int Parts_, int Tiles_, int Eights_, int Slots_, int Blocks_, bool Shared_>
 struct SpmmConfig {
-  static constexpr int Strips = Strips_;  // of a block: their warps read the same x at about the same time
-  static constexpr int Parts = Parts_;    // warps of a strip, each with a part of its columns
-  static constexpr int Tiles = Tiles_;    // of a strip, at most
-  static constexpr int Eights = Eights_;  // of tokens: 1, 2 or 4
-  static constexpr int Slots = Slots_;    // of a warp's ring
-  static constexpr int Blocks = Blocks_;  // of an SM, as far as registers matter
-  static constexpr bool Shared = Shared_; // whether x goes through shared memory
+  static constexpr int Strips = Strips_;   // of a block: their warps read the same x at about the same time
+  static constexpr int Parts = Parts_;     // warps of a strip, each with a part of its columns
+  static constexpr int Tiles = Tiles_;     // of a strip, at most
+  static constexpr int Eights = Eights_;   // of tokens: 1, 2 or 4
+  static constexpr int Slots = Slots_;     // of a warp's ring
+  static constexpr int Blocks = Blocks_;   // of an SM, as far as registers matter
+  static constexpr bool Shared = Shared_;  // whether x goes through shared memory
   static constexpr int Warps = Strips * Parts;
   static constexpr int Threads = Warps * kWarpSize;
   static constexpr int Pairs = (Tiles + 1) / 2;  // of tiles
@@ -275,12 +275,12 @@ struct SpmmConfig {
 
 template <typename T, typename Config>
 __global__ void __launch_bounds__(Config::Threads, Config::Blocks)
-    spmm_strips(const macko_tiled matrix,   // its strips have at most Config::Tiles tiles
-                const StripCuts cuts,       // of the matrix
-                const T* x,    // [tokens, cols rounded up to 8] at a multiple of 16
-                const T* bias, // [rows], or null
-                T* y,          // out: [tokens, rows]
-                int tokens) {               // at most Config::Tokens
+    spmm_strips(const macko_tiled matrix,  // its strips have at most Config::Tiles tiles
+                const StripCuts cuts,      // of the matrix
+                const T* x,                // [tokens, cols rounded up to 8] at a multiple of 16
+                const T* bias,             // [rows], or null
+                T* y,                      // out: [tokens, rows]
+                int tokens) {              // at most Config::Tokens
 #if __CUDA_ARCH__ >= 800
   extern __shared__ __align__(128) unsigned char shared_bytes[];
   __shared__ __align__(8) uint64_t barriers[Config::Warps * Config::Slots];
@@ -300,8 +300,7 @@ __global__ void __launch_bounds__(Config::Threads, Config::Blocks)
 #pragma unroll
   for (int slot = 0; slot < Config::Slots; slot++) ring.fetch(slot);
   using Columns = std::conditional_t<Config::Shared, SharedColumns<Config>, OwnColumns<Config>>;
-  Columns columns(x, matrix.cols, begin, count, tokens,
-                  shared + Config::Warps * Config::Slots * matrix.record_bytes);
+  Columns columns(x, matrix.cols, begin, count, tokens, shared + Config::Warps * Config::Slots * matrix.record_bytes);
   const LaneOfWord own;
   float sums[Config::Eights][Config::Pairs][4] = {};
 
@@ -421,7 +420,8 @@ cudaError_t launch_spmm_config(const SpmmCall& call, int tokens) {
     if (call.device < kMaxGpus) allowed[call.device] = bytes;
   }
   return launch_overlapping(kernel, (matrix.strips + Config::Strips - 1) / Config::Strips, Config::Threads, bytes,
-                            call.device, call.stream, matrix, StripCuts(matrix.rows, matrix.strips), static_cast<const T*>(call.x), static_cast<const T*>(call.bias), static_cast<T*>(call.y),
+                            call.device, call.stream, matrix, StripCuts(matrix.rows, matrix.strips),
+                            static_cast<const T*>(call.x), static_cast<const T*>(call.bias), static_cast<T*>(call.y),
                             tokens);
 }
 
