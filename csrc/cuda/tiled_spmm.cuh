@@ -9,103 +9,9 @@
 #include "cuda/dependent_launch.cuh"
 #include "cuda/scalar.cuh"
 #include "cuda/spmm_call.h"
-#include "cuda/tiled.cuh"
+#include "cuda/tiled_ring.cuh"
 
 namespace macko {
-
-// Whether this lane is the one that does what only one of a converged warp shall do; the compiler knows that it is one.
-__device__ __forceinline__ bool is_elected() {
-#if __CUDA_ARCH__ >= 900
-  uint32_t elected;
-  asm volatile("{\n .reg .pred p;\n elect.sync _|p, 0xffffffff;\n selp.u32 %0, 1, 0, p;\n}" : "=r"(elected));
-  return elected != 0;
-#else
-  return lane_index() == 0;
-#endif
-}
-
-// A warp's ring of records. One lane starts bulk copies (sm_90), or all lanes copy 16 bytes each at a time.
-template <int Slots, bool Shared>
-struct RecordRing {
-  const uint8_t* records;
-  const uint32_t* next;  // start of the record to fetch
-  int left;              // records to fetch
-  uint32_t slots;        // in shared memory
-  uint32_t slot_bytes;
-  uint32_t barriers;          // one a slot
-  uint32_t from = 0, to = 0;  // where the record to fetch begins and ends, in kRecordAlignment bytes
-
-  __device__ __forceinline__ RecordRing(const macko_tiled& matrix, int64_t first, int count, uint32_t slots_of_warp,
-                                        uint32_t barriers_of_warp)
-      : records(static_cast<const uint8_t*>(matrix.records)),
-        next(matrix.starts + first + 1),
-        left(count),
-        slots(slots_of_warp),
-        slot_bytes(matrix.record_bytes),
-        barriers(barriers_of_warp) {
-    if (count > 0) {
-      from = next[-1];
-      to = next[0];
-    }
-#if __CUDA_ARCH__ >= 900
-    if (is_elected()) {
-#pragma unroll
-      for (int i = 0; i < Slots; i++) {
-        asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barriers + i * 8) : "memory");
-      }
-      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-    }
-    __syncwarp();
-#endif
-  }
-
-  // Starts to copy the next record, if there is one, to a slot that no lane reads any more.
-  __device__ __forceinline__ void fetch(int slot) {
-    const uint32_t target = slots + slot * slot_bytes;
-    if (left > 0) {
-      const uint8_t* const source = records + static_cast<int64_t>(from) * kRecordAlignment;
-#if __CUDA_ARCH__ >= 900
-      if (is_elected()) {
-        const uint32_t bytes = (to - from) * kRecordAlignment, barrier = barriers + slot * 8;
-        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-        asm volatile(
-            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(target),
-            "l"(source), "r"(bytes), "r"(barrier)
-            : "memory");
-      }
-#elif __CUDA_ARCH__ >= 800
-      for (uint32_t i = lane_index(); i < to - from; i += kWarpSize) {
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target + i * 16), "l"(source + i * 16)
-                     : "memory");
-      }
-#endif
-      left--;
-      from = to;
-      next++;
-      if (left > 0) to = next[0];
-    }
-#if __CUDA_ARCH__ >= 800 && __CUDA_ARCH__ < 900
-    asm volatile("cp.async.commit_group;" ::: "memory");
-#endif
-  }
-
-  // Waits for a slot's record; `round` is how often the slot has been waited for.
-  __device__ __forceinline__ uint32_t wait(int slot, uint32_t round) const {
-#if __CUDA_ARCH__ >= 900
-    asm volatile(
-        "{\n .reg .pred p;\n"
-        "WAIT:\n mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n @p bra DONE;\n bra WAIT;\nDONE:\n}" ::"r"(
-            barriers + slot * 8),
-        "r"(round & 1)
-        : "memory");
-#elif __CUDA_ARCH__ >= 800
-    // x's copies, where there are some, have been waited for, and are groups of their own.
-    if constexpr (!Shared) asm volatile("cp.async.wait_group %0;" ::"n"(Slots - 1) : "memory");
-    __syncwarp();
-#endif
-    return slots + slot * slot_bytes;
-  }
-};
 
 // A lane's columns of x for mma: 8 of a token, in each half of a panel, for each eight tokens. They come into registers
 // a panel ahead of their use, if there are few.
@@ -425,41 +331,55 @@ cudaError_t launch_spmm_config(const SpmmCall& call, int tokens) {
                             tokens);
 }
 
-// Whether a block fits a GPU's shared memory.
-template <typename Config>
-bool fits(const macko_tiled& matrix, const SpmmGpu& gpu) {
-  return Config::shared_bytes(matrix.record_bytes) <= gpu.block_shared_bytes;
-}
-
 // At most 8 * Eights tokens, in the fastest block of those measured (docs/design.md) that fits the GPU.
 template <typename T, int Eights>
 cudaError_t launch_spmm_some(const SpmmCall& call, const SpmmGpu& gpu, int tokens) {
   const macko_tiled& matrix = *call.matrix;
-  const bool alone = matrix.strips <= gpu.multiprocessors, low = most_tiles(matrix.rows, matrix.strips) <= 4;
+  const int tiles = most_tiles(matrix.rows, matrix.strips), panels = panels_of(matrix.cols);
+  const int of_each = (matrix.strips + gpu.multiprocessors - 1) / gpu.multiprocessors;  // strips of a multiprocessor
   const auto launch = [&](auto config) { return launch_spmm_config<T, decltype(config)>(call, tokens); };
+  const auto fits = [&](auto config) {
+    using Config = decltype(config);
+    return tiles <= Config::Tiles && Config::shared_bytes(matrix.record_bytes) <= gpu.block_shared_bytes;
+  };
+  const bool one = of_each == 1, two = of_each == 2;
   if constexpr (Eights == 1) {
     using Wide = SpmmConfig<1, 24, 4, 1, 2, 1, false>;
-    using Narrow = SpmmConfig<1, 16, 4, 1, 2, 2, false>;
+    using Few = SpmmConfig<1, 16, 4, 1, 2, 2, false>;
+    using One = SpmmConfig<1, 24, 6, 1, 2, 1, false>;
     using Low = SpmmConfig<1, 8, 4, 1, 2, 3, false>;
-    using High = SpmmConfig<1, 8, 8, 1, 2, 2, false>;
-    if (alone && low && panels_of(matrix.cols) >= 96 && fits<Wide>(matrix, gpu)) return launch(Wide());
-    if (alone && low && fits<Narrow>(matrix, gpu)) return launch(Narrow());
-    if (low && fits<Low>(matrix, gpu)) return launch(Low());
-    if (fits<High>(matrix, gpu)) return launch(High());
+    using Middle = SpmmConfig<1, 8, 6, 1, 2, 3, false>;
+    using High = SpmmConfig<1, 8, 8, 1, 2, 3, false>;
+    if (one && panels >= 96 && fits(Wide())) return launch(Wide());
+    if ((one || two) && fits(Few())) return launch(Few());
+    if (one && fits(One())) return launch(One());
+    if (fits(Low())) return launch(Low());
+    if (fits(Middle())) return launch(Middle());
+    if (fits(High())) return launch(High());
   } else if constexpr (Eights == 2) {
-    using Alone = SpmmConfig<1, 16, 4, 2, 2, 1, false>;
+    using One = SpmmConfig<1, 16, 4, 2, 2, 1, false>;
+    using OneHigh = SpmmConfig<1, 20, 6, 2, 2, 1, false>;
+    using Two = SpmmConfig<1, 12, 4, 2, 2, 2, false>;
     using Low = SpmmConfig<1, 8, 4, 2, 2, 3, false>;
+    using Middle = SpmmConfig<3, 8, 6, 2, 2, 1, true>;
     using High = SpmmConfig<3, 6, 8, 2, 2, 1, true>;
-    if (alone && low && fits<Alone>(matrix, gpu)) return launch(Alone());
-    if (low && fits<Low>(matrix, gpu)) return launch(Low());
-    if (fits<High>(matrix, gpu)) return launch(High());
+    if (one && fits(One())) return launch(One());
+    if (one && fits(OneHigh())) return launch(OneHigh());
+    if (two && fits(Two())) return launch(Two());
+    if (fits(Low())) return launch(Low());
+    if (fits(Middle())) return launch(Middle());
+    if (fits(High())) return launch(High());
   } else {
-    using Alone = SpmmConfig<1, 16, 4, 4, 2, 1, false>;
+    using One = SpmmConfig<1, 16, 4, 4, 2, 1, false>;
+    using OneHigh = SpmmConfig<1, 16, 6, 4, 2, 1, false>;
+    using Two = SpmmConfig<2, 10, 4, 4, 2, 1, true>;
     using Low = SpmmConfig<3, 8, 4, 4, 2, 1, true>;
     using High = SpmmConfig<3, 5, 8, 4, 2, 1, true>;
-    if (alone && low && fits<Alone>(matrix, gpu)) return launch(Alone());
-    if (low && fits<Low>(matrix, gpu)) return launch(Low());
-    if (fits<High>(matrix, gpu)) return launch(High());
+    if (one && fits(One())) return launch(One());
+    if (one && fits(OneHigh())) return launch(OneHigh());
+    if (two && fits(Two())) return launch(Two());
+    if (fits(Low())) return launch(Low());
+    if (fits(High())) return launch(High());
   }
   return launch(SpmmConfig<1, 4, 8, Eights, 2, 1, false>());
 }
