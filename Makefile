@@ -11,15 +11,15 @@ PINNED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
 .PHONY: help demo build test test-sanitize test-aarch64 lint test-gpu bench lock clean
 
 help:
-	@echo "make demo      prune, pack, evaluate and generate with the bundled model"
-	@echo "make test      run the tests"
+	@echo "make demo           prune, pack, evaluate and generate with the bundled model"
+	@echo "make test           run the tests"
 	@echo "make test-sanitize  check the CPU library with the address and undefined behaviour sanitizers"
 	@echo "make test-aarch64   check the CPU library as built for ARM, under emulation"
-	@echo "make lint      check style, types, imports and formatting"
-	@echo "make build     build the native library and install macko into .venv"
-	@echo "make test-gpu  run the tests that need a GPU"
-	@echo "make bench     measure sizes, perplexities and speeds of the bundled model"
-	@echo "make lock      set up .venv anew with the newest packages and pin them in constraints.txt"
+	@echo "make lint           check style, types, imports and formatting"
+	@echo "make build          build the native library and install macko into .venv"
+	@echo "make test-gpu       run the tests that need a GPU"
+	@echo "make bench          measure sizes, perplexities and speeds of the bundled model"
+	@echo "make lock           set up .venv anew with the newest packages and pin them in constraints.txt"
 
 demo: $(INSTALLED)
 	$(BIN)/macko demo
