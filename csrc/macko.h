@@ -89,11 +89,12 @@ typedef struct macko_bitmap {
   int32_t smallest;     // the bits of the smallest magnitude of a value, 0x7f80 without values
 } macko_bitmap;
 
-// What a CPU's kernels are made of, each a part of the next.
+// What a CPU's kernels are made of, each a part of the next, counted for each architecture.
 typedef enum macko_instructions {
   MACKO_PORTABLE = 0,  // any C++
-  MACKO_AVX2 = 1,      // with FMA and F16C
-  MACKO_AVX512 = 2,    // F, BW, VL and VBMI2; BF16 where there is one
+  MACKO_AVX2 = 1,      // x86: with FMA and F16C
+  MACKO_AVX512 = 2,    // x86: F, BW, VL and VBMI2; BF16 where there is one
+  MACKO_NEON = 1,      // 64-bit ARM
 } macko_instructions;
 
 // The most that this CPU can do, a macko_instructions.

@@ -3,6 +3,7 @@
 import ctypes
 import importlib.util
 import os
+import platform
 import sys
 import warnings
 from functools import lru_cache
@@ -56,8 +57,8 @@ _CUDA_SIGNATURES: dict[str, list[type]] = {
 }  # fmt: skip
 CPU_VARIABLE = "MACKO_CPU"
 """The environment variable that holds products on the CPU to a lesser set of instructions than it has, for measurements."""
-INSTRUCTIONS = ("portable", "avx2", "avx512")
-"""Those sets, by their macko_instructions."""
+INSTRUCTIONS = ("portable", "neon") if platform.machine() in ("aarch64", "arm64") else ("portable", "avx2", "avx512")
+"""Those sets that this architecture may have, by their macko_instructions."""
 _CUDA_FAILED = 4
 _STATUS = {
     1: "it refused its arguments; report this with the output of `macko doctor`",

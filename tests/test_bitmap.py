@@ -326,6 +326,7 @@ def test_the_state_of_an_arranged_layer_is_canonical() -> None:
 
 def test_the_environment_names_instructions_that_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "library", lambda: SimpleNamespace(macko_cpu_instructions=lambda: 1))
+    monkeypatch.setattr(native, "INSTRUCTIONS", ("portable", "avx2", "avx512"))
     for name, number in (("portable", 0), ("avx2", 1), ("", 1)):
         monkeypatch.setenv("MACKO_CPU", name)
         native.cpu_instructions.cache_clear()

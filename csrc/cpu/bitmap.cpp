@@ -18,6 +18,8 @@ namespace {
 int32_t best_instructions() {
 #ifdef MACKO_X86
   return x86_instructions();
+#elif defined(MACKO_ARM)
+  return MACKO_NEON;
 #else
   return MACKO_PORTABLE;
 #endif
@@ -26,6 +28,8 @@ int32_t best_instructions() {
 BitmapKernels kernels_of(int32_t instructions) {
 #ifdef MACKO_X86
   if (instructions != MACKO_PORTABLE) return x86_kernels(instructions);
+#elif defined(MACKO_ARM)
+  if (instructions == MACKO_NEON) return neon_kernels();
 #endif
   (void)instructions;
   return portable_kernels();

@@ -48,7 +48,11 @@ void check_same(const Array<T>& got, const std::vector<T>& expected, const std::
 }
 
 const char* const kDtypes[] = {"float16", "bfloat16", "float32"};
+#ifdef __aarch64__
+const char* const kInstructions[] = {"portable", "NEON"};
+#else
 const char* const kInstructions[] = {"portable", "AVX2", "AVX-512"};
+#endif
 
 // The number that 16 bits stand for.
 double number_of(uint16_t bits, int dtype) {
