@@ -370,6 +370,9 @@ def test_whoever_wants_to_see_the_op_sees_it() -> None:
     with _Counting() as mode:
         assert torch.equal(matrix.linear(x, None), plain)
     assert mode.calls == 1
+    with torch.profiler.profile() as profiler:
+        matrix.linear(x, None)
+    assert any(event.name == "macko::bitmap_spmv" for event in profiler.events())
     traced = torch.jit.trace(lambda x: matrix.linear(x, None), (x,))
     assert torch.equal(traced(other), matrix.linear(other, None))
     assert not torch.equal(traced(other), plain)

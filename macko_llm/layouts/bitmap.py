@@ -105,6 +105,7 @@ class BitmapMatrix(Layout):
             and (bias is None or (bias.is_cpu and bias.dtype is x.dtype and bias.is_contiguous()))
             and not wants_gradient(x, bias)
             and not torch.is_autocast_enabled("cpu")
+            and not torch.autograd._profiler_enabled()  # it times ops
             and not _python_modes()
         )
 
