@@ -31,7 +31,7 @@ from macko_llm.pruning.journal import JOURNAL_FILE, Job, Journal, damaged, finge
 from macko_llm.pruning.methods import Amount
 from macko_llm.pruning.report import PruneReport, make_report
 from macko_llm.pruning.scores import removed_per_row
-from macko_llm.pruning.selection import chosen_linears
+from macko_llm.pruning.selection import asked_head, chosen_linears
 from macko_llm.pruning.sinks import DenseSink, Sink, SinkMaker
 from macko_llm.pruning.streamed import prune_streamed
 from macko_llm.pruning.weights import WeightsInMemory, find_homes
@@ -52,11 +52,13 @@ class PrunePlan:
         recipe: the settings, with nsamples, seqlen and a dataset's split and column as they would be used.
         layers: qualified name of each linear that would be pruned -> (rows, cols).
         sparsity: share of the weights of these linears that would be removed.
+        layer_sparsities: of the linears that the recipe's `layers` name, their own sparsity.
     """
 
     recipe: PruneRecipe
     layers: dict[str, tuple[int, int]]
     sparsity: float
+    layer_sparsities: dict[str, float]
 
 
 def plan(
@@ -74,12 +76,14 @@ def plan(
     """
     _, skeleton, recipe = _prepare(model, Path(target), recipe, trust_remote_code, overwrite)
     layers = shapes_of(chosen_linears(skeleton, recipe))
-    amounts = dict.fromkeys(layers, Amount(recipe.sparsity, recipe.group)) | overrides(layers, recipe)
+    own = overrides(layers, recipe, asked_head(skeleton, recipe))
+    amounts = dict.fromkeys(layers, Amount(recipe.sparsity, recipe.group)) | own
     removed = sum(
         rows * removed_per_row(cols, amounts[name].sparsity, amounts[name].group)
         for name, (rows, cols) in layers.items()
     )
-    return PrunePlan(recipe, layers, removed / sum(rows * cols for rows, cols in layers.values()))
+    share = removed / sum(rows * cols for rows, cols in layers.values())
+    return PrunePlan(recipe, layers, share, {name: amount.sparsity for name, amount in own.items()})
 
 
 def prune_checkpoint(
@@ -240,7 +244,7 @@ def prune_model(
     *,
     hidden_states: str = "device",
 ) -> PruneReport:
-    """Prune the linears inside the decoder blocks of a model, in place.
+    """Prune the linears inside the decoder blocks of a model, and its lm_head if the recipe asks for it, in place.
 
     It goes block by block: statistics on the still dense block, pruning, and a second run, so that the next block sees what
     the pruned one computes; without calibration, pruning alone. A weight shared by several linears is pruned once, where it is
