@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,9 @@ from macko_llm.errors import UsageError
 from macko_llm.packing import pack_checkpoint
 from macko_llm.pruned_packing import prune_packed
 from macko_llm.pruning import pipeline, plan, prune_checkpoint, prune_model
+from macko_llm.pruning.weights import StreamedWeights
 from macko_llm.recipe import METHODS, PruneRecipe
+from macko_llm.shards import ShardWriter
 
 HEAD = {"lm_head": 0.5}
 BLOCKS = 3
@@ -176,8 +180,6 @@ def test_a_kill_while_the_head_is_written_leaves_a_job_that_goes_on(
     llama: Path, tmp_path: Path, recipe: PruneRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The head's place is half written over."""
-    from macko_llm.shards import ShardWriter
-
     prune_checkpoint(llama, tmp_path / "whole", recipe, device="cpu")
 
     def half(self: ShardWriter, name: str, tensor: Tensor) -> None:
@@ -263,6 +265,30 @@ def test_what_cannot_be_pruned_is_refused_in_a_sentence(
         assert_plain(str(refused.value))
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
     prune_model(models.load_model(source, device="cpu"), None, PruneRecipe(method="magnitude", layers={"*": 0.5}))
+
+
+def test_no_block_is_in_memory_beside_the_head(
+    llama: Path, tmp_path: Path, recipe: PruneRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    skeletons: list[nn.Module] = []
+    load_empty, behind = models.load_empty, StreamedWeights.behind
+    real: list[set[str]] = []
+
+    def remembered(*args: Any, **options: Any) -> Any:
+        skeletons.append(load_empty(*args, **options))
+        return skeletons[-1]
+
+    @contextmanager
+    def watched(self: StreamedWeights) -> Iterator[None]:
+        with behind(self):
+            real.append({name for name, weight in skeletons[0].named_parameters() if not weight.is_meta})
+            yield
+
+    monkeypatch.setattr(models, "load_empty", remembered)
+    monkeypatch.setattr(StreamedWeights, "behind", watched)
+    prune_checkpoint(llama, tmp_path / "out", recipe, device="cpu")
+    assert real == [{"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}]
+    assert all(weight.is_meta for weight in skeletons[0].parameters())
 
 
 def test_an_ignored_head_stays_dense(llama: Path, tmp_path: Path) -> None:
