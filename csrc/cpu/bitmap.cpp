@@ -9,6 +9,7 @@
 
 #include "cpu/float16.h"
 #include "cpu/instructions.h"
+#include "cpu/pages.h"
 #include "cpu/parallel.h"
 #include "cpu/unpack.h"
 #include "format.h"
@@ -151,6 +152,8 @@ extern "C" macko_status macko_cpu_bitmap_fill(const uint16_t* values, const uint
   if (!is_sound(matrix) || !row_offsets || !is_runnable(instructions)) return MACKO_BAD_ARGUMENT;
   const int64_t rows = matrix->rows, cols = matrix->cols, blocks = blocks_of(cols);
   if (row_offsets[rows] > 0 && (!values || !deltas)) return MACKO_BAD_ARGUMENT;
+  want_large_pages(matrix->values, int64_t{matrix->row_starts[rows]} * 2);
+  want_large_pages(matrix->masks, rows * blocks * 4);
   std::fill_n(matrix->values + matrix->row_starts[rows], kBitmapPadding, uint16_t{0});
   const CompressKernels kernels = compress_kernels(instructions);
   int32_t smallest = kNoSmallest;
@@ -179,6 +182,7 @@ extern "C" macko_status macko_cpu_bitmap_unpack(const macko_bitmap* matrix, uint
   const BitmapKernels kernels = bitmap_kernels(instructions);
   const BitmapProduct product = without_tokens(*matrix);
   const int64_t cols = matrix->cols;
+  want_large_pages(weight, matrix->rows * cols * 2);
   const auto elements_before = [cols](int64_t row) { return row * cols; };
   return for_row_ranges(matrix->rows, threads, elements_before, [&](int64_t first, int64_t last) {
     kernels.unpack(product, cols, first, last, weight + first * cols);

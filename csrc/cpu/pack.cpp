@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "cpu/instructions.h"
+#include "cpu/pages.h"
 #include "cpu/parallel.h"
 #include "format.h"
 #include "macko.h"
@@ -119,6 +120,8 @@ extern "C" macko_status macko_cpu_pack(const uint16_t* weight, int64_t rows, int
   if (entries > 0 && (!values || !deltas)) return MACKO_BAD_ARGUMENT;
   const CompressKernels kernels = compress_kernels(instructions);
   const int64_t padded = (entries + kEntryAlignment - 1) / kEntryAlignment * kEntryAlignment;
+  want_large_pages(values, padded * 2);
+  want_large_pages(deltas, padded / 2);
   std::fill(values + entries, values + padded, uint16_t{0});
   std::fill(deltas + (entries + 1) / 2, deltas + padded / 2, uint8_t{0});
   const auto elements_before = [cols](int64_t row) { return row * cols; };

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "cpu/pages.h"
 #include "cpu/parallel.h"
 #include "format.h"
 #include "macko.h"
@@ -46,6 +47,7 @@ extern "C" macko_status macko_cpu_unpack(const uint16_t* values, const uint8_t* 
   using namespace macko;
   if (rows < 0 || cols < 1 || !row_offsets || (rows > 0 && !weight)) return MACKO_BAD_ARGUMENT;
   if (row_offsets[rows] > 0 && (!values || !deltas)) return MACKO_BAD_ARGUMENT;
+  want_large_pages(weight, rows * cols * 2);
   const auto elements_before = [cols](int64_t row) { return row * cols; };
   return for_row_ranges(rows, threads, elements_before, [=](int64_t first, int64_t last) {
     for (int64_t row = first; row < last; ++row) {
