@@ -19,6 +19,8 @@ struct CompressKernels {
 };
 
 CompressKernels portable_compress_kernels();
-CompressKernels avx512_compress_kernels();  // of csrc/x86
+// Of csrc/x86.
+CompressKernels avx2_compress_kernels();
+CompressKernels avx512_compress_kernels();
 
 }  // namespace macko

@@ -24,6 +24,7 @@ BitmapKernels bitmap_kernels(int32_t instructions) {
 CompressKernels compress_kernels(int32_t instructions) {
 #ifdef MACKO_X86
   if (instructions == MACKO_AVX512) return avx512_compress_kernels();
+  if (instructions == MACKO_AVX2) return avx2_compress_kernels();
 #endif
   (void)instructions;
   return portable_compress_kernels();
