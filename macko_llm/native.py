@@ -55,7 +55,7 @@ _CUDA_SIGNATURES: dict[str, list[type]] = {
     "macko_cuda_argmax": [_POINTER, _POINTER, _POINTER, _INT64, _INT64, _INT32, _INT32, _POINTER],
 }  # fmt: skip
 CPU_VARIABLE = "MACKO_CPU"
-"""The environment variable that holds products on the CPU to a lesser set of instructions than it has, for measurements."""
+"""The environment variable that holds the CPU to a lesser set of instructions than it has, for measurements."""
 INSTRUCTIONS = ("portable", "avx2", "avx512")
 """Those sets, by their macko_instructions."""
 _CUDA_FAILED = 4
@@ -278,7 +278,7 @@ def cpu_spmv(matrix: MackoMatrix, x: torch.Tensor, bias: torch.Tensor | None) ->
 
 @lru_cache(maxsize=1)
 def cpu_instructions() -> int:
-    """The macko_instructions of products on the CPU: the most that it has, unless the environment asks for others.
+    """The macko_instructions of work on the CPU: the most that it has, unless the environment asks for others.
 
     Raises:
         NativeError: the environment asks for what this CPU or this build lacks.
