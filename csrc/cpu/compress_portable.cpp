@@ -16,16 +16,20 @@ struct Portable {
   static int count(uint32_t bits) { return count_bits(bits); }
 
   static void put_values(const uint16_t* columns, uint32_t nonzeros, uint32_t entries, uint16_t* values) {
-    for (int column = 0; column < kBlock; ++column) {
-      *values = static_cast<uint16_t>(columns[column] & (0u - (nonzeros >> column & 1)));
-      values += entries >> column & 1;
+    for (int column = 0; column < kBlock; column += 8, columns += 8, nonzeros >>= 8, entries >>= 8) {
+      for (int i = 0; i < 8; ++i) {
+        *values = static_cast<uint16_t>(columns[i] & (0u - (nonzeros >> i & 1)));
+        values += entries >> i & 1;
+      }
     }
   }
 
   static void put_columns(uint32_t entries, uint8_t* places) {
-    for (int column = 0; column < kBlock; ++column) {
-      *places = static_cast<uint8_t>(column % 16);
-      places += entries >> column & 1;
+    for (int column = 0; column < kBlock; column += 8, entries >>= 8) {
+      for (int i = 0; i < 8; ++i) {
+        *places = static_cast<uint8_t>(column % 16 + i);
+        places += entries >> i & 1;
+      }
     }
   }
 };
