@@ -45,6 +45,7 @@ inline uint32_t with_bridges(uint32_t nonzeros, uint32_t previous, uint32_t boun
   uint64_t entries = uint64_t{nonzeros} << 16 | previous >> 16;
   uint64_t reached = entries;  // the columns of entries, and the 15 behind each
   for (int shift = 1; shift < 16; shift *= 2) reached |= reached << shift;
+  // A branch for each bridge: where it is guessed right, no block waits for the bridges of the one before.
   for (uint64_t free; (free = ~reached & uint64_t{bounds} << 16) != 0;) {
     const uint64_t bridge = free & (~free + 1);
     entries |= bridge;
