@@ -20,7 +20,9 @@ class Block {
   Block(const uint16_t* row, int64_t cols, int64_t block) : columns_(row + block * kBlock) {
     const int64_t there = cols - block * kBlock;
     if (there >= kBlock) return;
-    for (int64_t column = 0; column < kBlock; ++column) padded_[column] = column < there ? columns_[column] : uint16_t{0};
+    for (int64_t column = 0; column < kBlock; ++column) {
+      padded_[column] = column < there ? columns_[column] : uint16_t{0};
+    }
     columns_ = padded_;
   }
   Block(const Block&) = delete;

@@ -6,8 +6,8 @@
 
 namespace macko {
 
-int32_t best_instructions();                  // a macko_instructions
-bool is_runnable(int32_t instructions);       // whether this CPU has them
+int32_t best_instructions();             // a macko_instructions
+bool is_runnable(int32_t instructions);  // whether this CPU has them
 BitmapKernels bitmap_kernels(int32_t instructions);
 CompressKernels compress_kernels(int32_t instructions);
 
