@@ -341,7 +341,9 @@ def test_the_environment_names_instructions_that_are_there(monkeypatch: pytest.M
 
 
 def test_the_library_refuses_instructions_that_are_not_there() -> None:
-    matrix = arrange(torch.ones(2, 3, dtype=torch.float16))
+    weight = torch.ones(2, 3, dtype=torch.float16)
+    packed = canonical.pack(weight)
+    matrix = bitmap.arrange(packed)
     for number in (-1, native.library().macko_cpu_instructions() + 1):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(native, "cpu_instructions", lambda number=number: number)
@@ -349,6 +351,10 @@ def test_the_library_refuses_instructions_that_are_not_there() -> None:
                 native.cpu_bitmap_spmv(matrix.struct, torch.ones(1, 3), None)
             with pytest.raises(NativeError, match="refused its arguments"):
                 native.cpu_bitmap_unpack(matrix.struct, torch.ones(2, 3).half())
+            with pytest.raises(NativeError, match="refused its arguments"):
+                native.cpu_bitmap_fill(packed, matrix.struct)
+            with pytest.raises(NativeError, match="refused its arguments"):
+                native.cpu_pack(weight)
 
 
 class _Counting(TorchDispatchMode):

@@ -181,15 +181,16 @@ struct Bitmap {
   macko_bitmap matrix;
 
   Bitmap(const Array<uint16_t>& packed_values, const Array<uint8_t>& deltas, const Array<int32_t>& row_offsets,
-         int64_t rows, int64_t cols, int dtype, int threads)
+         int64_t rows, int64_t cols, int dtype, int set, int threads)
       : values(0), masks(rows * ((cols + 31) / 32)), row_starts(rows + 1) {
     check(macko_cpu_bitmap_starts(packed_values.get(), row_offsets.get(), rows, row_starts.get(), threads) == MACKO_OK,
           "macko_cpu_bitmap_starts");
     values = Array<uint16_t>(row_starts[rows] + 32);
     matrix = {values.get(), masks.get(), row_starts.get(), static_cast<int32_t>(rows), static_cast<int32_t>(cols),
               dtype,        -1};
-    check(macko_cpu_bitmap_fill(packed_values.get(), deltas.get(), row_offsets.get(), &matrix, threads) == MACKO_OK,
-          "macko_cpu_bitmap_fill");
+    check(
+        macko_cpu_bitmap_fill(packed_values.get(), deltas.get(), row_offsets.get(), &matrix, set, threads) == MACKO_OK,
+        "macko_cpu_bitmap_fill");
   }
 };
 
@@ -215,6 +216,12 @@ void check_bitmap_arrays(const Bitmap& bitmap, const std::vector<uint16_t>& weig
   check(bitmap.matrix.smallest == smallest, "the bitmap's smallest value is another");
 }
 
+int32_t largest_magnitude(const std::vector<uint16_t>& weight) {
+  int32_t largest = 0;
+  for (const uint16_t value : weight) largest = std::max<int32_t>(largest, value & 0x7fff);
+  return largest;
+}
+
 // All functions, with one matrix.
 void check_matrix(const std::vector<uint16_t>& weight, int64_t rows, int64_t cols, int dtype,
                   const std::vector<int64_t>& token_counts, int threads) {
@@ -223,17 +230,25 @@ void check_matrix(const std::vector<uint16_t>& weight, int64_t rows, int64_t col
   subject = shape;
   const Canonical expected = packed_naively(weight, rows, cols);
   const Array<uint16_t> dense(weight);
-  const Array<int32_t> row_offsets(rows + 1);
-  check(macko_cpu_row_offsets(dense.get(), rows, cols, row_offsets.get(), threads) == MACKO_OK,
-        "macko_cpu_row_offsets");
-  check_same(row_offsets, expected.row_offsets, "row_offsets");
+  const int32_t largest = largest_magnitude(weight);
   const int64_t padded = static_cast<int64_t>(expected.values.size());
+  const Array<int32_t> row_offsets(rows + 1);
   const Array<uint16_t> values(padded);
   const Array<uint8_t> deltas(padded / 2);
-  check(macko_cpu_pack(dense.get(), rows, cols, row_offsets.get(), values.get(), deltas.get(), threads) == MACKO_OK,
-        "macko_cpu_pack");
-  check_same(values, expected.values, "values");
-  check_same(deltas, expected.deltas, "deltas");
+  for (int set = 0; set <= macko_cpu_instructions(); ++set) {
+    subject = shape + ", " + kInstructions[set];
+    int32_t found = -1;
+    check(macko_cpu_row_offsets(dense.get(), rows, cols, row_offsets.get(), &found, set, threads) == MACKO_OK,
+          "macko_cpu_row_offsets");
+    check_same(row_offsets, expected.row_offsets, "row_offsets");
+    check(found == largest, "the largest magnitude is another");
+    check(macko_cpu_pack(dense.get(), rows, cols, row_offsets.get(), values.get(), deltas.get(), set, threads) ==
+              MACKO_OK,
+          "macko_cpu_pack");
+    check_same(values, expected.values, "values");
+    check_same(deltas, expected.deltas, "deltas");
+  }
+  subject = shape;
   const Array<int64_t> spans(rows);
   check(macko_cpu_row_spans(deltas.get(), row_offsets.get(), rows, spans.get()) == MACKO_OK, "macko_cpu_row_spans");
   check_same(spans, expected.spans, "spans");
@@ -246,15 +261,16 @@ void check_matrix(const std::vector<uint16_t>& weight, int64_t rows, int64_t col
       "macko_cpu_unpack");
   check_same(unpacked, positive, "the unpacked matrix");
 
-  const Bitmap bitmap(values, deltas, row_offsets, rows, cols, dtype, threads);
-  check_bitmap_arrays(bitmap, weight, rows, cols);
   for (int set = 0; set <= macko_cpu_instructions(); ++set) {
     subject = shape + ", " + kInstructions[set];
+    const Bitmap bitmap(values, deltas, row_offsets, rows, cols, dtype, set, threads);
+    check_bitmap_arrays(bitmap, weight, rows, cols);
     const Array<uint16_t> back(rows * cols);
     check(macko_cpu_bitmap_unpack(&bitmap.matrix, back.get(), set, threads) == MACKO_OK, "macko_cpu_bitmap_unpack");
     check_same(back, positive, "the bitmap's dense matrix");
   }
 
+  const Bitmap bitmap(values, deltas, row_offsets, rows, cols, dtype, MACKO_PORTABLE, threads);
   for (int x_dtype = MACKO_FLOAT16; x_dtype <= MACKO_FLOAT32; ++x_dtype) {
     for (const int64_t tokens : token_counts) {
       const Numbers x = random_numbers(x_dtype, tokens * cols), some_bias = random_numbers(x_dtype, rows);
@@ -299,7 +315,7 @@ void check_every_half(int dtype) {
   const auto bitmap_of = [&](const std::vector<uint16_t>& weight) {
     const Canonical packed = packed_naively(weight, static_cast<int64_t>(weight.size()), 1);
     return Bitmap(Array<uint16_t>(packed.values), Array<uint8_t>(packed.deltas), Array<int32_t>(packed.row_offsets),
-                  static_cast<int64_t>(weight.size()), 1, dtype, 1);
+                  static_cast<int64_t>(weight.size()), 1, dtype, MACKO_PORTABLE, 1);
   };
   const Bitmap all = bitmap_of(column), ones = bitmap_of({one});
   const Array<uint16_t> x(column), single(std::vector<uint16_t>{one}), y(count);
@@ -327,7 +343,7 @@ void check_tokens_that_are_not_finite() {
   const Array<uint16_t> values(packed.values);
   const Array<uint8_t> deltas(packed.deltas);
   const Array<int32_t> row_offsets(packed.row_offsets);
-  const Bitmap bitmap(values, deltas, row_offsets, rows, cols, MACKO_FLOAT16, 1);
+  const Bitmap bitmap(values, deltas, row_offsets, rows, cols, MACKO_FLOAT16, MACKO_PORTABLE, 1);
   for (const uint16_t spoilt : {uint16_t{0x7c00}, uint16_t{0xfc00}, uint16_t{0x7e00}}) {
     for (int set = -1; set <= macko_cpu_instructions(); ++set) {
       subject = std::string("a token that is not finite, ") + (set < 0 ? "canonical" : kInstructions[set]);
