@@ -8,16 +8,18 @@ INSTALLED := .venv/.installed-$(MACKO_CUDA)
 # Variables, not --constraint, so that they hold where pip builds macko, too: the first with pip up to 25.2, then the second.
 PINNED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
 
-.PHONY: help demo build test lint test-gpu bench lock clean
+.PHONY: help demo build test test-sanitize test-aarch64 lint test-gpu bench lock clean
 
 help:
-	@echo "make demo      prune, pack, evaluate and generate with the bundled model"
-	@echo "make test      run the tests"
-	@echo "make lint      check style, types, imports and formatting"
-	@echo "make build     build the native library and install macko into .venv"
-	@echo "make test-gpu  run the tests that need a GPU"
-	@echo "make bench     measure sizes, perplexities and speeds of the bundled model"
-	@echo "make lock      set up .venv anew with the newest packages and pin them in constraints.txt"
+	@echo "make demo           prune, pack, evaluate and generate with the bundled model"
+	@echo "make test           run the tests"
+	@echo "make test-sanitize  check the CPU library with the address and undefined behaviour sanitizers"
+	@echo "make test-aarch64   check the CPU library as built for ARM, under emulation"
+	@echo "make lint           check style, types, imports and formatting"
+	@echo "make build          build the native library and install macko into .venv"
+	@echo "make test-gpu       run the tests that need a GPU"
+	@echo "make bench          measure sizes, perplexities and speeds of the bundled model"
+	@echo "make lock           set up .venv anew with the newest packages and pin them in constraints.txt"
 
 demo: $(INSTALLED)
 	$(BIN)/macko demo
@@ -26,6 +28,13 @@ build: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+# Without Python, hence without .venv.
+test-sanitize:
+	csrc/tests/run sanitize
+
+test-aarch64:
+	csrc/tests/run aarch64
 
 test-gpu: $(INSTALLED)
 	$(BIN)/python -m pytest tests/gpu

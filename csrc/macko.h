@@ -48,6 +48,8 @@ MACKO_API void macko_cpu_use_openmp(void* gomp_parallel);
 MACKO_API macko_status macko_cpu_row_offsets(const uint16_t* weight,  // [rows, cols] float16 or bfloat16 bits
                                              int64_t rows, int64_t cols,
                                              int32_t* row_offsets,  // out: [rows + 1]
+                                             int32_t* largest,      // out: [1] the bits of the largest magnitude
+                                             int32_t instructions,  // a macko_instructions that this CPU has
                                              int32_t threads);      // at most this many threads, at least 1
 
 // Second half of packing: the entries, at the offsets that macko_cpu_row_offsets found.
@@ -56,6 +58,7 @@ MACKO_API macko_status macko_cpu_pack(const uint16_t* weight,  // [rows, cols] f
                                       const int32_t* row_offsets,  // [rows + 1]
                                       uint16_t* values,            // out: [padded], the tail is zeroed
                                       uint8_t* deltas,             // out: [padded / 2], the tail is zeroed
+                                      int32_t instructions,        // a macko_instructions that this CPU has
                                       int32_t threads);            // at most this many threads, at least 1
 
 // The dense matrix of a packed one.
@@ -89,11 +92,12 @@ typedef struct macko_bitmap {
   int32_t smallest;     // the bits of the smallest magnitude of a value, 0x7f80 without values
 } macko_bitmap;
 
-// What a CPU's kernels are made of, each a part of the next.
+// What a CPU's kernels are made of, each a part of the next, counted for each architecture.
 typedef enum macko_instructions {
   MACKO_PORTABLE = 0,  // any C++
-  MACKO_AVX2 = 1,      // with FMA and F16C
-  MACKO_AVX512 = 2,    // F, BW, VL and VBMI2; BF16 where there is one
+  MACKO_AVX2 = 1,      // x86: with FMA and F16C
+  MACKO_AVX512 = 2,    // x86: F, BW, VL and VBMI2; BF16 where there is one
+  MACKO_NEON = 1,      // 64-bit ARM
 } macko_instructions;
 
 // The most that this CPU can do, a macko_instructions.
@@ -107,7 +111,8 @@ MACKO_API macko_status macko_cpu_bitmap_starts(const uint16_t* values, const int
 // Second half: values, masks and `smallest` of a bitmap that has the rest.
 MACKO_API macko_status macko_cpu_bitmap_fill(const uint16_t* values, const uint8_t* deltas, const int32_t* row_offsets,
                                              macko_bitmap* matrix,
-                                             int32_t threads);  // at most this many threads, at least 1
+                                             int32_t instructions,  // a macko_instructions that this CPU has
+                                             int32_t threads);      // at most this many threads, at least 1
 
 // The dense matrix of a bitmap.
 MACKO_API macko_status macko_cpu_bitmap_unpack(const macko_bitmap* matrix,

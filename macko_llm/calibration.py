@@ -183,6 +183,7 @@ def calibration_tokens(
     split: str | None = None,
     text_column: str | None = None,
     chat_template: bool = False,
+    columns_read: set[str] | None = None,
 ) -> "torch.Tensor":
     """Calibration sequences of a source.
 
@@ -196,6 +197,7 @@ def calibration_tokens(
         text_column: of a dataset, or the field of .json, .jsonl and .parquet files; None is "text".
         chat_template: put each document into the tokenizer's chat template before the draw. A conversation is rendered as
             it is; a text becomes what the user says, the one turn that every template takes alone.
+        columns_read: gets the names of the columns of a dataset that documents came from.
 
     Returns:
         int64 [nsamples, seqlen] on the CPU; a .safetensors source decides its own shape.
@@ -214,7 +216,8 @@ def calibration_tokens(
 
         require_chat_template(tokenizer, "--chat-template")  # before anything is fetched
     if is_dataset(source, split):
-        stream = _column(source, _open_split(source, split or "train"), _Field(text_column, chat_template))
+        rows, field = _open_split(source, split or "train"), _Field(text_column, chat_template)
+        stream = _column(source, rows, field, columns_read)
         return draw_from_stream(tokenizer, stream, nsamples, seqlen, seed, chat_template=chat_template)
     documents = load_documents(source, "train", None, text_column, conversations=chat_template)
     return draw_tokens(tokenizer, documents, nsamples, seqlen, seed, chat_template=chat_template)
@@ -417,11 +420,14 @@ def _open_dataset(source: str) -> "IterableDatasetDict":
     raise CalibrationError(f"{path} {wrong}; write {path}:{known[0]}, or another of {', '.join(known)}.")
 
 
-def _column(source: str, rows: "IterableDataset", field: "_Field") -> Iterator[Document]:
-    """The documents of a dataset's rows; rows without one are passed over."""
+def _column(source: str, rows: "IterableDataset", field: "_Field", names: set[str] | None = None) -> Iterator[Document]:
+    """The documents of a dataset's rows; rows without one are passed over. `names` gets those of the columns."""
     try:
         for row in rows:
-            if row.get(field.name_among(row), "") is not None:
+            name = field.name_among(row)
+            if row.get(name, "") is not None:
+                if names is not None:
+                    names.add(name)
                 yield _document_of(row, field, source, "column")
     except CalibrationError:
         raise

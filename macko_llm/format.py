@@ -61,8 +61,7 @@ def check_packable(weight: torch.Tensor, name: str = "the matrix") -> None:
         NonFiniteError: it holds NaN or infinity.
     """
     check_shape(weight, name)
-    if not all_finite(weight):
-        raise NonFiniteError(f"{name} holds NaN or infinity; repair the checkpoint before packing it.")
+    check_finite(all_finite(weight), name)
 
 
 def check_shape(weight: torch.Tensor, name: str = "the matrix") -> None:
@@ -71,6 +70,12 @@ def check_shape(weight: torch.Tensor, name: str = "the matrix") -> None:
         raise FormatError(
             f"{name} is {list(weight.shape)} {weight.dtype}; convert it to a float16 or bfloat16 matrix before packing."
         )
+
+
+def check_finite(is_finite: bool, name: str = "the matrix") -> None:
+    """Raise NonFiniteError unless the values of a matrix were found finite."""
+    if not is_finite:
+        raise NonFiniteError(f"{name} holds NaN or infinity; repair the checkpoint before packing it.")
 
 
 def all_finite(tensor: torch.Tensor) -> bool:

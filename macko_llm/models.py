@@ -321,7 +321,7 @@ def decoder_blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
 def prunable_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
     """The linear layers inside the decoder blocks, qualified name -> module.
 
-    Embeddings, norms and the lm_head lie outside the blocks and are never pruned.
+    Embeddings, norms and the lm_head lie outside the blocks; only the lm_head can be pruned (`selection.asked_head`).
 
     Raises:
         CheckpointError: the blocks hold weights of a kind that cannot be pruned or packed (yet).

@@ -3,6 +3,7 @@
 import ctypes
 import importlib.util
 import os
+import platform
 import sys
 import warnings
 from functools import lru_cache
@@ -13,21 +14,21 @@ import torch
 
 from macko_llm.dtypes import CODES, VALUE_DTYPES
 from macko_llm.errors import MackoWarning, NativeError
-from macko_llm.format import MackoMatrix, check_entries, padded_count
+from macko_llm.format import MackoMatrix, check_entries, check_finite, padded_count
 
 ABI_VERSION = 5
 
 _INT32, _INT64, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 _SIGNATURES: dict[str, list[type]] = {
-    "macko_cpu_row_offsets": [_POINTER, _INT64, _INT64, _POINTER, _INT32],
-    "macko_cpu_pack": [_POINTER, _INT64, _INT64, _POINTER, _POINTER, _POINTER, _INT32],
+    "macko_cpu_row_offsets": [_POINTER, _INT64, _INT64, _POINTER, _POINTER, _INT32, _INT32],
+    "macko_cpu_pack": [_POINTER, _INT64, _INT64, _POINTER, _POINTER, _POINTER, _INT32, _INT32],
     "macko_cpu_unpack": [_POINTER, _POINTER, _POINTER, _INT64, _INT64, _POINTER, _INT32],
     "macko_cpu_row_spans": [_POINTER, _POINTER, _INT64, _POINTER],
     "macko_cpu_spmv": [
         _POINTER, _INT32, _POINTER, _POINTER, _INT64, _INT64, _POINTER, _POINTER, _POINTER, _INT32, _INT64, _INT32,
     ],
     "macko_cpu_bitmap_starts": [_POINTER, _POINTER, _INT64, _POINTER, _INT32],
-    "macko_cpu_bitmap_fill": [_POINTER, _POINTER, _POINTER, _POINTER, _INT32],
+    "macko_cpu_bitmap_fill": [_POINTER, _POINTER, _POINTER, _POINTER, _INT32, _INT32],
     "macko_cpu_bitmap_unpack": [_POINTER, _POINTER, _INT32, _INT32],
     "macko_cpu_bitmap_spmv": [_POINTER, _POINTER, _POINTER, _POINTER, _INT32, _INT64, _INT32, _INT32],
 }  # fmt: skip
@@ -55,9 +56,9 @@ _CUDA_SIGNATURES: dict[str, list[type]] = {
     "macko_cuda_argmax": [_POINTER, _POINTER, _POINTER, _INT64, _INT64, _INT32, _INT32, _POINTER],
 }  # fmt: skip
 CPU_VARIABLE = "MACKO_CPU"
-"""The environment variable that holds products on the CPU to a lesser set of instructions than it has, for measurements."""
-INSTRUCTIONS = ("portable", "avx2", "avx512")
-"""Those sets, by their macko_instructions."""
+"""The environment variable that holds the CPU to a lesser set of instructions than it has, for measurements."""
+INSTRUCTIONS = ("portable", "neon") if platform.machine() in ("aarch64", "arm64") else ("portable", "avx2", "avx512")
+"""Those sets that this architecture may have, by their macko_instructions."""
 _CUDA_FAILED = 4
 _STATUS = {
     1: "it refused its arguments; report this with the output of `macko doctor`",
@@ -210,16 +211,22 @@ def why_not_on(index: int) -> str | None:
 
 
 def cpu_pack(weight: torch.Tensor) -> MackoMatrix:
-    """`format.pack` of a contiguous [rows, cols] float16 or bfloat16 matrix on the CPU."""
+    """`format.pack` of a contiguous [rows, cols] float16 or bfloat16 matrix on the CPU.
+
+    Raises:
+        NonFiniteError: it holds NaN or infinity, which the library sees on its way.
+    """
     rows, cols = weight.shape
-    threads = torch.get_num_threads()
+    how = cpu_instructions(), torch.get_num_threads()
     row_offsets = torch.empty(rows + 1, dtype=torch.int32)
-    _call("macko_cpu_row_offsets", _address(weight), rows, cols, _address(row_offsets), threads)
+    largest = torch.empty(1, dtype=torch.int32)
+    _call("macko_cpu_row_offsets", _address(weight), rows, cols, _address(row_offsets), _address(largest), *how)
+    check_finite(bool(largest.to(torch.int16).view(weight.dtype).isfinite()))
     padded = padded_count(int(row_offsets[-1]))
     values = torch.empty(padded, dtype=weight.dtype)
     deltas = torch.empty(padded // 2, dtype=torch.uint8)
     addresses = _address(row_offsets), _address(values), _address(deltas)
-    _call("macko_cpu_pack", _address(weight), rows, cols, *addresses, threads)
+    _call("macko_cpu_pack", _address(weight), rows, cols, *addresses, *how)
     return MackoMatrix(values, deltas, row_offsets, (rows, cols))
 
 
@@ -272,7 +279,7 @@ def cpu_spmv(matrix: MackoMatrix, x: torch.Tensor, bias: torch.Tensor | None) ->
 
 @lru_cache(maxsize=1)
 def cpu_instructions() -> int:
-    """The macko_instructions of products on the CPU: the most that it has, unless the environment asks for others.
+    """The macko_instructions of work on the CPU: the most that it has, unless the environment asks for others.
 
     Raises:
         NativeError: the environment asks for what this CPU or this build lacks.
@@ -299,7 +306,7 @@ def cpu_bitmap_starts(matrix: MackoMatrix) -> torch.Tensor:
 def cpu_bitmap_fill(matrix: MackoMatrix, bitmap: BitmapStruct) -> None:
     """Fill a bitmap that has its row starts from a valid matrix: its values, its masks and `smallest`."""
     arrays = _address(matrix.values), _address(matrix.deltas), _address(matrix.row_offsets)
-    _call("macko_cpu_bitmap_fill", *arrays, address_of(bitmap), torch.get_num_threads())
+    _call("macko_cpu_bitmap_fill", *arrays, address_of(bitmap), cpu_instructions(), torch.get_num_threads())
 
 
 def cpu_bitmap_unpack(bitmap: BitmapStruct, weight: torch.Tensor) -> None:
@@ -309,15 +316,34 @@ def cpu_bitmap_unpack(bitmap: BitmapStruct, weight: torch.Tensor) -> None:
 
 
 def cpu_bitmap_spmv(bitmap: BitmapStruct, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Y = x Wᵀ + bias for a bitmap, like `cpu_spmv`."""
-    tokens = x.shape[0]
+    """Y = x Wᵀ + bias for a bitmap of a [rows, cols] matrix, accumulated in float32.
+
+    Args:
+        bitmap: its addresses.
+        x: [..., cols] contiguous float16, bfloat16 or float32.
+        bias: [rows] contiguous, of x's dtype, or None.
+
+    Returns:
+        [..., rows] of x's dtype.
+
+    Raises:
+        NativeError: the bias has another shape or dtype, or an array is not contiguous.
+    """
+    # Called for every layer of every token: nothing here that is not needed.
     _check_bias(bias, x, bitmap.rows)
-    y = torch.empty(tokens, bitmap.rows, dtype=x.dtype)
-    _call(
-        "macko_cpu_bitmap_spmv",
-        *(address_of(bitmap), _address(x), None if bias is None else _address(bias), _address(y)),
-        *(CODES[x.dtype], tokens, cpu_instructions(), torch.get_num_threads()),
+    y = x.new_empty((*x.shape[:-1], bitmap.rows))
+    status = library().macko_cpu_bitmap_spmv(
+        address_of(bitmap),
+        _address(x),
+        None if bias is None else _address(bias),
+        y.data_ptr(),
+        CODES[x.dtype],
+        x.numel() // bitmap.cols,
+        cpu_instructions(),
+        torch.get_num_threads(),
     )
+    if status != 0:
+        _raise("macko_cpu_bitmap_spmv", status)
     return y
 
 

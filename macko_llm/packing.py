@@ -459,7 +459,7 @@ def _pack_layer(name: str, weight: Tensor) -> tuple[LayerReport, dict[str, Tenso
 def _layer_report(values: Tensor, matrix: MackoMatrix | None) -> LayerReport:
     """Report on a packed matrix, or on a dense weight `values` where `matrix` is None."""
     rows, cols = matrix.shape if matrix else values.shape
-    nonzeros = int(torch.count_nonzero(values))
+    nonzeros = canonical.count_nonzeros(matrix) if matrix else int(torch.count_nonzero(values))
     bytes_dense = rows * cols * values.element_size()
     return LayerReport(
         rows=rows,

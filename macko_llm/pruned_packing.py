@@ -104,6 +104,10 @@ class PackedSink:
         """Pack and write a tensor."""
         self._packed.add(name, tensor)
 
+    def replace(self, name: str, tensor: Tensor) -> None:
+        """Write over a tensor that stays dense, as the lm_head does."""
+        self._shards.replace(name, tensor)
+
     def __contains__(self, name: object) -> bool:
         return name in self._shards or (isinstance(name, str) and _array_keys(name)[0] in self._shards)
 

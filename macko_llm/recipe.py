@@ -53,8 +53,9 @@ class PruneRecipe:
         seed: of the draw of the calibration sequences.
         dtype: "auto" (the checkpoint's), "float16", "bfloat16" or "float32"; the result is saved in it.
         layers: patterns of layers, as in `targets`, each with the sparsity of the layers that it fits, which neither `sparsity`
-            nor `allocation` decides then; of several that fit the last counts, and 0 leaves a layer as it is. A mapping, or
-            pairs. Not with an n:m pattern.
+            nor `allocation` decides then; of several that fit the last counts, and 0 leaves a layer as it is. One that fits the
+            lm_head and no layer of the blocks has it pruned, too, whatever the targets. A mapping, or pairs. Not with an n:m
+            pattern.
 
     Raises:
         UsageError: a value that makes no sense.

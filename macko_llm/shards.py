@@ -78,12 +78,17 @@ class ShardWriter:
         entry = StoredTensor(
             self._shard, _HEADER_NAMES[data.dtype], tuple(data.shape), self._end, self._end + data.nbytes
         )
-        with _plain_errors(), self._open(self._shard) as file:
-            file.seek(entry.begin)
-            for part in self._on_host(data.reshape(-1).view(torch.uint8)):
-                file.write(memoryview(part.numpy().data))
+        self._write(entry, data)
         self._tensors[name] = entry
         self._end = entry.end
+
+    @stage("writing")
+    def replace(self, name: str, tensor: torch.Tensor) -> None:
+        """Write over a tensor, with one of its shape and dtype."""
+        entry, data = self._tensors[name], tensor.detach().contiguous()
+        if (_HEADER_NAMES.get(data.dtype), tuple(data.shape)) != (entry.dtype, entry.shape):
+            raise ValueError(f"{name} is {entry.dtype} {list(entry.shape)}, not {data.dtype} {list(data.shape)}")
+        self._write(entry, data)
 
     def __contains__(self, name: object) -> bool:
         return name in self._tensors
@@ -112,6 +117,12 @@ class ShardWriter:
                 weight_map = {name: files[stored.shard] for name, stored in sorted(self._tensors.items())}
                 index = {"metadata": {**metadata, "total_size": self.total_bytes}, "weight_map": weight_map}
                 write_json(self._folder / INDEX_FILE, index)
+
+    def _write(self, entry: StoredTensor, data: torch.Tensor) -> None:
+        with _plain_errors(), self._open(entry.shard) as file:
+            file.seek(entry.begin)
+            for part in self._on_host(data.reshape(-1).view(torch.uint8)):
+                file.write(memoryview(part.numpy().data))
 
     def _on_host(self, data: torch.Tensor) -> Iterator[torch.Tensor]:
         """Flat bytes, part after part, each to be used before the next one is asked for."""

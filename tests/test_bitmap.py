@@ -5,6 +5,7 @@ import ctypes
 import pickle
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_ops import ACTIVATIONS, HALVES, assert_same, assert_within_rounding, every_half, products, sparse
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from macko_llm import native
 from macko_llm.errors import NativeError
@@ -326,6 +328,7 @@ def test_the_state_of_an_arranged_layer_is_canonical() -> None:
 
 def test_the_environment_names_instructions_that_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "library", lambda: SimpleNamespace(macko_cpu_instructions=lambda: 1))
+    monkeypatch.setattr(native, "INSTRUCTIONS", ("portable", "avx2", "avx512"))
     for name, number in (("portable", 0), ("avx2", 1), ("", 1)):
         monkeypatch.setenv("MACKO_CPU", name)
         native.cpu_instructions.cache_clear()
@@ -338,7 +341,9 @@ def test_the_environment_names_instructions_that_are_there(monkeypatch: pytest.M
 
 
 def test_the_library_refuses_instructions_that_are_not_there() -> None:
-    matrix = arrange(torch.ones(2, 3, dtype=torch.float16))
+    weight = torch.ones(2, 3, dtype=torch.float16)
+    packed = canonical.pack(weight)
+    matrix = bitmap.arrange(packed)
     for number in (-1, native.library().macko_cpu_instructions() + 1):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(native, "cpu_instructions", lambda number=number: number)
@@ -346,3 +351,35 @@ def test_the_library_refuses_instructions_that_are_not_there() -> None:
                 native.cpu_bitmap_spmv(matrix.struct, torch.ones(1, 3), None)
             with pytest.raises(NativeError, match="refused its arguments"):
                 native.cpu_bitmap_unpack(matrix.struct, torch.ones(2, 3).half())
+            with pytest.raises(NativeError, match="refused its arguments"):
+                native.cpu_bitmap_fill(packed, matrix.struct)
+            with pytest.raises(NativeError, match="refused its arguments"):
+                native.cpu_pack(weight)
+
+
+class _Counting(TorchDispatchMode):
+    """Counts the ops of this package that pass through torch's dispatcher."""
+
+    calls = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        del types
+        self.calls += "macko" in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_whoever_wants_to_see_the_op_sees_it() -> None:
+    """Calls go past torch's dispatcher, with the same result, where nothing watches: modes and tracers do."""
+    matrix = arrange(every_half(torch.float16)[:2048].reshape(32, 64).nan_to_num(0, 0, 0))
+    x, other = torch.randn(2, 64, generator=torch.Generator().manual_seed(0)).half().split(1)
+    assert matrix._is_plain(x, None)
+    plain = matrix.linear(x, None)
+    with _Counting() as mode:
+        assert torch.equal(matrix.linear(x, None), plain)
+    assert mode.calls == 1
+    with torch.profiler.profile() as profiler:
+        matrix.linear(x, None)
+    assert any(event.name == "macko::bitmap_spmv" for event in profiler.events())
+    traced = torch.jit.trace(lambda x: matrix.linear(x, None), (x,))
+    assert torch.equal(traced(other), matrix.linear(other, None))
+    assert not torch.equal(traced(other), plain)

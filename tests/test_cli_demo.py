@@ -11,8 +11,10 @@ from typer.testing import CliRunner
 
 from macko_llm import checkpoint, packing
 from macko_llm.benchmarks import quality
+from macko_llm.calibration import calibration_tokens, tokens_sha256
 from macko_llm.cli.main import app
 from macko_llm.demo import run as demo
+from macko_llm.models import load_tokenizer
 
 CHARACTERS = {"calibration.txt": 40_000, "held-out.txt": 10_000}
 NAMES = ["dense", "magnitude 50%", "wanda 50%", "packed 50%"]
@@ -153,3 +155,36 @@ def test_bench_quality_of_datasets_takes_a_split_and_a_column_for_each(tmp_path:
     assert (report["split"], report["seqlen"], report["windows"]) == ("second", 128, 1)
     settings = (report["recipe"]["split"], report["recipe"]["text_column"], report["recipe"]["seqlen"])
     assert settings == ("first", "story", 128)
+
+
+def test_bench_quality_calibrates_in_a_chat_template_as_prune_does(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(demo.MODEL_FOLDER, model)
+    texts = demo.write_texts(tmp_path)
+    story = texts.calibration.read_text()[:20_000]
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text(json.dumps({"messages": [{"role": "user", "content": story}]}))
+    call = [
+        "bench",
+        "quality",
+        str(model),
+        "--calibration",
+        str(chats),
+        "--dataset",
+        str(texts.held_out),
+        "--limit",
+        "1",
+    ]
+    call += ["--nsamples", "2", "--seqlen", "64", "--device", "cpu", "--chat-template", "-o", str(tmp_path / "kept")]
+    refused = CliRunner().invoke(app, call)
+    assert refused.exit_code == 2, refused.output
+    assert "chat template" in refused.stderr
+    assert "--chat-template" in refused.stderr
+    assert not (tmp_path / "kept").exists()  # before any work
+    (model / "chat_template.jinja").write_text("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}")
+    result = CliRunner().invoke(app, [*call, "--json"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["recipe"]["chat_template"] is True
+    made = json.loads((tmp_path / "kept" / "wanda-50" / "macko.json").read_text())["prune"]
+    tokens = calibration_tokens(str(chats), load_tokenizer(model), 2, 64, 0, chat_template=True)
+    assert made["calibration_sha256"] == tokens_sha256(tokens)

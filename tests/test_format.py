@@ -26,10 +26,27 @@ from macko_llm.layouts import canonical
 DOCUMENT = (Path(__file__).parents[1] / "docs" / "format.md").read_text(encoding="utf-8")
 DTYPES = {torch.float16: 0x7C00, torch.bfloat16: 0x7F80}  # and the bits of its infinity
 SPECIAL = [0x0001, 0x8001, 0x8000]  # smallest subnormal of either sign, -0.0
-PACKERS = {"format": (spec.pack, spec.unpack), "ops": (canonical.pack, canonical.unpack)}
 SPANS = {"format": spec.row_spans, "native": native.cpu_row_spans}
 
 Bits = list[list[int]]
+Packer = tuple[Callable[[torch.Tensor], MackoMatrix], Callable[[MackoMatrix], torch.Tensor]]
+
+
+def packer_with(instructions: int) -> Packer:
+    """The library's packing, with a set of instructions that this CPU has."""
+
+    def pack(weight: torch.Tensor) -> MackoMatrix:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(native, "cpu_instructions", lambda: instructions)
+            return canonical.pack(weight)
+
+    return pack, canonical.unpack
+
+
+PACKERS: dict[str, Packer] = {"format": (spec.pack, spec.unpack)} | {
+    name: packer_with(number)
+    for number, name in enumerate(native.INSTRUCTIONS[: native.library().macko_cpu_instructions() + 1])
+}
 
 
 def naive_pack(rows: Bits) -> tuple[bytes, bytes, bytes]:

@@ -17,7 +17,7 @@ import macko_llm
 from macko_llm import native
 from macko_llm.errors import MackoWarning, NativeError
 from macko_llm.format import MackoMatrix
-from macko_llm.layouts import canonical, sliced
+from macko_llm.layouts import canonical, layout
 
 HALF = torch.ones(4, 6, dtype=torch.float16)
 
@@ -25,9 +25,11 @@ HALF = torch.ones(4, 6, dtype=torch.float16)
 @pytest.fixture(autouse=True)
 def fresh_library() -> Iterator[None]:
     """Load the library anew in each test, and again after them."""
-    native.library.cache_clear()
+    for cached in (native.library, native.cpu_instructions):
+        cached.cache_clear()
     yield
-    native.library.cache_clear()
+    for cached in (native.library, native.cpu_instructions):
+        cached.cache_clear()
 
 
 @pytest.fixture
@@ -135,12 +137,15 @@ def test_refuses_a_bias_that_it_would_misread(bias: torch.Tensor) -> None:
 @pytest.mark.parametrize(
     ("function", "arguments"),
     [
-        ("macko_cpu_row_offsets", (None, 1, 1, "offsets", 1)),
-        ("macko_cpu_row_offsets", ("data", -1, 1, "offsets", 1)),
-        ("macko_cpu_row_offsets", ("data", 1, 0, "offsets", 1)),
-        ("macko_cpu_row_offsets", ("data", 1, 1, None, 1)),
-        ("macko_cpu_pack", ("data", 1, 1, "offsets", None, "data", 1)),
-        ("macko_cpu_pack", ("data", 1, 1, "offsets", "data", None, 1)),
+        ("macko_cpu_row_offsets", (None, 1, 1, "offsets", "data", 0, 1)),
+        ("macko_cpu_row_offsets", ("data", -1, 1, "offsets", "data", 0, 1)),
+        ("macko_cpu_row_offsets", ("data", 1, 0, "offsets", "data", 0, 1)),
+        ("macko_cpu_row_offsets", ("data", 1, 1, None, "data", 0, 1)),
+        ("macko_cpu_row_offsets", ("data", 1, 1, "offsets", None, 0, 1)),
+        ("macko_cpu_row_offsets", ("data", 1, 1, "offsets", "data", 3, 1)),
+        ("macko_cpu_pack", ("data", 1, 1, "offsets", None, "data", 0, 1)),
+        ("macko_cpu_pack", ("data", 1, 1, "offsets", "data", None, 0, 1)),
+        ("macko_cpu_pack", ("data", 1, 1, "offsets", "data", "data", -1, 1)),
         ("macko_cpu_unpack", (None, "data", "offsets", 1, 1, "data", 1)),
         ("macko_cpu_unpack", ("data", None, "offsets", 1, 1, "data", 1)),
         ("macko_cpu_unpack", ("data", "data", "offsets", 1, 0, "data", 1)),
@@ -170,6 +175,18 @@ def test_running_out_of_memory_is_an_error_and_no_crash() -> None:
     arguments = (address, 0, address, ctypes.addressof(offsets), 1, cols, address, None, address, 2, 1, 1)
     with pytest.raises(NativeError, match="memory or threads ran out"):
         native._call("macko_cpu_spmv", *arguments)
+
+
+@pytest.mark.parametrize("team", ["torch's", "own"])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_running_out_of_memory_in_a_thread_is_an_error_and_no_crash(threads: int, team: str) -> None:
+    """No weight is read: a thread first takes the memory that a row of 2^60 columns needs."""
+    data, offsets = (ctypes.c_int64 * 8)(), (ctypes.c_int32 * 3)(0, 1, 2)
+    address, rows, cols = ctypes.addressof(data), 2, 2**60
+    if team == "own":
+        native.library().macko_cpu_use_openmp(None)
+    with pytest.raises(NativeError, match="memory or threads ran out"):
+        native._call("macko_cpu_pack", address, rows, cols, ctypes.addressof(offsets), address, address, 0, threads)
 
 
 def test_nothing_to_do_is_no_error() -> None:
@@ -331,8 +348,8 @@ def test_values_that_have_been_cast_are_refused() -> None:
 
 
 def test_a_torch_without_its_private_names_counts_as_watched(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert sliced._modes_counter()() == 0
+    assert layout.modes_counter()() == 0
     with FakeTensorMode():
-        assert sliced._modes_counter()() == 1
+        assert layout.modes_counter()() == 1
     monkeypatch.delattr(torch._C, "_len_torch_dispatch_stack")
-    assert sliced._modes_counter()() == 1
+    assert layout.modes_counter()() == 1

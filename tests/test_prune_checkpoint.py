@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from families import FAMILIES, MAX_POSITIONS, SENTENCES, VOCABULARY, make_tokenizer, random_tokens, save_model
+from helpers import copy_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -260,3 +261,23 @@ def test_an_interrupted_job_that_is_not_resumable_leaves_nothing_behind(llama: P
     with pytest.raises(KeyboardInterrupt):
         prune_checkpoint(llama, tmp_path / "out", _recipe(text), device="cpu", progress=interrupt, resumable=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["text"]
+
+
+@pytest.mark.parametrize("asked", [None, "text", "messages"])
+def test_macko_json_names_the_column_of_a_dataset_that_was_read(asked: str | None, llama: Path, tmp_path: Path) -> None:
+    source = copy_model(llama, tmp_path / "dense")
+    (source / "chat_template.jinja").write_text("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}")
+    (tmp_path / "chats" / "data").mkdir(parents=True)
+    chats = [{"messages": [{"role": "user", "content": text * 2}]} for text in SENTENCES]
+    (tmp_path / "chats" / "data" / "train.jsonl").write_text("\n".join(map(json.dumps, chats)))
+    recipe = _recipe(str(tmp_path / "chats"), chat_template=True, text_column=asked)
+    assert plan(source, tmp_path / "out", recipe).recipe.text_column == asked  # what is there is not known yet
+    first = prune_checkpoint(source, tmp_path / "out", recipe, device="cpu")
+    record = json.loads((tmp_path / "out" / "macko.json").read_text())["prune"]
+    assert (record["split"], record["text_column"]) == ("train", "messages")
+    again = _recipe(str(tmp_path / "chats"), chat_template=True, text_column=record["text_column"])
+    second = prune_checkpoint(source, tmp_path / "again", again, device="cpu")
+    assert second.calibration_sha256 == first.calibration_sha256
+    (tmp_path / "chats" / "data" / "train.jsonl").write_text(json.dumps({"text": TEXT, "messages": []}))
+    prune_checkpoint(source, tmp_path / "texts", _recipe(str(tmp_path / "chats"), chat_template=True), device="cpu")
+    assert json.loads((tmp_path / "texts" / "macko.json").read_text())["prune"]["text_column"] == "text"

@@ -8,30 +8,15 @@
 #include <vector>
 
 #include "cpu/float16.h"
+#include "cpu/instructions.h"
+#include "cpu/pages.h"
 #include "cpu/parallel.h"
+#include "cpu/unpack.h"
 #include "format.h"
 #include "macko.h"
 
 namespace macko {
 namespace {
-
-int32_t best_instructions() {
-#ifdef MACKO_X86
-  return x86_instructions();
-#else
-  return MACKO_PORTABLE;
-#endif
-}
-
-BitmapKernels kernels_of(int32_t instructions) {
-#ifdef MACKO_X86
-  if (instructions != MACKO_PORTABLE) return x86_kernels(instructions);
-#endif
-  (void)instructions;
-  return portable_kernels();
-}
-
-bool is_runnable(int32_t instructions) { return instructions >= MACKO_PORTABLE && instructions <= best_instructions(); }
 
 bool is_sound(const macko_bitmap* matrix) {
   if (!matrix || matrix->rows < 0 || matrix->cols < 1) return false;
@@ -68,6 +53,13 @@ Range range_of(const float* x, int64_t count) {
     range.smallest = std::min(range.smallest, magnitude == 0 ? INT32_MAX : magnitude);
   }
   return range;
+}
+
+// The smallest magnitude of values other than zero, by its bits.
+int32_t smallest_of(const uint16_t* values, int64_t count) {
+  int16_t smallest = kNoSmallest;
+  for (int64_t i = 0; i < count; ++i) smallest = std::min(smallest, static_cast<int16_t>(values[i] & 0x7fff));
+  return smallest;
 }
 
 // Whether `vdpbf16ps`, which takes subnormal numbers for zeros, meets none. All products are whole multiples of the
@@ -137,8 +129,6 @@ macko_status spmv(const macko_bitmap& matrix, const void* x_any, const void* bia
 }  // namespace
 }  // namespace macko
 
-extern "C" int32_t macko_cpu_instructions(void) { return macko::best_instructions(); }
-
 extern "C" macko_status macko_cpu_bitmap_starts(const uint16_t* values, const int32_t* row_offsets, int64_t rows,
                                                 int32_t* row_starts, int32_t threads) {
   using namespace macko;
@@ -157,30 +147,26 @@ extern "C" macko_status macko_cpu_bitmap_starts(const uint16_t* values, const in
 }
 
 extern "C" macko_status macko_cpu_bitmap_fill(const uint16_t* values, const uint8_t* deltas, const int32_t* row_offsets,
-                                              macko_bitmap* matrix, int32_t threads) {
+                                              macko_bitmap* matrix, int32_t instructions, int32_t threads) {
   using namespace macko;
-  if (!is_sound(matrix) || !row_offsets) return MACKO_BAD_ARGUMENT;
-  const int64_t rows = matrix->rows, blocks = blocks_of(matrix->cols);
+  if (!is_sound(matrix) || !row_offsets || !is_runnable(instructions)) return MACKO_BAD_ARGUMENT;
+  const int64_t rows = matrix->rows, cols = matrix->cols, blocks = blocks_of(cols);
   if (row_offsets[rows] > 0 && (!values || !deltas)) return MACKO_BAD_ARGUMENT;
+  want_large_pages(matrix->values, int64_t{matrix->row_starts[rows]} * 2);
+  want_large_pages(matrix->masks, rows * blocks * 4);
   std::fill_n(matrix->values + matrix->row_starts[rows], kBitmapPadding, uint16_t{0});
+  const CompressKernels kernels = compress_kernels(instructions);
   int32_t smallest = kNoSmallest;
   std::mutex ends;
   const auto entries_before = [=](int64_t row) { return row_offsets[row] + row * blocks; };
   const macko_status status = for_row_ranges(rows, threads, entries_before, [&](int64_t first, int64_t last) {
     int32_t own_smallest = kNoSmallest;
+    std::vector<uint16_t> dense(static_cast<size_t>(cols)), row_values(static_cast<size_t>(cols + kSpill));
     for (int64_t row = first; row < last; ++row) {
-      uint32_t* masks = matrix->masks + row * blocks;
-      uint16_t* target = matrix->values + matrix->row_starts[row];
-      std::fill_n(masks, blocks, 0u);
-      int64_t column = -1;
-      for (int64_t entry = row_offsets[row]; entry < row_offsets[row + 1]; ++entry) {
-        column += delta_at(deltas, entry) + 1;
-        const uint16_t value = values[entry];
-        if (is_zero(value)) continue;
-        masks[column / kBlock] |= 1u << (column % kBlock);
-        *target++ = value;
-        own_smallest = std::min(own_smallest, value & 0x7fff);
-      }
+      unpack_row(values, deltas, row_offsets[row], row_offsets[row + 1], cols, dense.data());
+      const int64_t count = kernels.nonzeros(dense.data(), cols, matrix->masks + row * blocks, row_values.data());
+      own_smallest = std::min(own_smallest, smallest_of(row_values.data(), count));
+      std::copy_n(row_values.data(), count, matrix->values + matrix->row_starts[row]);
     }
     const std::lock_guard<std::mutex> lock(ends);
     smallest = std::min(smallest, own_smallest);
@@ -193,9 +179,10 @@ extern "C" macko_status macko_cpu_bitmap_unpack(const macko_bitmap* matrix, uint
                                                 int32_t threads) {
   using namespace macko;
   if (!is_sound(matrix) || !is_runnable(instructions) || (matrix->rows > 0 && !weight)) return MACKO_BAD_ARGUMENT;
-  const BitmapKernels kernels = kernels_of(instructions);
+  const BitmapKernels kernels = bitmap_kernels(instructions);
   const BitmapProduct product = without_tokens(*matrix);
   const int64_t cols = matrix->cols;
+  want_large_pages(weight, matrix->rows * cols * 2);
   const auto elements_before = [cols](int64_t row) { return row * cols; };
   return for_row_ranges(matrix->rows, threads, elements_before, [&](int64_t first, int64_t last) {
     kernels.unpack(product, cols, first, last, weight + first * cols);
@@ -208,7 +195,7 @@ extern "C" macko_status macko_cpu_bitmap_spmv(const macko_bitmap* matrix, const 
   if (!is_sound(matrix) || !is_runnable(instructions) || tokens < 0) return MACKO_BAD_ARGUMENT;
   if (matrix->rows == 0 || tokens == 0) return MACKO_OK;
   if (!x || !y) return MACKO_BAD_ARGUMENT;
-  const BitmapKernels kernels = kernels_of(instructions);
+  const BitmapKernels kernels = bitmap_kernels(instructions);
   try {
     switch (x_dtype) {
       case MACKO_FLOAT16: return spmv<Float16>(*matrix, x, bias, y, tokens, kernels, threads);

@@ -45,4 +45,7 @@ BitmapKernels x86_kernels(int32_t instructions);  // MACKO_AVX2 or MACKO_AVX512
 BitmapKernels avx2_kernels();
 BitmapKernels avx512_kernels(bool has_bf16);
 
+// Of csrc/arm, where the library is built for 64-bit ARM (MACKO_ARM), all of which has NEON.
+BitmapKernels neon_kernels();
+
 }  // namespace macko

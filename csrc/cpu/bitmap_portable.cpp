@@ -1,5 +1,6 @@
 // The bitmap layout in plain C++: one value after the other, at the columns of the bits that are set.
 #include "cpu/bitmap_rows.h"
+#include "cpu/bits.h"
 #include "cpu/float16.h"
 
 namespace macko {
@@ -15,13 +16,6 @@ int first_bit(uint32_t mask) {
 void expand_bits(uint32_t mask, const uint16_t*& values, uint16_t* columns) {
   for (int column = 0; column < kBlock; ++column) columns[column] = 0;
   for (; mask; mask &= mask - 1) columns[first_bit(mask)] = *values++;
-}
-
-// By pairs, fours and bytes of bits; compilers know this for one instruction.
-int count_bits(uint32_t mask) {
-  mask -= mask >> 1 & 0x55555555u;
-  mask = (mask & 0x33333333u) + (mask >> 2 & 0x33333333u);
-  return static_cast<int>(((mask + (mask >> 4)) & 0x0f0f0f0fu) * 0x01010101u >> 24);
 }
 
 template <typename Value>

@@ -27,16 +27,23 @@ struct Parts {
   const Work& work;
   std::vector<int64_t> ends;  // the rows between which the parts lie
   std::atomic<size_t> next{1};
+  std::atomic<bool> ran_out{false};  // of memory: an exception must not leave a thread
 
   static void take(void* parts_of_caller) {
     Parts& parts = *static_cast<Parts*>(parts_of_caller);
-    for (size_t part = parts.next++; part < parts.ends.size(); part = parts.next++) {
-      parts.work(parts.ends[part - 1], parts.ends[part]);
+    try {
+      for (size_t part = parts.next++; part < parts.ends.size(); part = parts.next++) {
+        parts.work(parts.ends[part - 1], parts.ends[part]);
+      }
+    } catch (const std::exception&) {
+      parts.ran_out = true;
     }
   }
+
+  macko_status status() const { return ran_out ? MACKO_OUT_OF_MEMORY : MACKO_OK; }
 };
 
-// Calls work(first_row, last_row) for disjoint ranges that cover [0, rows).
+// Calls work(first_row, last_row) for disjoint ranges that cover [0, rows). Work may throw for want of memory.
 // cost_before(row): cost of the rows before `row`, non-decreasing, cost_before(rows) the total.
 template <typename CostBefore, typename Work>
 macko_status for_row_ranges(int64_t rows, int32_t max_threads, const CostBefore& cost_before, const Work& work) {
@@ -44,11 +51,11 @@ macko_status for_row_ranges(int64_t rows, int32_t max_threads, const CostBefore&
   const ThreadTeam team = thread_team();
   const int64_t worthwhile = total / (team ? kEntriesOfTeamThread : kEntriesPerThread);
   const int64_t threads = std::clamp<int64_t>(worthwhile, 1, std::max<int32_t>(max_threads, 1));
-  if (threads == 1) {
-    work(int64_t{0}, rows);
-    return MACKO_OK;
-  }
   try {
+    if (threads == 1) {
+      work(int64_t{0}, rows);
+      return MACKO_OK;
+    }
     Parts<Work> parts{work, std::vector<int64_t>(static_cast<size_t>(threads) + 1)};
     parts.ends.back() = rows;
     for (int64_t part = 1; part < threads; ++part) {
@@ -64,7 +71,7 @@ macko_status for_row_ranges(int64_t rows, int32_t max_threads, const CostBefore&
     if (team) {
       // Always the same number: a runtime may end threads that a smaller team leaves over.
       team(Parts<Work>::take, &parts, static_cast<unsigned>(max_threads), 0);
-      return MACKO_OK;
+      return parts.status();
     }
     std::vector<std::thread> started;
     try {
@@ -75,7 +82,7 @@ macko_status for_row_ranges(int64_t rows, int32_t max_threads, const CostBefore&
     }
     Parts<Work>::take(&parts);
     for (std::thread& thread : started) thread.join();
-    return MACKO_OK;
+    return parts.status();
   } catch (const std::exception&) {
     return MACKO_OUT_OF_MEMORY;
   }

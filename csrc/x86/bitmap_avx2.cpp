@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #include "cpu/bitmap_rows.h"
+#include "cpu/shuffles.h"
 
 namespace macko {
 namespace {
@@ -11,34 +12,27 @@ struct Prefetching {
   static void prefetch(const uint16_t* values) { _mm_prefetch(reinterpret_cast<const char*>(values), _MM_HINT_T0); }
 };
 
-// For each byte of bits, where each column's 16 bits come from; what has its highest bit set becomes zero.
-struct Shuffles {
-  alignas(16) uint8_t halves[256][16];  // columns of 16 bits
-  alignas(32) uint8_t upper[256][32];   // columns of 32 bits, filled in their upper half: bfloat16 as float32
+// The same for columns of 32 bits, filled in their upper half: bfloat16 as float32.
+struct UpperShuffles {
+  alignas(32) uint8_t bytes[256][32];
 
-  constexpr Shuffles() : halves(), upper() {
+  constexpr UpperShuffles() : bytes() {
     for (int bits = 0; bits < 256; ++bits) {
-      uint8_t source = 0;
       for (int column = 0; column < 8; ++column) {
-        const bool is_set = bits >> column & 1;
         for (int byte = 0; byte < 2; ++byte) {
-          const uint8_t from = is_set ? static_cast<uint8_t>(source + byte) : uint8_t{0x80};
-          halves[bits][2 * column + byte] = from;
-          upper[bits][4 * column + byte] = 0x80;
-          upper[bits][4 * column + 2 + byte] = from;
+          bytes[bits][4 * column + byte] = 0x80;
+          bytes[bits][4 * column + 2 + byte] = kShuffles.bytes[bits][2 * column + byte];
         }
-        if (is_set) source = static_cast<uint8_t>(source + 2);
       }
     }
   }
 };
-constexpr Shuffles kShuffles;
+constexpr UpperShuffles kUpperShuffles;
 
 __m128i load_values(const uint16_t* values) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(values)); }
 
 __m128i expand_halves(uint32_t bits, const uint16_t* values) {
-  return _mm_shuffle_epi8(load_values(values),
-                          _mm_load_si128(reinterpret_cast<const __m128i*>(kShuffles.halves[bits])));
+  return _mm_shuffle_epi8(load_values(values), _mm_load_si128(reinterpret_cast<const __m128i*>(kShuffles.bytes[bits])));
 }
 
 struct Float16 {
@@ -48,7 +42,7 @@ struct Float16 {
 struct BFloat16 {
   static __m256 load(uint32_t bits, const uint16_t* values) {
     const __m256i both = _mm256_broadcastsi128_si256(load_values(values));
-    const __m256i shuffle = _mm256_load_si256(reinterpret_cast<const __m256i*>(kShuffles.upper[bits]));
+    const __m256i shuffle = _mm256_load_si256(reinterpret_cast<const __m256i*>(kUpperShuffles.bytes[bits]));
     return _mm256_castsi256_ps(_mm256_shuffle_epi8(both, shuffle));
   }
 };

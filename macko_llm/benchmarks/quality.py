@@ -11,7 +11,7 @@ from macko_llm.loading import load
 from macko_llm.progress import Progress, no_progress
 from macko_llm.pruning.pipeline import prune_checkpoint
 from macko_llm.recipe import PruneRecipe
-from macko_llm.text import encode_prompt
+from macko_llm.text import encode_prompt, require_chat_template
 
 SPEED_RUNS = 3
 SPEED_TOKENS = 100
@@ -92,13 +92,15 @@ def measure_chain(
         recipe = replace(recipe, dtype="float16")
     # What makes no sense is refused before any work.
     recipes = [replace(recipe, sparsity=sparsity) for sparsity in sparsities]
-    calibration.check_source(recipe.calibration, recipe.split, recipe.text_column)
+    calibration.check_source(recipe.calibration, recipe.split, recipe.text_column, chat_template=recipe.chat_template)
     calibration.check_source(dataset, split, text_column)
     config = models.load_config(model)
     if recipe.seqlen is not None:
         models.check_seqlen(recipe.seqlen, config)
     perplexity.window_shape(config, seqlen=seqlen, limit=limit)
     tokenizer = models.load_tokenizer(model)
+    if recipe.chat_template:
+        require_chat_template(tokenizer, "--chat-template")
     text = calibration.evaluation_text(dataset, split, text_column)
     cut = calibration.evaluation_windows(dataset)
     windows = perplexity.cut_text(tokenizer, text, config, seqlen=seqlen, limit=limit, cut=cut)

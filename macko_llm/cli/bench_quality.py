@@ -36,6 +36,9 @@ def quality(
         str | None,
         typer.Option(help="With the text to calibrate on; as --text-column of `macko prune`. [default: text]"),
     ] = None,
+    chat_template: Annotated[
+        bool, typer.Option("--chat-template", help="As for `macko prune`, of the calibration alone.")
+    ] = False,
     dataset_split: Annotated[str | None, typer.Option(help="Of a dataset to evaluate on. [default: test]")] = None,
     dataset_column: Annotated[
         str | None,
@@ -74,7 +77,12 @@ def quality(
     # What is wrong for every model is refused before one is fetched, and before imports that take seconds.
     refusals.check_windows(seqlen, None, limit)
     recipe = PruneRecipe(
-        split=calibration_split, text_column=calibration_column, nsamples=nsamples, seqlen=seqlen, seed=seed
+        split=calibration_split,
+        text_column=calibration_column,
+        chat_template=chat_template,
+        nsamples=nsamples,
+        seqlen=seqlen,
+        seed=seed,
     )
     sparsities = sparsity or [recipe.sparsity]
     for share in sparsities:
@@ -83,7 +91,7 @@ def quality(
     folder = None
     if model is not None:
         calibration, dataset = calibration or PruneRecipe.calibration, dataset or "wikitext2"
-        check_source(calibration, calibration_split, calibration_column)
+        check_source(calibration, calibration_split, calibration_column, chat_template=chat_template)
         check_source(dataset, dataset_split, dataset_column)
         folder = refusals.find_model(model)
 
@@ -96,7 +104,7 @@ def quality(
         if folder is None:
             folder, texts = demo.MODEL_FOLDER, demo.write_texts(workdir)
             calibration, dataset = calibration or str(texts.calibration), dataset or str(texts.held_out)
-            check_source(calibration, calibration_split, calibration_column)
+            check_source(calibration, calibration_split, calibration_column, chat_template=chat_template)
             check_source(dataset, dataset_split, dataset_column)
         assert calibration is not None
         assert dataset is not None

@@ -190,7 +190,6 @@ def prune(
     refusals.check_prune(model, output, settings, overwrite=overwrite)
 
     from macko_llm.pruned_packing import prune_packed
-    from macko_llm.pruning.allocation import overrides
     from macko_llm.pruning.pipeline import plan, prune_checkpoint  # takes seconds, which a wrong call need not wait for
 
     if dry_run:
@@ -199,7 +198,7 @@ def prune(
             print_json({"output": str(output), "dry_run": True, **asdict(planned)})
         else:
             usual = f"{settings.sparsity:.1%}" if settings.allocation == UNIFORM else settings.allocation
-            shares = {name: f"{amount.sparsity:.1%}" for name, amount in overrides(planned.layers, settings).items()}
+            shares = {name: f"{share:.1%}" for name, share in planned.layer_sparsities.items()}
             rows = [
                 [name, f"{rows} x {cols}", shares.get(name, usual)] for name, (rows, cols) in planned.layers.items()
             ]

@@ -68,7 +68,9 @@ class Canonical(MackoMatrix, Layout):
 
 def pack(weight: Tensor) -> Canonical:
     """`format.pack` at the speed of the device: a [rows, cols] float16 or bfloat16 matrix without its zeros."""
-    spec.check_packable(weight)
+    spec.check_shape(weight)
+    if weight.device.type != "cpu":  # where the library sees while it counts what is not finite
+        spec.check_finite(spec.all_finite(weight))
     return pack_finite(weight)
 
 
@@ -83,6 +85,13 @@ def unpack(matrix: MackoMatrix) -> Tensor:
     """`format.unpack` at the speed of the device: the dense [rows, cols] matrix."""
     weight: Tensor = torch.ops.macko.unpack(matrix.values, matrix.deltas, matrix.row_offsets, matrix.shape[1])
     return weight
+
+
+def count_nonzeros(matrix: MackoMatrix) -> int:
+    """How many values of a valid matrix are not zero."""
+    if matrix.values.device.type == "cpu":  # where torch counts at a tenth of the speed
+        return int(native.cpu_bitmap_starts(matrix)[-1])
+    return int(torch.count_nonzero(matrix.values))
 
 
 def validate(matrix: MackoMatrix, name: str) -> Canonical:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from macko_llm.pruning.methods.base import WEIGHTS_AT_ONCE, Amount
 from macko_llm.pruning.scores import removed_per_row, wanda_scores
-from macko_llm.pruning.selection import fits, fitting
+from macko_llm.pruning.selection import Head, fits, fitting
 from macko_llm.recipe import PruneRecipe
 
 _OUTLIER = 5.0  # M: how many times the mean score of its block makes a weight an outlier
@@ -80,19 +80,25 @@ def layer_sparsities(
     return {name: _share(counts[name], shapes[name][1]) for name in shapes}
 
 
-def overrides(names: Iterable[str], recipe: PruneRecipe) -> dict[str, Amount]:
+def overrides(names: Iterable[str], recipe: PruneRecipe, head: Head | None = None) -> dict[str, Amount]:
     """What the recipe's `layers` say of some of these layers; the others are not in it.
 
     Args:
         names: of all layers that are pruned.
         recipe: the settings.
+        head: the lm_head, where it is one of them; of it only the patterns count that ask for it.
 
     Raises:
         UsageError: a pattern that fits none of the layers.
     """
     known = list(names)
     fitting([pattern for pattern, _ in recipe.layers], known, "layers")
-    return {name: Amount(share) for pattern, share in recipe.layers for name in known if fits(pattern, name)}
+    return {
+        name: Amount(share)
+        for pattern, share in recipe.layers
+        for name in known
+        if fits(pattern, name) and (head is None or name != head.name or pattern in head.patterns)
+    }
 
 
 def _share(count: int, cols: int) -> float:

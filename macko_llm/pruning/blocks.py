@@ -12,6 +12,7 @@ from macko_llm.pruning.methods import Amount, Method, method_maker
 from macko_llm.pruning.methods.magnitude import Magnitude
 from macko_llm.pruning.methods.norms import InputNorms
 from macko_llm.pruning.observing import observed_blocks
+from macko_llm.pruning.selection import asked_head
 from macko_llm.pruning.weights import Weights
 from macko_llm.recipe import UNIFORM, PruneRecipe
 from macko_llm.stages import stage
@@ -27,10 +28,15 @@ def layer_amounts(
 ) -> dict[str, Amount]:
     """How much of each layer goes; what a spread over the blocks asks of the dense model takes a pass of its own.
 
+    The lm_head has no part in that: it neither makes up for blocks, nor they for it.
+
     Args and errors are those of `prune_blocks`.
     """
-    own = overrides(layers, recipe)
-    if recipe.allocation == UNIFORM or recipe.sparsity == 0:
+    head = asked_head(model, recipe)
+    own = overrides(layers, recipe, head)
+    if head is not None:
+        layers = {name: linear for name, linear in layers.items() if name != head.name}
+    if recipe.allocation == UNIFORM or recipe.sparsity == 0 or not layers:
         return {**dict.fromkeys(layers, Amount(recipe.sparsity, recipe.group)), **own}
     names, ratios, sizes = [], [], []
     for _, norms in observed_blocks(model, layers, tokens, InputNorms, progress, "measuring blocks", weights):
@@ -59,7 +65,8 @@ def prune_blocks(
     *,
     finished: int = 0,
 ) -> Iterator[tuple[str, dict[str, int]]]:
-    """The decoder blocks in turn, pruned, while they are still in memory, each with the zeros of its layers.
+    """The decoder blocks in turn, pruned, while they are still in memory, each with the zeros of its layers; then the lm_head,
+    under its own name, if it is one of the layers.
 
     Statistics are taken on the still dense block; then it is pruned, and run again, so that the next block sees what the
     pruned one computes. Without calibration it is pruned alone.
@@ -82,7 +89,10 @@ def prune_blocks(
     new: Callable[[int, torch.device], Method] = method_maker(recipe.method, recipe.update)
     if all(amount.sparsity == 0 for amount in amounts.values()):
         tokens, new = None, _Nothing
-    blocks = observed_blocks(model, layers, tokens, new, progress, "pruning blocks", weights, finished=finished)
+    head = asked_head(model, recipe)
+    blocks = observed_blocks(
+        model, layers, tokens, new, progress, "pruning blocks", weights, head=head, finished=finished
+    )
     for block, methods in blocks:
         zeros = {}
         with stage("choosing"):

@@ -16,10 +16,13 @@ from macko_llm.pruning.methods import Observer
 from macko_llm.pruning.replay import (
     BlockArguments,
     first_hidden_states,
+    gives_tuple,
+    head_inputs,
     record_block_arguments,
     run_block,
     watched_inputs,
 )
+from macko_llm.pruning.selection import Head
 from macko_llm.pruning.weights import Weights
 from macko_llm.stages import stage
 
@@ -36,9 +39,12 @@ def observed_blocks(
     what: str,
     weights: Weights,
     *,
+    head: Head | None = None,
     finished: int = 0,
 ) -> Iterator[tuple[str, dict[str, T]]]:
     """The decoder blocks in turn, each with the observers of its layers, which saw all that its linears multiplied.
+
+    An lm_head comes after them, as if it were one more block.
 
     What is done to the layers before the next block is asked for is what that block's inputs are computed with. A weight that
     several blocks share comes with the first of them.
@@ -51,6 +57,7 @@ def observed_blocks(
         progress: called with (what, done, total).
         what: is done to the blocks, for progress.
         weights: has a block's weights in memory as long as they are wanted.
+        head: the lm_head, where it is to be observed.
         finished: so many blocks are only run, and not given.
 
     Raises:
@@ -59,15 +66,17 @@ def observed_blocks(
     """
     blocks = models.decoder_blocks(model)
     left = dict(layers)
+    total = len(blocks) + (head is not None)
     arguments: list[BlockArguments] = []
     states: HiddenStates | None = None
+    in_tuple = False  # how the last block gives them
     if tokens is not None:
         with weights.in_front(), stage("recording"):
             arguments = record_block_arguments(model, blocks, tokens, weights.device)
             first = next(iter(blocks.values()))
             states = first_hidden_states(model, first, tokens, weights.device, weights.new_states)
     for done, (block_name, block) in enumerate(blocks.items()):
-        progress(what, done, len(blocks))
+        progress(what, done, total)
         with weights.block(block_name):
             known = {id(linear.weight): name for name, linear in left.items()}
             linears = [part for part in block.modules() if isinstance(part, nn.Linear) and id(part.weight) in known]
@@ -88,11 +97,23 @@ def observed_blocks(
                 del observers, linears  # the caller may free them one by one
                 yield block_name, cast(dict[str, T], by_name)
                 by_name.clear()  # before the next block's take their memory
-            if states is not None and done + 1 < len(blocks):  # nothing sees what the last block computes
+            if states is not None and done + 1 < total:  # nothing else sees what the last block computes
                 with stage("running"):
+                    in_tuple = done + 1 == len(blocks) and gives_tuple(block, states[0], arguments[done])
                     for index, hidden in enumerate(states):
                         states[index] = run_block(block, hidden, arguments[done])
-    progress(what, len(blocks), len(blocks))
+    if head is not None:
+        progress(what, len(blocks), total)
+        with weights.behind():
+            observer = new(head.linear.weight.shape[1], weights.device)
+            if tokens is not None and states is not None:
+                with stage("observing"):
+                    for inputs in head_inputs(model, blocks, head.linear, tokens, states, in_tuple, weights.device):
+                        observer.observe(inputs, 1)
+            of_head = {head.name: observer}
+            del observer
+            yield head.name, of_head
+    progress(what, total, total)
 
 
 @stage("observing")

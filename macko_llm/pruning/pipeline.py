@@ -31,7 +31,7 @@ from macko_llm.pruning.journal import JOURNAL_FILE, Job, Journal, damaged, finge
 from macko_llm.pruning.methods import Amount
 from macko_llm.pruning.report import PruneReport, make_report
 from macko_llm.pruning.scores import removed_per_row
-from macko_llm.pruning.selection import chosen_linears
+from macko_llm.pruning.selection import asked_head, chosen_linears
 from macko_llm.pruning.sinks import DenseSink, Sink, SinkMaker
 from macko_llm.pruning.streamed import prune_streamed
 from macko_llm.pruning.weights import WeightsInMemory, find_homes
@@ -49,14 +49,17 @@ class PrunePlan:
     """What a pruning run would do.
 
     Attributes:
-        recipe: the settings, with nsamples, seqlen and a dataset's split and column as they would be used.
+        recipe: the settings, with nsamples, seqlen and a dataset's split and column as they would be used; with a chat
+            template the dataset decides on a column that is not named.
         layers: qualified name of each linear that would be pruned -> (rows, cols).
         sparsity: share of the weights of these linears that would be removed.
+        layer_sparsities: of the linears that the recipe's `layers` name, their own sparsity.
     """
 
     recipe: PruneRecipe
     layers: dict[str, tuple[int, int]]
     sparsity: float
+    layer_sparsities: dict[str, float]
 
 
 def plan(
@@ -74,12 +77,14 @@ def plan(
     """
     _, skeleton, recipe = _prepare(model, Path(target), recipe, trust_remote_code, overwrite)
     layers = shapes_of(chosen_linears(skeleton, recipe))
-    amounts = dict.fromkeys(layers, Amount(recipe.sparsity, recipe.group)) | overrides(layers, recipe)
+    own = overrides(layers, recipe, asked_head(skeleton, recipe))
+    amounts = dict.fromkeys(layers, Amount(recipe.sparsity, recipe.group)) | own
     removed = sum(
         rows * removed_per_row(cols, amounts[name].sparsity, amounts[name].group)
         for name, (rows, cols) in layers.items()
     )
-    return PrunePlan(recipe, layers, removed / sum(rows * cols for rows, cols in layers.values()))
+    share = removed / sum(rows * cols for rows, cols in layers.values())
+    return PrunePlan(recipe, layers, share, {name: amount.sparsity for name, amount in own.items()})
 
 
 def prune_checkpoint(
@@ -130,7 +135,7 @@ def prune_checkpoint(
     tokens = None
     if recipe.needs_calibration:
         progress("drawing calibration tokens", 0, 1)
-        tokens = _calibrate(folder, recipe, trust_remote_code)
+        tokens, recipe = _calibrate(folder, recipe, trust_remote_code)
         _check_tokens(skeleton, tokens)
         progress("drawing calibration tokens", 1, 1)
 
@@ -240,7 +245,7 @@ def prune_model(
     *,
     hidden_states: str = "device",
 ) -> PruneReport:
-    """Prune the linears inside the decoder blocks of a model, in place.
+    """Prune the linears inside the decoder blocks of a model, and its lm_head if the recipe asks for it, in place.
 
     It goes block by block: statistics on the still dense block, pruning, and a second run, so that the next block sees what
     the pruned one computes; without calibration, pruning alone. A weight shared by several linears is pruned once, where it is
@@ -309,7 +314,9 @@ def _fill_gaps(recipe: PruneRecipe, config: PretrainedConfig) -> PruneRecipe:
         default = min(CALIBRATION_SEQLEN, models.max_positions(config) or CALIBRATION_SEQLEN)
         recipe = replace(recipe, seqlen=recipe.seqlen or default)
         if is_dataset(recipe.calibration, recipe.split):
-            recipe = replace(recipe, split=recipe.split or "train", text_column=recipe.text_column or TEXT_COLUMN)
+            # With a chat template, what the dataset has decides between two columns (`_calibrate`).
+            column = recipe.text_column or (None if recipe.chat_template else TEXT_COLUMN)
+            recipe = replace(recipe, split=recipe.split or "train", text_column=column)
     else:
         nsamples, seqlen = load_tokens(Path(recipe.calibration).expanduser()).shape
         # A file's tokens are used as they are; a setting that says otherwise is a mistake, a default is not.
@@ -325,12 +332,14 @@ def _fill_gaps(recipe: PruneRecipe, config: PretrainedConfig) -> PruneRecipe:
 
 
 @stage("drawing")
-def _calibrate(folder: Path, recipe: PruneRecipe, trust_remote_code: bool) -> torch.Tensor:
+def _calibrate(folder: Path, recipe: PruneRecipe, trust_remote_code: bool) -> tuple[torch.Tensor, PruneRecipe]:
+    """The calibration tokens, and the recipe with the column of a dataset that they were read from."""
     assert recipe.seqlen is not None  # _fill_gaps has seen to it
     tokenizer = None
     if not is_token_file(recipe.calibration):
         tokenizer = models.load_tokenizer(folder, trust_remote_code=trust_remote_code)
-    return calibration_tokens(
+    columns: set[str] = set()
+    tokens = calibration_tokens(
         recipe.calibration,
         tokenizer,
         recipe.nsamples,
@@ -339,7 +348,11 @@ def _calibrate(folder: Path, recipe: PruneRecipe, trust_remote_code: bool) -> to
         split=recipe.split,
         text_column=recipe.text_column,
         chat_template=recipe.chat_template,
+        columns_read=columns,
     )
+    if len(columns) == 1:  # rows that differ are read as they were with the column that was asked for
+        recipe = replace(recipe, text_column=columns.pop())
+    return tokens, recipe
 
 
 def _check_group(layers: dict[str, tuple[int, int]], recipe: PruneRecipe) -> None:

@@ -90,12 +90,64 @@ def first_hidden_states(
     return made
 
 
+def gives_tuple(block: nn.Module, hidden: torch.Tensor, arguments: BlockArguments) -> bool:
+    """Whether a block gives its hidden states in a tuple, and not as they are."""
+    return not isinstance(block(hidden, *arguments.args, **arguments.kwargs), torch.Tensor)
+
+
+def head_inputs(
+    model: PreTrainedModel,
+    blocks: dict[str, nn.Module],
+    head: nn.Linear,
+    tokens: torch.Tensor,
+    states: HiddenStates,
+    in_tuple: bool,
+    device: torch.device,
+) -> Iterator[torch.Tensor]:
+    """What the lm_head multiplies [1, seqlen, hidden size], of each sequence.
+
+    The model's own forward makes it of what the last block gave, which stand-ins for the blocks pass on.
+
+    Args:
+        model: in eval mode; all but its blocks is on `device`.
+        blocks: its decoder blocks, first to last.
+        head: its lm_head.
+        tokens: int64 [nsamples, seqlen].
+        states: what the last block made of each sequence.
+        in_tuple: `gives_tuple` of the last block.
+        device: where the model computes.
+
+    Raises:
+        CheckpointError: the lm_head does not run on the hidden states that the last block gives.
+    """
+    distinct = list(dict.fromkeys(blocks.values()))  # a block may be used more than once
+    for sequence, hidden in zip(tokens, states, strict=True):
+        given = (hidden,) if in_tuple else hidden
+        seen: list[torch.Tensor] = []
+
+        def stop(
+            _head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], seen: list[torch.Tensor] = seen
+        ) -> None:
+            seen.append(args[0] if args else kwargs["input"])
+            raise _StopForwardError
+
+        hook = head.register_forward_pre_hook(stop, with_kwargs=True)
+        with _own_forwards_kept(distinct), _hooked([hook]):
+            for block in distinct:
+                block.forward = lambda *_, given=given, **__: given
+            _forward(model, sequence[None].to(device))
+        if not seen or seen[0].shape[:-1] != hidden.shape[:-1]:
+            raise CheckpointError(
+                "The lm_head does not read all that the last block gives, and cannot be pruned; leave it out of layers."
+            )
+        yield seen[0]
+
+
 @contextmanager
 def _standing_in(model: PreTrainedModel, blocks: dict[str, nn.Module], tokens: torch.Tensor) -> Iterator[None]:
     """While this lasts, blocks do nothing but pass on hidden states, as the tensor or the tuple that the model expects."""
     distinct = list(dict.fromkeys(blocks.values()))  # a block may be used more than once
-    own = [block.__dict__.get("forward") for block in distinct]
-    try:
+    with _own_forwards_kept(distinct):
         _stand_in(distinct, in_tuple=False)
         try:
             _record(model, blocks, tokens)
@@ -106,9 +158,17 @@ def _standing_in(model: PreTrainedModel, blocks: dict[str, nn.Module], tokens: t
             except Exception:
                 raise error from None
         yield
+
+
+@contextmanager
+def _own_forwards_kept(blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """Afterwards, blocks whose forward was replaced have their own again."""
+    own = [block.__dict__.get("forward") for block in blocks]
+    try:
+        yield
     finally:
-        for block, forward in zip(distinct, own, strict=True):
-            del block.forward
+        for block, forward in zip(blocks, own, strict=True):
+            block.__dict__.pop("forward", None)
             if forward is not None:
                 block.forward = forward
 

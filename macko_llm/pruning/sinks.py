@@ -19,6 +19,9 @@ class Sink(Protocol):
     def add(self, name: str, tensor: Tensor) -> None:
         """Write a tensor, on any device, under its name in the files."""
 
+    def replace(self, name: str, tensor: Tensor) -> None:
+        """Write over a tensor outside the blocks that was added under this name, with one of its shape and dtype."""
+
     def __contains__(self, name: object) -> bool:
         """Whether a tensor of this name has been written."""
 
@@ -52,6 +55,10 @@ class DenseSink:
     def add(self, name: str, tensor: Tensor) -> None:
         """See `Sink`."""
         self._writer.add(name, tensor)
+
+    def replace(self, name: str, tensor: Tensor) -> None:
+        """See `Sink`."""
+        self._writer.replace(name, tensor)
 
     def __contains__(self, name: object) -> bool:
         return name in self._writer

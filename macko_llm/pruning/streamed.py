@@ -14,7 +14,7 @@ from macko_llm.pruning.hidden_states import STATES_FILE
 from macko_llm.pruning.journal import NEW_JOURNAL_FILE, Journal, damaged
 from macko_llm.pruning.methods import Amount
 from macko_llm.pruning.report import PruneReport, make_report
-from macko_llm.pruning.selection import chosen_linears
+from macko_llm.pruning.selection import asked_head, chosen_linears
 from macko_llm.pruning.sinks import Sink
 from macko_llm.pruning.weights import Homes, StreamedWeights
 from macko_llm.recipe import UNIFORM, PruneRecipe
@@ -56,12 +56,13 @@ def prune_streamed(
     started = time.perf_counter() - journal.seconds
     layers = chosen_linears(model, recipe)
     zeros = dict(journal.zeros)
-    pruned = [key for block in [*homes.blocks][: journal.blocks] for key in homes.blocks[block]]
-
-    finished = tuple(f"{block}." for block in [*homes.blocks][: journal.blocks])
+    head = asked_head(model, recipe)
+    units = [*homes.blocks, *([head.name] if head else [])]
+    finished = units[: journal.blocks]
+    pruned = [key for block in finished if block in homes.blocks for key in homes.blocks[block]]
     if (
         any(key not in sink for key in pruned)
-        or zeros.keys() != {name for name in layers if name.startswith(finished)}
+        or zeros.keys() != {name for name in layers if f"{name}.".startswith(tuple(f"{unit}." for unit in finished))}
         or (journal.amounts is not None and journal.amounts.keys() != layers.keys())
     ):
         raise damaged(folder)
@@ -87,18 +88,27 @@ def prune_streamed(
         done = journal.blocks
         for key, gap in homes.before.items() if done == 0 else ():
             sink.add(key, weights.read(gap))
+
+        def add_rest() -> bool:
+            rest = {key: gap for key, gap in homes.outside.items() if key not in sink}
+            for key, gap in rest.items():
+                sink.add(key, weights.read(gap))
+            return bool(rest)
+
         blocks = prune_blocks(model, layers, tokens, recipe, amounts, weights, progress, finished=done)
         # Where all are pruned, the sink may have been cut off while it finished, and has nothing to load any more.
-        for block, of_block in blocks if done < len(homes.blocks) else ():
-            for key, gap in homes.blocks[block].items():
-                sink.add(key, gap.tensor)
+        for block, of_block in blocks if done < len(units) else ():
+            if block in homes.blocks:
+                for key, gap in homes.blocks[block].items():
+                    sink.add(key, gap.tensor)
+            else:  # the lm_head: most models' files have it before the blocks, so it goes to its place dense, and again pruned
+                add_rest()
+                key = f"{block}.weight"
+                sink.replace(key, homes.heads[key].tensor)
             zeros.update(of_block)
             done += 1
             note(done)
-        rest = {key: gap for key, gap in homes.outside.items() if key not in sink}
-        for key, gap in rest.items():
-            sink.add(key, weights.read(gap))
-        if rest:
+        if add_rest():
             note(done)
     for file in (STATES_FILE, NEW_JOURNAL_FILE):  # of a process that was killed before it could remove them
         (folder / file).unlink(missing_ok=True)

@@ -36,6 +36,9 @@ class Weights(Protocol):
     def block(self, name: str) -> AbstractContextManager[None]:
         """While this lasts, the block of this qualified name is there."""
 
+    def behind(self) -> AbstractContextManager[None]:
+        """While this lasts, all that is no block is there: what lies in front of the blocks, and behind them."""
+
     def new_states(self, count: int, first: Tensor) -> HiddenStates:
         """Room for hidden states (`hidden_states.Maker`)."""
 
@@ -52,6 +55,10 @@ class WeightsInMemory:
         return nullcontext()
 
     def block(self, name: str) -> AbstractContextManager[None]:  # noqa: ARG002
+        """Nothing to do."""
+        return nullcontext()
+
+    def behind(self) -> AbstractContextManager[None]:
         """Nothing to do."""
         return nullcontext()
 
@@ -159,6 +166,14 @@ class StreamedWeights:
             CheckpointError: a file cannot be read.
         """
         return self._present(self._homes.blocks[name])
+
+    def behind(self) -> AbstractContextManager[None]:
+        """While this lasts, all is there but the blocks.
+
+        Raises:
+            NonFiniteError, CheckpointError: as `block`.
+        """
+        return self._present(self._homes.outside)
 
     def new_states(self, count: int, first: Tensor) -> HiddenStates:
         """Room for hidden states."""
