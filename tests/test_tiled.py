@@ -188,7 +188,7 @@ def test_the_library_reads_whole_vectors_of_x(cols: int, shift: int, monkeypatch
             return 0
 
     monkeypatch.setattr(native, "library", Library)
-    monkeypatch.setattr(native, "_raw_stream", lambda device: 7)
+    monkeypatch.setattr(native, "_raw_stream", lambda _: 7)
     matrix = make(random_matrix(9, cols, 0.5, torch.float16), 1)
     memory = torch.full((shift + 2 * 3 * cols + 8,), torch.nan, dtype=torch.float16)
     assert memory.data_ptr() % 16 == 0
