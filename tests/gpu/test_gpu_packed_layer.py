@@ -9,6 +9,7 @@ import torch
 from families import make_tokenizer, random_tokens
 from sliced_helpers import arranged, certainly_cut, random_matrix, whole_numbers
 from test_gpu_canonical import GPU
+from tiled_helpers import tile
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import macko_llm
 from macko_llm import checkpoint, models, native
 from macko_llm.errors import FormatError, MackoWarning
-from macko_llm.layouts import canonical, layout, sliced
+from macko_llm.layouts import canonical, gpu_layout, layout
 from macko_llm.layouts.sliced import SLICED_SPMV_MAX_TOKENS
 from macko_llm.layouts.sliced_plan import Shape
 from macko_llm.linear import ARRAY_NAMES, MackoLinear
@@ -53,9 +54,9 @@ def test_values_keep_their_dtype_when_a_model_is_cast(dtype: torch.dtype, to: to
     layer, weight = make(dtype)
     layer.to(to)
     assert layer.is_arranged
-    assert layer.layout.dtype == dtype
+    assert layer.packed.dtype == dtype
     assert layer.bias.dtype == to
-    assert torch.equal(layer.layout.dense().cpu(), weight)
+    assert torch.equal(layer.packed.dense().cpu(), weight)
     for tokens in (1, 2, 5, 40):
         x = torch.randn(tokens, COLS, device=GPU).to(to)
         y = layer(x)
@@ -112,13 +113,18 @@ def test_inputs_begin_anywhere_in_memory() -> None:
 
 
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
-@pytest.mark.parametrize("layout", ["canonical", "sliced"])
+@pytest.mark.parametrize("layout", ["canonical", "sliced", "tiled"])
 def test_a_token_that_is_not_finite_spoils_its_whole_product(value: float, layout: str) -> None:
     """In rows with an entry at its column and in those without, whatever the number of tokens and their alignment."""
     for cols in (171, 1024):
         weight = random_matrix(300, cols, 0.5, torch.float16).sign()
         weight[:, (0, 100, cols - 1)] = (torch.arange(300) % 2).half()[:, None]  # half of the rows have an entry there
-        matrix = canonical.pack(weight.to(GPU)) if layout == "canonical" else certainly_cut(weight, Shape(32, 8), 2)
+        makers = {
+            "canonical": lambda weight: canonical.pack(weight.to(GPU)),
+            "sliced": lambda weight: certainly_cut(weight, Shape(32, 8), 2),
+            "tiled": tile,
+        }
+        matrix = makers[layout](weight)
         for dtype in (torch.float16, torch.float32):
             for tokens in (1, 2, 3, 4, 7, 40):
                 for column in (0, 100, cols - 1):
@@ -153,7 +159,7 @@ def test_arrays_that_are_not_valid_never_reach_a_kernel() -> None:
         layer.load_state_dict(good, assign=assign)
         layer.to(GPU)
         assert layer.is_arranged
-        assert torch.equal(layer.layout.dense().cpu(), weight)
+        assert torch.equal(layer.packed.dense().cpu(), weight)
     layer.to_empty(device=GPU)
     layer.weight_deltas.fill_(0xFF)
     with pytest.raises(FormatError, match="not valid MACKO data"):
@@ -277,8 +283,8 @@ def test_a_torch_without_its_private_names_takes_the_ops(monkeypatch: pytest.Mon
         monkeypatch.setattr(native, "_short_way", None)
         assert torch.equal(layer(x), expected)
         monkeypatch.delattr(torch._C, "_len_torch_dispatch_stack")
-        monkeypatch.setattr(sliced, "_python_modes", layout.modes_counter())
-        assert not layer.layout._is_plain(x, layer.bias)
+        monkeypatch.setattr(gpu_layout, "_python_modes", layout.modes_counter())
+        assert not layer.packed._is_plain(x, layer.bias)
         assert torch.equal(layer(x), expected)
 
 

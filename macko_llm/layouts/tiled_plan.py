@@ -1,0 +1,93 @@
+"""How a matrix is cut for tensor cores, into strips of tiles (csrc/cuda/tiled.cuh): plans and arithmetic."""
+
+from dataclasses import dataclass
+
+import torch
+
+TILE_ROWS, TILE_COLUMNS = 8, 64
+MAX_TILES = 8
+"""Of a strip."""
+MAX_COLS = 131072
+"""MACKO_TILED_MAX_COLS in csrc/macko.h."""
+UNIT_BYTES = 16
+"""Records are whole units of these bytes."""
+_SLOT_ALIGNMENT = 128
+_ALIGNMENT = 256
+
+_LOW_TILES = 4
+_PLACES = 6
+# What a cut costs besides the tiles of a multiprocessor. To be measured.
+_TALL_COST = 0.1  # of those tiles, where strips have more than _LOW_TILES
+_STRIP_COST = 0.25  # tiles a strip
+_CROWDING_COST = 2.5  # tiles a strip beyond the _PLACES of a multiprocessor
+
+
+def _divide_up(dividend: int, divisor: int) -> int:
+    return -(-dividend // divisor)
+
+
+def choose_strips(rows: int, multiprocessors: int) -> int:
+    """Into how many strips to cut a matrix on a GPU.
+
+    Each multiprocessor gets as many strips as any other, so that the busiest has no more tiles than it must; or each
+    tile is a strip, if they are fewer. Of those cuts, low strips are better, unless they are too many.
+
+    Args:
+        rows: of the matrix, at least 1.
+        multiprocessors: of the GPU.
+    """
+    tiles = _divide_up(rows, TILE_ROWS)
+    busiest = _divide_up(tiles, multiprocessors)
+
+    def cost(each: int) -> float:  # strips of a multiprocessor
+        extra = _TALL_COST * busiest if _divide_up(tiles, each * multiprocessors) > _LOW_TILES else 0.0
+        return extra + _STRIP_COST * each + _CROWDING_COST * max(0, each - _PLACES)
+
+    fewest = _divide_up(tiles, MAX_TILES * multiprocessors)
+    return min(min(range(fewest, busiest + 1), key=cost) * multiprocessors, tiles)
+
+
+def count_records(cols: int, strips: int) -> int:
+    """Records of a matrix: each strip has one for every panel of TILE_COLUMNS columns, one behind the other."""
+    return strips * _divide_up(cols, TILE_COLUMNS)
+
+
+@dataclass(frozen=True)
+class TiledPlan:
+    """All that is known of a tiled matrix without its arrays.
+
+    Attributes:
+        rows, cols: of the dense matrix.
+        dtype: of the values, float16 or bfloat16.
+        strips: of 1 to MAX_TILES tiles, the first ones one higher than the others where tiles do not divide evenly.
+        units: of all records.
+        record_bytes: of the longest record, rounded up as the kernels lay records in shared memory.
+    """
+
+    rows: int
+    cols: int
+    dtype: torch.dtype
+    strips: int
+    units: int
+    record_bytes: int
+
+    @classmethod
+    def of(cls, shape: tuple[int, int], dtype: torch.dtype, strips: int, units: int, most_units: int) -> "TiledPlan":
+        """The plan of a matrix whose records have these many units, and the longest of them `most_units`."""
+        record_bytes = _divide_up(most_units * UNIT_BYTES, _SLOT_ALIGNMENT) * _SLOT_ALIGNMENT
+        return cls(*shape, dtype, strips, units, record_bytes)
+
+    @property
+    def records(self) -> int:
+        """Of all strips, see `count_records`."""
+        return count_records(self.cols, self.strips)
+
+    @property
+    def starts_offset(self) -> int:
+        """Where [records + 1] int32 starts begin in the buffer, at whose front the records lie."""
+        return _divide_up(self.units * UNIT_BYTES, _ALIGNMENT) * _ALIGNMENT
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffer."""
+        return self.starts_offset + (self.records + 1) * 4
