@@ -33,7 +33,8 @@ def load(
 
     Args:
         path: a folder or a hub id.
-        dtype: "auto" (the checkpoint's), "float16", "bfloat16" or "float32".
+        dtype: "auto" (the checkpoint's), "float16", "bfloat16" or "float32". Packed values keep theirs, but for "bfloat16"
+            on a CPU, which multiplies those faster.
         device: "auto", "cpu", "cuda", "cuda:1", ...
         trust_remote_code: run Python code that lies in the folder.
 
@@ -46,12 +47,22 @@ def load(
     stored_as = checkpoint.quantization_method(folder)
     if torch_device.type in ("cpu", "cuda") and stored_as in (None, checkpoint.QUANT_METHOD):
         model = models.load_empty(folder, dtype=dtype, trust_remote_code=trust_remote_code)
+        if torch_device.type == "cpu" and dtype == "bfloat16":
+            _hold_bfloat16(model)
         gaps = find_gaps(model, folder)
         if gaps is not None:
             with models.plain_errors(folder, torch_device), torch.no_grad():
                 _fill(model, gaps, torch_device)
             return model
     return models.load_model(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+
+
+def _hold_bfloat16(model: PreTrainedModel) -> None:
+    """Have the packed layers of a model without weights read their values as bfloat16: none of float16's becomes zero."""
+    for layer in model.modules():
+        if isinstance(layer, MackoLinear):
+            layer.weight_values = nn.Parameter(layer.weight_values.to(torch.bfloat16), requires_grad=False)
+            model.config.quantization_config.value_dtype = "bfloat16"  # what is saved says so
 
 
 @dataclass(frozen=True)

@@ -309,15 +309,34 @@ def cpu_bitmap_unpack(bitmap: BitmapStruct, weight: torch.Tensor) -> None:
 
 
 def cpu_bitmap_spmv(bitmap: BitmapStruct, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Y = x Wᵀ + bias for a bitmap, like `cpu_spmv`."""
-    tokens = x.shape[0]
+    """Y = x Wᵀ + bias for a bitmap of a [rows, cols] matrix, accumulated in float32.
+
+    Args:
+        bitmap: its addresses.
+        x: [..., cols] contiguous float16, bfloat16 or float32.
+        bias: [rows] contiguous, of x's dtype, or None.
+
+    Returns:
+        [..., rows] of x's dtype.
+
+    Raises:
+        NativeError: the bias has another shape or dtype, or an array is not contiguous.
+    """
+    # Called for every layer of every token: nothing here that is not needed.
     _check_bias(bias, x, bitmap.rows)
-    y = torch.empty(tokens, bitmap.rows, dtype=x.dtype)
-    _call(
-        "macko_cpu_bitmap_spmv",
-        *(address_of(bitmap), _address(x), None if bias is None else _address(bias), _address(y)),
-        *(CODES[x.dtype], tokens, cpu_instructions(), torch.get_num_threads()),
+    y = x.new_empty((*x.shape[:-1], bitmap.rows))
+    status = library().macko_cpu_bitmap_spmv(
+        address_of(bitmap),
+        _address(x),
+        None if bias is None else _address(bias),
+        y.data_ptr(),
+        CODES[x.dtype],
+        x.numel() // bitmap.cols,
+        cpu_instructions(),
+        torch.get_num_threads(),
     )
+    if status != 0:
+        _raise("macko_cpu_bitmap_spmv", status)
     return y
 
 

@@ -5,6 +5,7 @@ import ctypes
 import pickle
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_ops import ACTIVATIONS, HALVES, assert_same, assert_within_rounding, every_half, products, sparse
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from macko_llm import native
 from macko_llm.errors import NativeError
@@ -346,3 +348,31 @@ def test_the_library_refuses_instructions_that_are_not_there() -> None:
                 native.cpu_bitmap_spmv(matrix.struct, torch.ones(1, 3), None)
             with pytest.raises(NativeError, match="refused its arguments"):
                 native.cpu_bitmap_unpack(matrix.struct, torch.ones(2, 3).half())
+
+
+class _Counting(TorchDispatchMode):
+    """Counts the ops of this package that pass through torch's dispatcher."""
+
+    calls = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        del types
+        self.calls += "macko" in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_whoever_wants_to_see_the_op_sees_it() -> None:
+    """Calls go past torch's dispatcher, with the same result, where nothing watches: modes and tracers do."""
+    matrix = arrange(every_half(torch.float16)[:2048].reshape(32, 64).nan_to_num(0, 0, 0))
+    x, other = torch.randn(2, 64, generator=torch.Generator().manual_seed(0)).half().split(1)
+    assert matrix._is_plain(x, None)
+    plain = matrix.linear(x, None)
+    with _Counting() as mode:
+        assert torch.equal(matrix.linear(x, None), plain)
+    assert mode.calls == 1
+    with torch.profiler.profile() as profiler:
+        matrix.linear(x, None)
+    assert any(event.name == "macko::bitmap_spmv" for event in profiler.events())
+    traced = torch.jit.trace(lambda x: matrix.linear(x, None), (x,))
+    assert torch.equal(traced(other), matrix.linear(other, None))
+    assert not torch.equal(traced(other), plain)

@@ -17,7 +17,7 @@ import macko_llm
 from macko_llm import native
 from macko_llm.errors import MackoWarning, NativeError
 from macko_llm.format import MackoMatrix
-from macko_llm.layouts import canonical, sliced
+from macko_llm.layouts import canonical, layout
 
 HALF = torch.ones(4, 6, dtype=torch.float16)
 
@@ -331,8 +331,8 @@ def test_values_that_have_been_cast_are_refused() -> None:
 
 
 def test_a_torch_without_its_private_names_counts_as_watched(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert sliced._modes_counter()() == 0
+    assert layout.modes_counter()() == 0
     with FakeTensorMode():
-        assert sliced._modes_counter()() == 1
+        assert layout.modes_counter()() == 1
     monkeypatch.delattr(torch._C, "_len_torch_dispatch_stack")
-    assert sliced._modes_counter()() == 1
+    assert layout.modes_counter()() == 1

@@ -53,9 +53,9 @@ def plot_spmv(report: SpmvReport, path: Path) -> None:
     for panel, (rows, cols) in zip(panels.flat, shapes, strict=False):
         cases = [case for case in report.cases if (case.rows, case.cols) == (rows, cols)]
         if over_tokens:
-            _draw_over_tokens(panel, cases, conditions.read_gigabytes_per_second)
+            _draw_over_tokens(panel, cases)
         else:
-            _draw_over_sparsity(panel, cases, conditions.read_gigabytes_per_second)
+            _draw_over_sparsity(panel, cases)
         panel.axhline(1, color="black", linewidth=1, label="dense")
         panel.set_title(f"{rows} x {cols}", fontsize=10)
         panel.grid(alpha=0.25)
@@ -76,7 +76,7 @@ def plot_spmv(report: SpmvReport, path: Path) -> None:
     figure.savefig(path)
 
 
-def _draw_over_sparsity(panel: Axes, cases: Sequence[Case], bandwidth: float) -> None:
+def _draw_over_sparsity(panel: Axes, cases: Sequence[Case]) -> None:
     from matplotlib import colormaps
     from matplotlib.ticker import PercentFormatter
 
@@ -91,20 +91,20 @@ def _draw_over_sparsity(panel: Axes, cases: Sequence[Case], bandwidth: float) ->
     sparsities = [case.sparsity for case in fewest]
     _draw_csr(panel, sparsities, fewest, f"CSR, {_count(fewest[0].tokens)}")
     if len(groups) == 1:
-        _draw_limit(panel, sparsities, fewest, bandwidth)
+        _draw_limit(panel, sparsities, fewest)
     panel.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     panel.set_xticks(sorted({case.sparsity for case in cases}))
     panel.set_xlabel("sparsity", fontsize=9)
 
 
-def _draw_over_tokens(panel: Axes, cases: Sequence[Case], bandwidth: float) -> None:
+def _draw_over_tokens(panel: Axes, cases: Sequence[Case]) -> None:
     from matplotlib.ticker import NullLocator
 
     cases = sorted(cases, key=_by_tokens)
     counts = [case.tokens for case in cases]
     panel.plot(counts, [case.speedup for case in cases], marker="o", color="C0", label="macko")
     _draw_csr(panel, counts, cases, "CSR")
-    _draw_limit(panel, counts, cases, bandwidth)
+    _draw_limit(panel, counts, cases)
     panel.set_xscale("log", base=2)
     panel.set_xticks(counts, [str(count) for count in counts])
     panel.xaxis.set_minor_locator(NullLocator())
@@ -117,8 +117,8 @@ def _draw_csr(panel: Axes, positions: Sequence[float], cases: Sequence[Case], la
         panel.plot(positions, speedups, marker=".", linestyle="--", color=GREY, label=label)
 
 
-def _draw_limit(panel: Axes, positions: Sequence[float], cases: Sequence[Case], bandwidth: float) -> None:
-    limits = [case.dense.microseconds * bandwidth * 1e3 / case.bytes_moved for case in cases]
+def _draw_limit(panel: Axes, positions: Sequence[float], cases: Sequence[Case]) -> None:
+    limits = [case.dense.microseconds * case.read_gigabytes_per_second * 1e3 / case.bytes_moved for case in cases]
     panel.plot(positions, limits, marker="_", linestyle=":", color="C0", label="macko's bytes at the read bandwidth")
 
 

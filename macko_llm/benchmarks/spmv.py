@@ -1,6 +1,7 @@
 """One linear layer at a time: dense, CSR and packed, on weights that no cache holds, with their errors."""
 
 import functools
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,11 +12,10 @@ from torch.nn import functional as F
 
 from macko_llm import models
 from macko_llm.benchmarks import weights
-from macko_llm.benchmarks.machine import Machine, describe_machine, is_out_of_memory
+from macko_llm.benchmarks.machine import Machine, describe_machine, is_out_of_memory, read_bandwidth
 from macko_llm.benchmarks.timing import Timing, measure
 from macko_llm.dtypes import VALUE_DTYPES
 from macko_llm.errors import UsageError
-from macko_llm.linear import MackoLinear
 from macko_llm.progress import Progress, no_progress
 from macko_llm.refusals import check_benchmark_dtype
 
@@ -27,6 +27,8 @@ TOKENS = (1,)
 CACHE_MULTIPLE = 6
 """A rotation's weights are at least this many times the GPU's L2, so that even a random replacement keeps nothing."""
 CPU_ROTATION_BYTES = 512 * 2**20
+DENSE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""In which dense is timed on a CPU, whose fastest differs from machine to machine."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Conditions(Machine):
     """What the figures of a report depend on.
 
     Attributes:
-        dtype: of weights and inputs.
+        dtype: of weights and inputs, or several with commas between them.
         l2_bytes: of the GPU.
         rotation_bytes: what each method's weights add up to at least.
     """
@@ -76,13 +78,18 @@ class Case:
         rows, cols: of the weight.
         sparsity: share of zeros asked for; every row has exactly int(cols * sparsity).
         tokens: the input is [tokens, cols].
-        dense: `F.linear`, cuBLAS on a GPU.
+        dtype: of the packed values and of the input.
+        dense: `F.linear` in the same dtype, cuBLAS on a GPU.
+        dense_others: on a CPU, dense in the others of DENSE_DTYPES.
         csr: torch's sparse CSR product, cuSPARSE on a GPU; None where torch has none.
+        scipy: on a CPU, SciPy's CSR product in float32; None where SciPy is not installed.
         macko: the packed layer as models use it.
         bytes_moved: by macko: the packed weight, the input and the output, each once.
         gigabytes_per_second: bytes_moved / time of macko.
-        bandwidth_share: of the read bandwidth.
+        read_gigabytes_per_second: the read bandwidth; on a CPU measured beside this case, for there it wanders.
+        bandwidth_share: of that.
         speedup: time of dense / time of macko.
+        speedup_over_fastest: the same with dense in its fastest dtype of those that were timed.
         notes: what a reader must know of this case, in sentences.
     """
 
@@ -90,14 +97,29 @@ class Case:
     cols: int
     sparsity: float
     tokens: int
+    dtype: str
     dense: Method
+    dense_others: tuple[Method, ...]
     csr: Method | None
+    scipy: Method | None
     macko: Method
     bytes_moved: int
     gigabytes_per_second: float
+    read_gigabytes_per_second: float
     bandwidth_share: float
     speedup: float
+    speedup_over_fastest: float
     notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Means:
+    """Geometric means over the cases of one dtype; the fields are those of Case."""
+
+    dtype: str
+    bandwidth_share: float
+    speedup: float
+    speedup_over_fastest: float
 
 
 @dataclass(frozen=True)
@@ -106,6 +128,7 @@ class SpmvReport:
 
     conditions: Conditions
     cases: tuple[Case, ...]
+    means: tuple[Means, ...]
 
 
 @torch.inference_mode()
@@ -114,7 +137,7 @@ def measure_spmv(
     sparsities: Sequence[float] = SPARSITIES,
     tokens: Sequence[int] = TOKENS,
     *,
-    dtype: str = "float16",
+    dtypes: Sequence[str] = ("float16",),
     device: str = "auto",
     progress: Progress = no_progress,
 ) -> SpmvReport:
@@ -124,23 +147,24 @@ def measure_spmv(
         shapes: (rows, cols).
         sparsities: each from 0 to below 1.
         tokens: rows of the input.
-        dtype: float16 or bfloat16.
+        dtypes: of the packed values, float16, bfloat16 or both.
         device: where to compute.
         progress: told of each case.
 
     Raises:
         UsageError: there is no such device or dtype, or a weight does not fit on it.
     """
-    check_benchmark_dtype(dtype)
+    for dtype in dtypes:
+        check_benchmark_dtype(dtype)
     where = models.resolve_device(device)
     progress("measuring read bandwidth", 0, 1)
-    conditions = _conditions(where, dtype)
-    total = len(shapes) * len(sparsities) * len(tokens)
+    conditions = _conditions(where, dtypes)
+    total = len(shapes) * len(sparsities) * len(tokens) * len(dtypes)
     cases: list[Case] = []
     for rows, cols in shapes:
         for sparsity in sparsities:
             try:
-                for case in _measure_matrix((rows, cols), sparsity, tokens, where, conditions):
+                for case in _measure_matrix((rows, cols), sparsity, tokens, dtypes, where, conditions):
                     cases.append(case)
                     progress("measuring products", len(cases), total)
             except RuntimeError as error:
@@ -149,55 +173,121 @@ def measure_spmv(
                 raise UsageError(
                     f"Several weights of {rows} x {cols} do not fit on {where}; use a smaller --shape or --tokens."
                 ) from error
-    return SpmvReport(conditions, tuple(cases))
+    return SpmvReport(conditions, tuple(cases), tuple(_means(dtype, cases) for dtype in dtypes))
 
 
 def _measure_matrix(
-    shape: tuple[int, int], sparsity: float, tokens: Sequence[int], device: torch.device, conditions: Conditions
+    shape: tuple[int, int],
+    sparsity: float,
+    tokens: Sequence[int],
+    dtypes: Sequence[str],
+    device: torch.device,
+    conditions: Conditions,
 ) -> Iterator[Case]:
-    """The cases of one matrix; all of them share its copies."""
+    """The cases of one matrix; all of them share its copies, of which a GPU holds one dtype's at a time."""
+    if device.type == "cpu":
+        # What is not zero in float16 is not zero in any of the others either.
+        drawn = "float16" if "float16" in dtypes else dtypes[0]
+        yield from _measure_copies(shape, sparsity, tokens, drawn, dtypes, device, conditions)
+    else:
+        for dtype in dtypes:
+            yield from _measure_copies(shape, sparsity, tokens, dtype, [dtype], device, conditions)
+
+
+def _measure_copies(
+    shape: tuple[int, int],
+    sparsity: float,
+    tokens: Sequence[int],
+    drawn: str,
+    dtypes: Sequence[str],
+    device: torch.device,
+    conditions: Conditions,
+) -> Iterator[Case]:
+    """The cases of weights that are drawn in one dtype, and rounded to the others."""
     rows, cols = shape
-    dtype = VALUE_DTYPES[conditions.dtype]
-    csr_dtype = weights.csr_dtype(dtype, device)
+    csr_dtype = weights.csr_dtype(VALUE_DTYPES[drawn], device)
+    rotation_bytes = conditions.rotation_bytes
     sets = weights.make_weight_sets(
-        shape, sparsity, dtype, device, csr_dtype=csr_dtype, rotation_bytes=conditions.rotation_bytes
+        shape, sparsity, VALUE_DTYPES[drawn], device, csr_dtype=csr_dtype, rotation_bytes=rotation_bytes
     )
+    on_cpu = device.type == "cpu"
+    dense_copies = {VALUE_DTYPES[drawn]: sets.dense}
+    for other in DENSE_DTYPES if on_cpu else ():
+        if other not in dense_copies:
+            dense_copies[other] = weights.dense_in(sets.dense, other, rotation_bytes)
+    packed_copies = {drawn: sets.packed}
+    for name in dtypes:
+        if name not in packed_copies:
+            packed_copies[name] = weights.packed_in(sets.packed, VALUE_DTYPES[name])
+    scipy_copies = [weights.scipy_csr(weight) for weight in sets.csr] if on_cpu and csr_dtype == torch.float32 else []
     generator = torch.Generator(device).manual_seed(1)
     for count in tokens:
-        x = torch.randn(count, cols, dtype=dtype, device=device, generator=generator)
-        # The first weight is the same in all sets, so one reference serves all.
-        reference = _reference(x, sets.dense[0])
-        dense = _method(lambda weight, x: F.linear(x, weight), sets.dense, x, reference)
-        packed = _method(lambda layer, x: layer(x), sets.packed, x, reference)
-        csr = None
+        x = torch.randn(count, cols, dtype=VALUE_DTYPES[drawn], device=device, generator=generator)
+        # The first weight is the same in all sets, so one reference serves all of a dtype.
+        inputs = {dtype: x.to(dtype) for dtype in dense_copies}
+        references = {dtype: _reference(inputs[dtype], copies[0]) for dtype, copies in dense_copies.items()}
+        dense = {
+            dtype: _method(_dense_product, copies, inputs[dtype], references[dtype], weights.weight_bytes(copies[0]))
+            for dtype, copies in dense_copies.items()
+        }
+        csr = scipy = None
         if csr_dtype is not None:
-            csr = _method(lambda weight, x: weights.csr_product(x, weight), sets.csr, x.to(csr_dtype), reference)
-        moved = packed.nbytes + (rows + cols) * count * dtype.itemsize
-        speed = moved / packed.microseconds / 1e3
-        yield Case(
-            rows=rows,
-            cols=cols,
-            sparsity=sparsity,
-            tokens=count,
-            dense=dense,
-            csr=csr,
-            macko=packed,
-            bytes_moved=moved,
-            gigabytes_per_second=speed,
-            bandwidth_share=speed / conditions.read_gigabytes_per_second,
-            speedup=dense.microseconds / packed.microseconds,
-            notes=tuple(_notes({"dense": dense, "CSR": csr, "macko": packed}, conditions)),
-        )
+            of_csr = x.to(csr_dtype), references[VALUE_DTYPES[drawn]], weights.weight_bytes(sets.csr[0])
+            csr = _method(lambda weight, x: weights.csr_product(x, weight), sets.csr, *of_csr)
+            if scipy_copies and scipy_copies[0] is not None:
+                scipy = _method(lambda weight, x: weights.scipy_product(x, weight), scipy_copies, *of_csr)
+        fastest = min(method.microseconds for method in dense.values())
+        for name in dtypes:
+            dtype, copies = VALUE_DTYPES[name], packed_copies[name]
+            nbytes = weights.weight_bytes(copies[0])
+            packed = _method(lambda layer, x: layer(x), copies, inputs[dtype], references[dtype], nbytes)
+            moved = nbytes + (rows + cols) * count * dtype.itemsize
+            speed = moved / packed.microseconds / 1e3
+            read = read_bandwidth(device) if on_cpu else conditions.read_gigabytes_per_second
+            methods = {"dense": dense[dtype], "CSR": csr, "macko": packed}
+            yield Case(
+                rows=rows,
+                cols=cols,
+                sparsity=sparsity,
+                tokens=count,
+                dtype=name,
+                dense=dense[dtype],
+                dense_others=tuple(method for other, method in dense.items() if other != dtype),
+                csr=csr,
+                scipy=scipy,
+                macko=packed,
+                bytes_moved=moved,
+                gigabytes_per_second=speed,
+                read_gigabytes_per_second=read,
+                bandwidth_share=speed / read,
+                speedup=dense[dtype].microseconds / packed.microseconds,
+                speedup_over_fastest=fastest / packed.microseconds,
+                notes=tuple(_notes(methods, name, conditions)),
+            )
+
+
+def _dense_product(weight: Tensor, x: Tensor) -> Tensor:
+    return F.linear(x, weight)
+
+
+def _means(dtype: str, cases: Sequence[Case]) -> Means:
+    own = [case for case in cases if case.dtype == dtype]
+    return Means(
+        dtype,
+        bandwidth_share=statistics.geometric_mean(case.bandwidth_share for case in own),
+        speedup=statistics.geometric_mean(case.speedup for case in own),
+        speedup_over_fastest=statistics.geometric_mean(case.speedup_over_fastest for case in own),
+    )
 
 
 def _method(
-    product: Callable[[Any, Tensor], Tensor], copies: Sequence[Tensor | MackoLinear], x: Tensor, reference: Tensor
+    product: Callable[[Any, Tensor], Tensor], copies: Sequence[Any], x: Tensor, reference: Tensor, nbytes: int
 ) -> Method:
     error = (product(copies[0], x).double() - reference).norm() / reference.norm()
     rotation = [functools.partial(product, weight, x) for weight in copies]
     return Method(
         timing=measure(rotation, x.device),
-        nbytes=weights.weight_bytes(copies[0]),
+        nbytes=nbytes,
         copies=len(copies),
         relative_error=error.item(),
         dtype=str(x.dtype).removeprefix("torch."),
@@ -209,24 +299,24 @@ def _reference(x: Tensor, weight: Tensor) -> Tensor:
     return torch.cat([x.double() @ part.double().t() for part in weights.row_parts(weight)], dim=1)
 
 
-def _notes(methods: dict[str, Method | None], conditions: Conditions) -> Iterator[str]:
+def _notes(methods: dict[str, Method | None], dtype: str, conditions: Conditions) -> Iterator[str]:
     for name, method in methods.items():
         if method is None:
-            yield f"torch has no {name} product for {conditions.dtype} here, so it is left out."
+            yield f"torch has no {name} product for {dtype} here, so it is left out."
             continue
-        if method.dtype != conditions.dtype:
-            yield f"{name} is timed in {method.dtype}, because torch has no such product for {conditions.dtype} here."
+        if method.dtype != dtype:
+            yield f"{name} is timed in {method.dtype}, because torch has no such product for {dtype} here."
         if method.timing.graph_failure:
             yield f"{name} is timed without a CUDA graph, gaps between launches included: {method.timing.graph_failure}."
         if method.copies * method.nbytes < conditions.rotation_bytes:
             yield f"Small shapes: {weights.MAX_COPIES} weights are fewer bytes than keep them out of the caches."
 
 
-def _conditions(device: torch.device, dtype: str) -> Conditions:
+def _conditions(device: torch.device, dtypes: Sequence[str]) -> Conditions:
     l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else None
     rotation_bytes = CPU_ROTATION_BYTES
     if l2_bytes is not None:
         # Three methods share the memory, and making weights needs room too.
         rotation_bytes = min(CACHE_MULTIPLE * l2_bytes, torch.cuda.mem_get_info(device)[0] // 8)
     machine = asdict(describe_machine(device))
-    return Conditions(**machine, dtype=dtype, l2_bytes=l2_bytes, rotation_bytes=rotation_bytes)
+    return Conditions(**machine, dtype=",".join(dtypes), l2_bytes=l2_bytes, rotation_bytes=rotation_bytes)

@@ -1,8 +1,9 @@
 """Random pruned weights for benchmarks, in every representation and in more copies than a cache holds."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,6 +76,17 @@ def make_weight_sets(
             sets.packed.append(packed_layer(weight))
 
 
+def dense_in(copies: Sequence[Tensor], dtype: torch.dtype, rotation_bytes: int) -> list[Tensor]:
+    """The same dense weights in another dtype, as many as still add up to `rotation_bytes`."""
+    each = copies[0].numel() * dtype.itemsize
+    return [weight.to(dtype) for weight in copies[: max(MIN_COPIES, -(-rotation_bytes // each))]]
+
+
+def packed_in(layers: Sequence[MackoLinear], dtype: torch.dtype) -> list[MackoLinear]:
+    """The same packed layers with values of another dtype."""
+    return [packed_layer(layer.layout.dense().to(dtype)) for layer in layers]
+
+
 def packed_layer(weight: Tensor) -> MackoLinear:
     """What a model holds in place of a [rows, cols] weight, on the weight's device."""
     layer = MackoLinear.from_matrix(canonical.pack(weight))
@@ -113,6 +125,25 @@ def csr_product(x: Tensor, weight: Tensor) -> Tensor:
     if x.shape[0] == 1:
         return torch.mv(weight, x[0])[None]
     return torch.mm(weight, x.t()).t()
+
+
+def scipy_csr(weight: Tensor) -> Any:
+    """SciPy's matrix around the arrays of a sparse CSR tensor on the CPU; None where SciPy is not installed."""
+    try:
+        from scipy.sparse import csr_array
+    except ModuleNotFoundError:
+        return None
+    arrays = weight.values(), weight.col_indices(), weight.crow_indices()
+    return csr_array(tuple(array.numpy() for array in arrays), shape=tuple(weight.shape))
+
+
+def scipy_product(x: Tensor, weight: Any) -> Tensor:
+    """Y = x Wᵀ, [tokens, rows], like `csr_product`."""
+    return (
+        torch.from_numpy(weight @ x[0].numpy())[None]
+        if x.shape[0] == 1
+        else torch.from_numpy(weight @ x.t().numpy()).t()
+    )
 
 
 def csr_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype | None:

@@ -16,7 +16,7 @@ from macko_llm.defaults import MAX_ENTRIES
 from macko_llm.errors import UsageError
 
 if TYPE_CHECKING:
-    from macko_llm.benchmarks.spmv import Case, Conditions, Method, SpmvReport
+    from macko_llm.benchmarks.spmv import Case, Means, Method, SpmvReport
 
 COLUMNS = (
     "rows x cols",
@@ -33,6 +33,26 @@ COLUMNS = (
     "dense",
     "packed",
 )
+CPU_COLUMNS = (
+    *COLUMNS[:3],
+    "values",
+    "fp32 us",
+    "bf16 us",
+    "fp16 us",
+    "CSR us",
+    "SciPy us",
+    "packed us",
+    "vs fastest",
+    "vs same",
+    "GB/s",
+    "of read",
+    "error dense",
+    "error packed",
+    "packed",
+)
+NOTHING = "-"
+_DENSE_COLUMNS = ("float32", "bfloat16", "float16")
+_SHORT = {"float16": "fp16", "bfloat16": "bf16"}
 
 
 @plain_errors
@@ -47,7 +67,9 @@ def spmv(
     tokens: Annotated[
         list[str] | None, typer.Option(metavar="COUNT,...", help="Rows of the input, such as 1,2,4,8,16. [default: 1]")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="float16 or bfloat16.")] = "float16",
+    dtype: Annotated[
+        list[str] | None, typer.Option(metavar="DTYPE,...", help="float16, bfloat16 or both. [default: float16]")
+    ] = None,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
     plot: Annotated[
@@ -57,13 +79,16 @@ def spmv(
 ) -> None:
     """Time single layers: dense, sparse CSR and packed, with the bandwidth reached and the error of each.
 
-    The weights are random and go round in more copies than the caches hold. Lists are separated by commas; an option may also
-    be given several times.
+    The weights are random and go round in more copies than the caches hold. On a CPU dense is timed in float32, bfloat16 and
+    float16, and SciPy's CSR too, where it is installed. Lists are separated by commas; an option may also be given several
+    times.
 
     Examples:
         macko bench spmv
 
         macko bench spmv --shape 4096x4096 --sparsity 0.5 --tokens 1,2,4,8,16 --plot speed.png
+
+        macko bench spmv --device cpu --shape 4096x4096 --dtype float16,bfloat16
     """
     from macko_llm import refusals
     from macko_llm.benchmarks import plots
@@ -71,8 +96,12 @@ def spmv(
     shapes = parse_list(shape, parse_shape)
     sparsities = parse_list(sparsity, parse_sparsity)
     counts = parse_list(tokens, parse_tokens)
-    refusals.check_benchmark_dtype(dtype)
+    dtypes = parse_list(dtype, str) or ["float16"]
+    for name in dtypes:
+        refusals.check_benchmark_dtype(name)
     refusals.check_device(device)
+    if plot is not None and len(dtypes) > 1:
+        raise UsageError("A plot shows one dtype; give --plot a single --dtype.")
     if plot is not None:
         plots.check_plot(plot)
 
@@ -82,8 +111,8 @@ def spmv(
     sparsities = sparsities or list(benchmark.SPARSITIES)
     counts = counts or list(benchmark.TOKENS)
     with progress_bars() as progress:
-        report = benchmark.measure_spmv(shapes, sparsities, counts, dtype=dtype, device=device, progress=progress)
-    command = command_line(shapes, sparsities, counts, dtype, device)
+        report = benchmark.measure_spmv(shapes, sparsities, counts, dtypes=dtypes, device=device, progress=progress)
+    command = command_line(shapes, sparsities, counts, dtypes, device)
     if as_json:
         print_json({"command": command, **asdict(report)})
     else:
@@ -119,28 +148,43 @@ def parse_tokens(text: str) -> int:
 
 
 def command_line(
-    shapes: Sequence[tuple[int, int]], sparsities: Sequence[float], tokens: Sequence[int], dtype: str, device: str
+    shapes: Sequence[tuple[int, int]],
+    sparsities: Sequence[float],
+    tokens: Sequence[int],
+    dtypes: Sequence[str],
+    device: str,
 ) -> str:
     """The command that measures these cases, with every default written out."""
     return (
         f"macko bench spmv --shape {','.join(f'{rows}x{cols}' for rows, cols in shapes)}"
         f" --sparsity {','.join(map(str, sparsities))} --tokens {','.join(map(str, tokens))}"
-        f" --dtype {dtype} --device {device}"
+        f" --dtype {','.join(dtypes)} --device {device}"
     )
 
 
 def print_spmv(report: "SpmvReport", command: str) -> None:
     """A line a case, and below what a reader must know."""
-    print_table(_title(report.conditions), COLUMNS, [_row(case) for case in report.cases], names=3)
+    on_cpu = report.conditions.device == "cpu"
+    if on_cpu:
+        rows = [*map(_cpu_row, report.cases), *map(_means_row, report.means)]
+        print_table(_title(report), CPU_COLUMNS, rows, names=4)
+    else:
+        print_table(_title(report), COLUMNS, [_row(case) for case in report.cases], names=3)
     for note in dict.fromkeys(note for case in report.cases for note in case.notes):
         print(f"* {note}")
+    if on_cpu:
+        if all(case.scipy is None for case in report.cases):
+            print("* SciPy is not installed, so its CSR is not timed; `pip install scipy` adds it.")
+        print("SciPy multiplies in float32, on one thread. Means are geometric.")
     note_on_cpu(report.conditions.device)
     print(f"Errors are relative to float64. Measured {report.conditions.date} with\n{command}")
 
 
-def _title(conditions: "Conditions") -> str:
-    read = f"{gigabytes_per_second(conditions.read_gigabytes_per_second)} GB/s read"
-    return f"{conditions.title}, {conditions.dtype}, {read}"
+def _title(report: "SpmvReport") -> str:
+    conditions = report.conditions
+    speeds = [case.read_gigabytes_per_second for case in report.cases]
+    read = " to ".join(dict.fromkeys(gigabytes_per_second(speed) for speed in (min(speeds), max(speeds))))
+    return f"{conditions.title}, {conditions.dtype}, {read} GB/s read"
 
 
 def _row(case: "Case") -> list[str]:
@@ -149,7 +193,7 @@ def _row(case: "Case") -> list[str]:
         f"{case.sparsity:.1%}",
         str(case.tokens),
         _microseconds(case.dense),
-        "-" if case.csr is None else _microseconds(case.csr),
+        NOTHING if case.csr is None else _microseconds(case.csr),
         _microseconds(case.macko),
         gigabytes_per_second(case.gigabytes_per_second),
         f"{case.bandwidth_share:.0%}",
@@ -159,6 +203,35 @@ def _row(case: "Case") -> list[str]:
         megabytes(case.dense.nbytes),
         megabytes(case.macko.nbytes),
     ]
+
+
+def _cpu_row(case: "Case") -> list[str]:
+    dense = {method.dtype: method for method in (case.dense, *case.dense_others)}
+    methods = [*(dense[dtype] for dtype in _DENSE_COLUMNS), case.csr, case.scipy, case.macko]
+    return [
+        f"{case.rows} x {case.cols}",
+        f"{case.sparsity:.1%}",
+        str(case.tokens),
+        _SHORT[case.dtype],
+        *(NOTHING if method is None else _microseconds(method) for method in methods),
+        f"{case.speedup_over_fastest:.2f}x",
+        f"{case.speedup:.2f}x",
+        gigabytes_per_second(case.gigabytes_per_second),
+        f"{case.bandwidth_share:.0%}",
+        f"{case.dense.relative_error:.1e}",
+        f"{case.macko.relative_error:.1e}",
+        megabytes(case.macko.nbytes),
+    ]
+
+
+def _means_row(means: "Means") -> list[str]:
+    figures = {
+        "values": _SHORT[means.dtype],
+        "vs fastest": f"{means.speedup_over_fastest:.2f}x",
+        "vs same": f"{means.speedup:.2f}x",
+        "of read": f"{means.bandwidth_share:.0%}",
+    }
+    return ["geometric mean", *(figures.get(column, "") for column in CPU_COLUMNS[1:])]
 
 
 def _microseconds(method: "Method") -> str:

