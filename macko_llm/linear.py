@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from macko_llm.errors import FormatError
 from macko_llm.format import ENTRY_ALIGNMENT, MackoMatrix
-from macko_llm.layouts import bitmap, sliced
+from macko_llm.layouts import bitmap, choice, sliced
 from macko_llm.layouts.canonical import Canonical, validate
 from macko_llm.layouts.layout import Layout
 from macko_llm.layouts.sliced import SlicedMatrix
@@ -34,6 +34,11 @@ class MackoLinear(nn.Module):
         bias: whether the layer has one.
         dtype: of the values and the bias, float16 or bfloat16.
         device: "meta" makes a placeholder that a checkpoint fills.
+        layout: one of `layouts.choice.LAYOUTS`, which a GPU arranges the layer in where it suits.
+        tokens: that will mostly be multiplied at a time, for layout "auto".
+
+    Raises:
+        ValueError: padded is not such a multiple, or there is no such layout.
     """
 
     weight_values: Tensor
@@ -51,12 +56,17 @@ class MackoLinear(nn.Module):
         bias: bool = False,
         dtype: torch.dtype = torch.float16,
         device: torch.device | str | None = None,
+        layout: str = "auto",
+        tokens: int = 1,
     ) -> None:
         super().__init__()
         if padded % ENTRY_ALIGNMENT:
             raise ValueError(f"padded is {padded}, not a multiple of {ENTRY_ALIGNMENT}")
+        choice.check(layout)
         self.in_features = in_features
         self.out_features = out_features
+        self.layout = layout
+        self.tokens = tokens
         # Parameters rather than buffers, so that accelerate moves and offloads them like any weight.
         self.weight_values = _constant(torch.zeros(padded, dtype=dtype, device=device))
         self.weight_deltas = _constant(torch.zeros(padded // 2, dtype=torch.uint8, device=device))
@@ -80,7 +90,7 @@ class MackoLinear(nn.Module):
         return layer
 
     @property
-    def layout(self) -> Layout:
+    def packed(self) -> Layout:
         """The weight as it is multiplied.
 
         Raises:
@@ -134,7 +144,7 @@ class MackoLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features], of x's dtype, or of autocast's; see `Layout.linear`."""
-        return self.layout.linear(x, self.bias)
+        return self.packed.linear(x, self.bias)
 
     def _canonical(self) -> Canonical:
         shape = (self.out_features, self.in_features)

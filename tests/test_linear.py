@@ -332,7 +332,7 @@ def test_arrays_that_are_not_valid_never_reach_a_kernel(
 
 def test_valid_arrays_are_checked_once_however_they_came(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, _ = make()
-    other = MackoLinear.from_matrix(canonical.pack(-layer.layout.dense()), torch.randn(ROWS).half())
+    other = MackoLinear.from_matrix(canonical.pack(-layer.packed.dense()), torch.randn(ROWS).half())
     calls = []
     spans = native.cpu_row_spans
     monkeypatch.setattr(native, "cpu_row_spans", lambda *arrays: [calls.append(1), spans(*arrays)][1])
@@ -434,7 +434,7 @@ def test_second_derivatives_and_a_bias_that_learns() -> None:
     x = torch.randn(3, 2, COLS, requires_grad=True)
     twin = x.detach().clone().requires_grad_()
     for inputs, own, product in (
-        (x, bias, lambda x: layer.layout.linear(x, bias)),
+        (x, bias, lambda x: layer.packed.linear(x, bias)),
         (twin, twin_bias, lambda x: F.linear(x, weight.float(), twin_bias)),
     ):
         (first,) = torch.autograd.grad(product(inputs).square().sum(), inputs, create_graph=True)

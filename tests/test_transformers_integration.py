@@ -133,7 +133,7 @@ def test_float32_activations_on_float16_values(family: str, tmp_path: Path) -> N
     for module in model.modules():
         if isinstance(module, MackoLinear):
             assert module.is_arranged
-            assert module.layout.dtype == torch.float16
+            assert module.packed.dtype == torch.float16
     assert (_logits(model) - _logits(dense)).abs().max() < 1e-3
     assert (_logits(model, TOKENS[:1, :1]) - _logits(dense, TOKENS[:1, :1])).abs().max() < 1e-3
 
@@ -155,7 +155,7 @@ def test_the_other_16_bit_dtype_is_that_of_the_rest(values: torch.dtype, asked: 
     ):
         model, dense = load(folder), load(tmp_path / "pruned")
         assert {parameter.dtype for parameter in model.parameters()} == {dtype}
-        assert {module.layout.dtype for module in model.modules() if isinstance(module, MackoLinear)} == {held}
+        assert {module.packed.dtype for module in model.modules() if isinstance(module, MackoLinear)} == {held}
         for tokens in (TOKENS, TOKENS[:1, :1]):
             logits = _logits(model, tokens)
             assert logits.dtype == getattr(torch, asked)

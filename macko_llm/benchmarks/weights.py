@@ -84,7 +84,7 @@ def dense_in(copies: Sequence[Tensor], dtype: torch.dtype, rotation_bytes: int) 
 
 def packed_in(layers: Sequence[MackoLinear], dtype: torch.dtype) -> list[MackoLinear]:
     """The same packed layers with values of another dtype."""
-    return [packed_layer(layer.layout.dense().to(dtype)) for layer in layers]
+    return [packed_layer(layer.packed.dense().to(dtype)) for layer in layers]
 
 
 def packed_layer(weight: Tensor) -> MackoLinear:

@@ -53,9 +53,9 @@ def test_values_keep_their_dtype_when_a_model_is_cast(dtype: torch.dtype, to: to
     layer, weight = make(dtype)
     layer.to(to)
     assert layer.is_arranged
-    assert layer.layout.dtype == dtype
+    assert layer.packed.dtype == dtype
     assert layer.bias.dtype == to
-    assert torch.equal(layer.layout.dense().cpu(), weight)
+    assert torch.equal(layer.packed.dense().cpu(), weight)
     for tokens in (1, 2, 5, 40):
         x = torch.randn(tokens, COLS, device=GPU).to(to)
         y = layer(x)
@@ -153,7 +153,7 @@ def test_arrays_that_are_not_valid_never_reach_a_kernel() -> None:
         layer.load_state_dict(good, assign=assign)
         layer.to(GPU)
         assert layer.is_arranged
-        assert torch.equal(layer.layout.dense().cpu(), weight)
+        assert torch.equal(layer.packed.dense().cpu(), weight)
     layer.to_empty(device=GPU)
     layer.weight_deltas.fill_(0xFF)
     with pytest.raises(FormatError, match="not valid MACKO data"):
@@ -278,7 +278,7 @@ def test_a_torch_without_its_private_names_takes_the_ops(monkeypatch: pytest.Mon
         assert torch.equal(layer(x), expected)
         monkeypatch.delattr(torch._C, "_len_torch_dispatch_stack")
         monkeypatch.setattr(sliced, "_python_modes", layout.modes_counter())
-        assert not layer.layout._is_plain(x, layer.bias)
+        assert not layer.packed._is_plain(x, layer.bias)
         assert torch.equal(layer(x), expected)
 
 

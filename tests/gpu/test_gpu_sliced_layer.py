@@ -87,7 +87,7 @@ def test_a_layer_of_another_dtype_and_back() -> None:
     for cast in (layer.float, layer.bfloat16, layer.half):
         cast()
         assert layer.is_arranged
-        assert layer.layout.dtype == torch.float16
+        assert layer.packed.dtype == torch.float16
         assert_layer_multiplies(layer, weight)
     assert_state(layer, state)
 
