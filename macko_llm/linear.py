@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from macko_llm.errors import FormatError
 from macko_llm.format import ENTRY_ALIGNMENT, MackoMatrix
-from macko_llm.layouts import bitmap, choice, sliced
+from macko_llm.layouts import bitmap, choice, sliced, tiled
 from macko_llm.layouts.canonical import Canonical, validate
 from macko_llm.layouts.layout import Layout
 from macko_llm.layouts.sliced import SlicedMatrix
+from macko_llm.layouts.tiled import TiledMatrix
 from macko_llm.packed_checkpoint import ARRAY_NAMES
 
 
@@ -243,7 +244,8 @@ class MackoLinear(nn.Module):
 def arrange_group(layers: Sequence[MackoLinear]) -> None:
     """Change layers that read the same input to one layout between them, so that one kernel can multiply them all.
 
-    Each layer still works by itself, as a view. Where no layout suits them together, each is arranged alone.
+    Each layer still works by itself, as a view. Where no layout suits them together, each is arranged alone; so are all
+    if one is to be tiled.
 
     Args:
         layers: at least one.
@@ -265,6 +267,15 @@ def arrange_group(layers: Sequence[MackoLinear]) -> None:
             if not layer.is_arranged:
                 layer._hold(bitmap.arrange(layer.matrix))
         return
+    if any(_layout_of(layer) == "tiled" for layer in layers):
+        if len(layers) > 1:
+            for layer in layers:
+                layer.arrange()
+            return
+        of_tiles = tiled.arrange(layers[0].matrix)
+        if of_tiles is not None:
+            layers[0]._hold(of_tiles)
+            return
     members = sliced.arrange_group([layer.matrix for layer in layers])
     if members is not None:
         for layer, member in zip(layers, members, strict=True):
@@ -272,6 +283,17 @@ def arrange_group(layers: Sequence[MackoLinear]) -> None:
     elif len(layers) > 1:
         for layer in layers:
             layer.arrange()
+
+
+def _layout_of(layer: MackoLinear) -> str:
+    """Of a valid layer on a GPU: "sliced" or "tiled", what it is arranged in or shall be."""
+    if layer._arranged is not None:
+        return "tiled" if isinstance(layer._arranged, TiledMatrix) else "sliced"
+    if layer.device_type != "cuda":
+        return "sliced"
+    sparsity = 1 - layer.weight_values.numel() / max(layer.out_features * layer.in_features, 1)
+    capability = torch.cuda.get_device_capability(layer.weight_values.device)
+    return choice.choose(layer.layout, sparsity, layer.tokens, capability)
 
 
 def group_of(layers: Sequence[MackoLinear]) -> SlicedMatrix | None:

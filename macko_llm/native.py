@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NoReturn, Protocol
 
 import torch
+from torch.nn import functional as F
 
 from macko_llm.dtypes import CODES, VALUE_DTYPES
 from macko_llm.errors import MackoWarning, NativeError
@@ -46,6 +47,10 @@ _CUDA_SIGNATURES: dict[str, list[type]] = {
     "macko_cuda_sliced_spmv": [
         _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _INT32, _INT64, _INT32, _POINTER,
     ],
+    "macko_cuda_tiled_count": [_POINTER, _INT64, _INT64, _INT32, _POINTER, _INT32, _POINTER],
+    "macko_cuda_tiled_pack": [_POINTER, _POINTER, _INT32, _POINTER],
+    "macko_cuda_tiled_unpack": [_POINTER, _POINTER, _INT32, _POINTER],
+    "macko_cuda_tiled_spmm": [_POINTER, _POINTER, _POINTER, _POINTER, _INT64, _INT32, _POINTER],
     "macko_cuda_dense_gemv": [_POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _INT32, _POINTER],
     "macko_cuda_transform": [_POINTER, _POINTER, _POINTER, _INT64, _INT64, _INT32, _INT32, _POINTER],
     "macko_cuda_begin_token": [
@@ -58,6 +63,7 @@ CPU_VARIABLE = "MACKO_CPU"
 """The environment variable that holds products on the CPU to a lesser set of instructions than it has, for measurements."""
 INSTRUCTIONS = ("portable", "avx2", "avx512")
 """Those sets, by their macko_instructions."""
+_COLUMNS_OF_X = 8  # each row of x for tiles has a multiple of these
 _CUDA_FAILED = 4
 _STATUS = {
     1: "it refused its arguments; report this with the output of `macko doctor`",
@@ -75,6 +81,15 @@ class SlicedStruct(ctypes.Structure):
             (name, ctypes.c_int32)
             for name in ("rows", "cols", "slices", "first_row", "value_dtype", "delta_bits", "height", "warps")
         ),
+    )
+
+
+class TiledStruct(ctypes.Structure):
+    """`macko_tiled` of csrc/macko.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("records", "starts")),
+        *((name, ctypes.c_int32) for name in ("rows", "cols", "strips", "record_bytes", "value_dtype")),
     )
 
 
@@ -430,7 +445,7 @@ class OnGpu(Protocol):
 
     @property
     def address(self) -> int:
-        """Of its SlicedStruct."""
+        """Of its struct."""
 
 
 def sliced_max_cols(device: torch.device) -> int:
@@ -484,8 +499,54 @@ def cuda_sliced_spmv(matrix: OnGpu, x: torch.Tensor, bias: torch.Tensor | None, 
         _raise("macko_cuda_sliced_spmv", status)
 
 
+def cuda_tiled_count(weight: torch.Tensor, strips: int, units: torch.Tensor) -> None:
+    """Count the 16 bytes of each record of a dense [rows, cols] matrix: [strips * panels] int32, filled."""
+    arguments = _address(weight), *weight.shape, strips, _address(units)
+    call_cuda("macko_cuda_tiled_count", (weight, units), *arguments)
+
+
+def cuda_tiled_pack(weight: torch.Tensor, matrix: OnGpu) -> None:
+    """Fill the records of a tiled matrix, whose starts are there, from a dense [rows, cols] one."""
+    call_cuda("macko_cuda_tiled_pack", (weight, matrix.data), _address(weight), matrix.address)
+
+
+def cuda_tiled_unpack(matrix: OnGpu) -> torch.Tensor:
+    """The dense [rows, cols] matrix of a tiled one."""
+    weight = torch.empty(matrix.shape, dtype=matrix.dtype, device=matrix.data.device)
+    call_cuda("macko_cuda_tiled_unpack", (matrix.data,), matrix.address, _address(weight))
+    return weight
+
+
+def cuda_tiled_spmm(matrix: OnGpu, x: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor) -> None:
+    """Y = x Wᵀ + bias on the GPU that is all tensors', of sm_80 or newer, accumulated in float32.
+
+    Args:
+        matrix: [rows, cols].
+        x: [..., cols] contiguous, of the values' dtype, on the matrix's GPU.
+        bias: [rows] contiguous, of that dtype and on that GPU, or None.
+        y: [..., rows] contiguous, of that dtype and on that GPU; filled.
+    """
+    # Called for every layer of every step: nothing here that is not needed.
+    cols, device = x.shape[-1], x.get_device()
+    tokens = x.numel() // cols
+    if cols % _COLUMNS_OF_X:
+        x = F.pad(x, (0, -cols % _COLUMNS_OF_X))
+    x = _aligned_tensor(x)
+    status = library().macko_cuda_tiled_spmm(
+        matrix.address,
+        x.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+        tokens,
+        device,
+        _raw_stream(device),
+    )
+    if status != 0:
+        _raise("macko_cuda_tiled_spmm", status)
+
+
 def check_spmv(x: torch.Tensor, data: torch.Tensor, bias: torch.Tensor | None, rows: int) -> None:
-    """Refuse what `cuda_sliced_spmv` relies on.
+    """Refuse what the products of layouts on a GPU rely on.
 
     Raises:
         NativeError: the tensors lie on different devices, or the bias has another shape or dtype.

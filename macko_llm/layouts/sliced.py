@@ -20,7 +20,7 @@ from macko_llm import native
 from macko_llm.dtypes import CODES, VALUE_DTYPES
 from macko_llm.format import MackoMatrix
 from macko_llm.layouts.canonical import pack
-from macko_llm.layouts.layout import Layout, modes_counter, wants_gradient
+from macko_llm.layouts.gpu_layout import GpuLayout
 from macko_llm.layouts.sliced_plan import (
     DELTA_BITS,
     MAX_PADDING,
@@ -38,7 +38,7 @@ SLICED_SPMV_MAX_TOKENS = 12
 
 
 @dataclass(frozen=True)
-class SlicedMatrix(Layout):
+class SlicedMatrix(GpuLayout):
     """A group of sliced matrices as one matrix, whose rows are those of all members, or a view of one member.
 
     Attributes:
@@ -140,38 +140,8 @@ class SlicedMatrix(Layout):
         fit = 2 * self.plan.cols + MAX_PADDING <= native.sliced_max_cols(self.data.device)
         return SLICED_SPMV_MAX_TOKENS if fit else 0
 
-    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """See Layout."""
-        if self._is_plain(x, bias):
-            y = x.new_empty((*x.shape[:-1], self.rows))
-            native.cuda_sliced_spmv(self, x, bias, y)
-            return y
-        return super().linear(x, bias)
-
-    def _is_plain(self, x: Tensor, bias: Tensor | None) -> bool:
-        """Whether the library can be called at once, past torch's dispatch of an op, which takes longer than all else here."""
-        plan, data = self.plan, self.data
-        return (
-            type(x) is Tensor
-            and type(data) is Tensor
-            and not torch.compiler.is_compiling()
-            and x.shape[-1] == plan.cols
-            and 0 < x.numel() <= self.few_tokens(x.dtype) * plan.cols
-            and x.get_device() == data.get_device()
-            and x.is_contiguous()
-            and (bias is None or self._is_plain_bias(bias, x.dtype))
-            and not wants_gradient(x, bias)
-            and not torch.is_autocast_enabled("cuda")
-            and not _python_modes()
-        )
-
-    def _is_plain_bias(self, bias: Tensor, dtype: torch.dtype) -> bool:
-        return (
-            bias.dtype is dtype
-            and bias.shape == (self.rows,)
-            and bias.get_device() == self.data.get_device()
-            and bias.is_contiguous()
-        )
+    def _fill(self, x: Tensor, bias: Tensor | None, y: Tensor) -> None:
+        native.cuda_sliced_spmv(self, x, bias, y)
 
     def _spmv(self, x: Tensor, bias: Tensor | None) -> Tensor:
         y: Tensor = torch.ops.macko.sliced_spmv(x, self.data, bias, self.dtype, self.numbers)
@@ -245,8 +215,6 @@ def make_group(matrices: Sequence[MackoMatrix]) -> SlicedMatrix | None:
         native.cuda_sliced_pack(native.cuda_unpack(matrix), member)
     return group
 
-
-_python_modes = modes_counter()
 
 _library = torch.library.Library("macko", "FRAGMENT")
 # `numbers` are SlicedMatrix.numbers.

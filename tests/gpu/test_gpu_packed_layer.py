@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import macko_llm
 from macko_llm import checkpoint, models, native
 from macko_llm.errors import FormatError, MackoWarning
-from macko_llm.layouts import canonical, layout, sliced
+from macko_llm.layouts import canonical, gpu_layout, layout
 from macko_llm.layouts.sliced import SLICED_SPMV_MAX_TOKENS
 from macko_llm.layouts.sliced_plan import Shape
 from macko_llm.linear import ARRAY_NAMES, MackoLinear
@@ -277,7 +277,7 @@ def test_a_torch_without_its_private_names_takes_the_ops(monkeypatch: pytest.Mon
         monkeypatch.setattr(native, "_short_way", None)
         assert torch.equal(layer(x), expected)
         monkeypatch.delattr(torch._C, "_len_torch_dispatch_stack")
-        monkeypatch.setattr(sliced, "_python_modes", layout.modes_counter())
+        monkeypatch.setattr(gpu_layout, "_python_modes", layout.modes_counter())
         assert not layer.packed._is_plain(x, layer.bias)
         assert torch.equal(layer(x), expected)
 
