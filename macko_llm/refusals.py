@@ -157,7 +157,7 @@ def check_layout(layout: str, device_type: str | None = None) -> None:
     if layout not in LAYOUTS:
         raise UsageError(f"There is no layout {layout!r}; use {', '.join(LAYOUTS[:-1])} or {LAYOUTS[-1]}.")
     if device_type not in (None, "cuda") and layout != LAYOUT:
-        raise UsageError(f"The layout {layout} is for GPUs, and {device_type} has its own; leave --layout out.")
+        raise UsageError(f"The layout {layout} is an NVIDIA GPU's, and this runs on {device_type}; leave --layout out.")
 
 
 def check_tokens_at_a_time(tokens: int) -> None:
