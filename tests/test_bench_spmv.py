@@ -19,7 +19,7 @@ from macko_llm.benchmarks.spmv import LLAMA_2_7B, SPARSITIES
 from macko_llm.cli.bench_spmv import parse_shape, parse_tokens
 from macko_llm.cli.main import app
 from macko_llm.cli.options import parse_list, parse_sparsity
-from macko_llm.linear import MackoLinear
+from macko_llm.linear import MackoLinear, arrange_group
 
 CPU = torch.device("cpu")
 SMALL = ["--device", "cpu", "--shape", "96x160", "--sparsity", "0.5"]
@@ -54,6 +54,7 @@ def test_json_names_the_conditions(report: dict[str, Any]) -> None:
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", conditions["date"])
     assert report["command"] == (
         "macko bench spmv --shape 96x160,64x300,33x172 --sparsity 0.0,0.5 --tokens 1,3 --dtype float16 --device cpu"
+        " --layout auto"
     )
 
 
@@ -73,6 +74,35 @@ def test_figures_agree_with_each_other(report: dict[str, Any]) -> None:
             case["gigabytes_per_second"] / case["read_gigabytes_per_second"]
         )
         assert case["speedup"] == pytest.approx(dense["timing"]["microseconds"] / packed["timing"]["microseconds"])
+
+
+def test_each_case_names_the_layout_of_its_packed_layers(report: dict[str, Any]) -> None:
+    assert {case["layout"] for case in report["cases"]} == {"bitmap"}
+
+
+def test_numbers_of_tokens_that_layers_are_arranged_alike_for_share_their_copies(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With a choice like a GPU's, of two layouts that a CPU has: the order of the first of each stays."""
+
+    def arrange(layer: MackoLinear) -> None:
+        if layer.layout == "tiled" or (layer.layout == "auto" and layer.tokens > 1):
+            arrange_group([layer])
+
+    monkeypatch.setattr(MackoLinear, "arrange", arrange)
+    for layout, expected in (("auto", [[1], [2, 8]]), ("tiled", [[1, 2, 8]]), ("sliced", [[1, 2, 8]])):
+        assert weights.in_layouts((8, 64), 0.5, torch.float16, CPU, layout, [1, 2, 8]) == expected
+    sets = weights.make_weight_sets(
+        (8, 64), 0.5, torch.float16, CPU, csr_dtype=None, rotation_bytes=1, layout="auto", tokens=8
+    )
+    assert {weights.layout_name(layer) for layer in sets.packed} == {"bitmap"}
+
+
+def test_a_layout_that_unpacks_for_so_many_tokens_is_said() -> None:
+    few = weights.packed_layer(torch.ones(4, 64, dtype=torch.float16)).packed.few_tokens(torch.float16)
+    said = macko(*SMALL, "--tokens", f"{few},{few + 1}").stdout
+    assert said.count(f"A bitmap layer is unpacked to multiply more than {few} tokens") == 1
+    assert "unpacked" not in macko(*SMALL, "--tokens", few).stdout
 
 
 def test_methods_are_as_right_as_their_dtype(report: dict[str, Any]) -> None:
@@ -161,7 +191,8 @@ def test_the_read_bandwidth_is_of_memory_that_is_far_larger_than_a_cache(monkeyp
 
 def test_plot(tmp_path: Path) -> None:
     image = pytest.importorskip("matplotlib.image", reason="needs macko-llm[plot]")
-    for name, more in (("sparsities.png", ["--sparsity", "0.75"]), ("tokens.PNG", ["--tokens", "1,4"])):
+    several = ["--sparsity", "0.75", "--shape", "64x64", "--tokens", "1,4"]
+    for name, more in (("sparsities.png", ["--sparsity", "0.75"]), ("tokens.PNG", several)):
         macko(*SMALL, *more, "--plot", tmp_path / name)
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
         pixels = image.imread(tmp_path / name, format="png")
@@ -196,6 +227,8 @@ def test_a_plot_without_matplotlib_is_refused_before_measuring(tmp_path: Path, m
         (["--dtype", "float16,float64"], "float16 or bfloat16"),
         (["--dtype", "float16,bfloat16", "--plot", "speed.png"], "a single --dtype"),
         (["--device", "nowhere"], "nowhere"),
+        (["--layout", "spiral"], "There is no layout 'spiral'"),
+        (["--layout", "tiled", "--device", "cpu"], "an NVIDIA GPU's, and this runs on cpu"),
         (["--plot", "speed.pdf"], ".png"),
         (["--plot", "no/such/folder/speed.png"], "no/such/folder"),
     ],
