@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
-from macko_llm.benchmarks import machine, timing, weights
-from macko_llm.benchmarks.spmv import LLAMA_2_7B, SPARSITIES
+from macko_llm.benchmarks import machine, plots, timing, weights
+from macko_llm.benchmarks.spmv import LLAMA_2_7B, SPARSITIES, TOKENS, Case, Conditions, Method, SpmvReport
 from macko_llm.cli.bench_spmv import parse_shape, parse_tokens
 from macko_llm.cli.main import app
 from macko_llm.cli.options import parse_list, parse_sparsity
@@ -201,6 +201,41 @@ def test_plot(tmp_path: Path) -> None:
         assert pixels[..., :3].std() > 0.01  # not a blank page
 
 
+def _case(shape: tuple[int, int], sparsity: float, tokens: int, speedup: float) -> Case:
+    def method(microseconds: float) -> Method:
+        return Method(timing.Timing(microseconds, 1, 1, True), 100, 2, 1e-4, "float16")
+
+    return Case(
+        *(*shape, sparsity, tokens, "float16", "tiled", method(10 * speedup), (), method(50), None, method(10)),
+        *(100, 1.0, 1000.0, 0.5, speedup, speedup, ()),
+    )
+
+
+def test_the_plot_of_tokens_has_a_line_a_shape_and_one_of_dense(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    figure = pytest.importorskip("matplotlib.figure", reason="needs macko-llm[plot]").Figure
+    drawn = []
+    monkeypatch.setattr(figure, "savefig", lambda self, path: drawn.append((self, path)))
+    speedups = {((64, 8), 0.5): [2.0, 1.5], ((32, 8), 0.5): [1.0, 0.5], ((64, 8), 0.7): [3.0, 2.5]}
+    cases = [
+        _case(shape, sparsity, tokens, speedup)
+        for (shape, sparsity), both in speedups.items()
+        for tokens, speedup in reversed([*zip((1, 8), both, strict=True)])
+    ]
+    conditions = Conditions("a GPU", None, None, "2", "1", 1, 1000.0, "today", "float16", 1, 1)
+    plots.plot_spmv(SpmvReport(conditions, tuple(cases), ()), tmp_path / "speed.png")
+    [(made, path)] = drawn
+    assert path == tmp_path / "speed.png"
+    assert [axes.get_title() for axes in made.axes] == ["50% sparse", "70% sparse"]
+    for axes, sparsity in zip(made.axes, (0.5, 0.7), strict=True):
+        lines = {line.get_label(): [list(values) for values in line.get_data()] for line in axes.lines}
+        assert lines.pop("dense")[1] == [1, 1]
+        assert lines == {
+            f"{rows} x {cols}": [[1, 8], both] for ((rows, cols), of), both in speedups.items() if of == sparsity
+        }
+
+
 def test_a_plot_without_matplotlib_is_refused_before_measuring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     result = macko(*SMALL, "--plot", tmp_path / "speed.png", exit_code=2)
@@ -254,6 +289,7 @@ def test_lists() -> None:
     assert parse_list(["0.5", "0,.25"], parse_sparsity) == [0.5, 0.0, 0.25]
     assert parse_list(["1,2,4", "16"], parse_tokens) == [1, 2, 4, 16]
     assert parse_list(None, parse_tokens) == []
+    assert parse_list([",".join(map(str, TOKENS["cuda"]))], parse_tokens) == list(TOKENS["cuda"])
     assert parse_list([f"{rows}x{cols}" for rows, cols in LLAMA_2_7B], parse_shape) == list(LLAMA_2_7B)
     assert parse_list([",".join(map(str, SPARSITIES))], parse_sparsity) == list(SPARSITIES)
 
