@@ -21,7 +21,7 @@ from macko_llm.format import MackoMatrix
 from macko_llm.layouts.canonical import pack_finite
 from macko_llm.layouts.choice import TILED_CAPABILITY
 from macko_llm.layouts.gpu_layout import GpuLayout
-from macko_llm.layouts.tiled_plan import MAX_COLS, TILE_COLUMNS, TiledPlan, choose_strips, divide_up
+from macko_llm.layouts.tiled_plan import MAX_COLS, TiledPlan, choose_strips, count_records
 from macko_llm.native import TiledStruct
 
 TILED_SPMM_MAX_TOKENS = 32
@@ -147,7 +147,7 @@ def arrange(matrix: MackoMatrix) -> TiledMatrix | None:
 
 def plan_records(weight: Tensor, strips: int) -> tuple[TiledPlan, Tensor]:
     """Plan for a dense [rows, cols] matrix on a GPU, with at least a row, and [records + 1] int32 starts of its records."""
-    records = strips * divide_up(weight.shape[1], TILE_COLUMNS)
+    records = count_records(weight.shape[1], strips)
     units = torch.empty(records, dtype=torch.int32, device=weight.device)
     native.cuda_tiled_count(weight, strips, units)
     starts = torch.zeros(records + 1, dtype=torch.int64, device=weight.device)

@@ -1,4 +1,4 @@
-"""How a matrix is cut for tensor cores: tiles of 8 x 64, strips of tiles, records (csrc/cuda/tiled.cuh): plans and arithmetic."""
+"""How a matrix is cut for tensor cores, into strips of tiles (csrc/cuda/tiled.cuh): plans and arithmetic."""
 
 from dataclasses import dataclass
 
@@ -22,8 +22,7 @@ _STRIP_COST = 0.25  # tiles a strip
 _CROWDING_COST = 2.5  # tiles a strip beyond the _PLACES of a multiprocessor
 
 
-def divide_up(dividend: int, divisor: int) -> int:
-    """The quotient, rounded up."""
+def _divide_up(dividend: int, divisor: int) -> int:
     return -(-dividend // divisor)
 
 
@@ -37,15 +36,20 @@ def choose_strips(rows: int, multiprocessors: int) -> int:
         rows: of the matrix, at least 1.
         multiprocessors: of the GPU.
     """
-    tiles = divide_up(rows, TILE_ROWS)
-    busiest = divide_up(tiles, multiprocessors)
+    tiles = _divide_up(rows, TILE_ROWS)
+    busiest = _divide_up(tiles, multiprocessors)
 
     def cost(each: int) -> float:  # strips of a multiprocessor
-        extra = _TALL_COST * busiest if divide_up(tiles, each * multiprocessors) > _LOW_TILES else 0.0
+        extra = _TALL_COST * busiest if _divide_up(tiles, each * multiprocessors) > _LOW_TILES else 0.0
         return extra + _STRIP_COST * each + _CROWDING_COST * max(0, each - _PLACES)
 
-    fewest = divide_up(tiles, MAX_TILES * multiprocessors)
+    fewest = _divide_up(tiles, MAX_TILES * multiprocessors)
     return min(min(range(fewest, busiest + 1), key=cost) * multiprocessors, tiles)
+
+
+def count_records(cols: int, strips: int) -> int:
+    """Records of a matrix: each strip has one for every panel of TILE_COLUMNS columns, one behind the other."""
+    return strips * _divide_up(cols, TILE_COLUMNS)
 
 
 @dataclass(frozen=True)
@@ -70,34 +74,18 @@ class TiledPlan:
     @classmethod
     def of(cls, shape: tuple[int, int], dtype: torch.dtype, strips: int, units: int, most_units: int) -> "TiledPlan":
         """The plan of a matrix whose records have these many units, and the longest of them `most_units`."""
-        record_bytes = divide_up(most_units * UNIT_BYTES, _SLOT_ALIGNMENT) * _SLOT_ALIGNMENT
+        record_bytes = _divide_up(most_units * UNIT_BYTES, _SLOT_ALIGNMENT) * _SLOT_ALIGNMENT
         return cls(*shape, dtype, strips, units, record_bytes)
 
     @property
-    def panels(self) -> int:
-        """Of TILE_COLUMNS columns, the last perhaps of fewer; each strip has a record in each."""
-        return divide_up(self.cols, TILE_COLUMNS)
-
-    @property
-    def tiles(self) -> int:
-        """Of TILE_ROWS rows, the last perhaps of fewer."""
-        return divide_up(self.rows, TILE_ROWS)
-
-    @property
-    def strip_tiles(self) -> list[int]:
-        """Tiles of each strip."""
-        each, longer = divmod(self.tiles, self.strips)
-        return [each + (strip < longer) for strip in range(self.strips)]
-
-    @property
     def records(self) -> int:
-        """Of all strips, a strip's panels in order."""
-        return self.strips * self.panels
+        """Of all strips, see `count_records`."""
+        return count_records(self.cols, self.strips)
 
     @property
     def starts_offset(self) -> int:
         """Where [records + 1] int32 starts begin in the buffer, at whose front the records lie."""
-        return divide_up(self.units * UNIT_BYTES, _ALIGNMENT) * _ALIGNMENT
+        return _divide_up(self.units * UNIT_BYTES, _ALIGNMENT) * _ALIGNMENT
 
     @property
     def nbytes(self) -> int:

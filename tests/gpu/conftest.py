@@ -10,7 +10,7 @@ from macko_llm import native
 from macko_llm.errors import MackoWarning
 
 # So that their assertions show their values, as those of tests do.
-pytest.register_assert_rewrite("sliced_helpers", "decode_helpers", "engine_helpers")
+pytest.register_assert_rewrite("sliced_helpers", "tiled_helpers", "decode_helpers", "engine_helpers")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -126,11 +126,12 @@ ROWS, COLS = 256, 2048
 
 
 def make_layer(
-    dtype: torch.dtype = torch.float16, *, bias: bool = True
+    dtype: torch.dtype = torch.float16, *, bias: bool = True, layout: str = "auto"
 ) -> tuple[MackoLinear, Tensor, dict[str, Tensor]]:
     """An arranged layer of whole numbers, its dense weight on the CPU, and its canonical state."""
     weight = random_matrix(ROWS, COLS, 0.5, dtype).sign()
     layer = MackoLinear.from_matrix(canonical.pack(weight), whole_numbers(ROWS).to(dtype) if bias else None)
+    layer.layout = layout
     state = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
     layer.cuda()
     assert layer.is_arranged

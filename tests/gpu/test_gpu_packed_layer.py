@@ -9,6 +9,7 @@ import torch
 from families import make_tokenizer, random_tokens
 from sliced_helpers import arranged, certainly_cut, random_matrix, whole_numbers
 from test_gpu_canonical import GPU
+from tiled_helpers import tile
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -112,13 +113,18 @@ def test_inputs_begin_anywhere_in_memory() -> None:
 
 
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
-@pytest.mark.parametrize("layout", ["canonical", "sliced"])
+@pytest.mark.parametrize("layout", ["canonical", "sliced", "tiled"])
 def test_a_token_that_is_not_finite_spoils_its_whole_product(value: float, layout: str) -> None:
     """In rows with an entry at its column and in those without, whatever the number of tokens and their alignment."""
     for cols in (171, 1024):
         weight = random_matrix(300, cols, 0.5, torch.float16).sign()
         weight[:, (0, 100, cols - 1)] = (torch.arange(300) % 2).half()[:, None]  # half of the rows have an entry there
-        matrix = canonical.pack(weight.to(GPU)) if layout == "canonical" else certainly_cut(weight, Shape(32, 8), 2)
+        makers = {
+            "canonical": lambda weight: canonical.pack(weight.to(GPU)),
+            "sliced": lambda weight: certainly_cut(weight, Shape(32, 8), 2),
+            "tiled": tile,
+        }
+        matrix = makers[layout](weight)
         for dtype in (torch.float16, torch.float32):
             for tokens in (1, 2, 3, 4, 7, 40):
                 for column in (0, 100, cols - 1):

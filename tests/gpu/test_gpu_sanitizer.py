@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiled_helpers import skip_without_tensor_cores
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -49,6 +50,31 @@ for rows, cols in ((1, 1), (33, 172), (61, 1031)):
                 products.append(torch.cat(parts, dim=1))
         assert all(torch.equal(y.cpu(), exact[: len(y)]) for y in products)
 torch.cuda.synchronize()
+print("all products are right")
+"""
+
+
+TILED_SET = """
+import torch
+from macko_llm import native
+from macko_llm.layouts import tiled
+
+torch.manual_seed(0)
+device = torch.device("cuda")
+for rows, cols in ((1, 1), (33, 172), (61, 1032)):
+    for dtype in (torch.float16, torch.bfloat16):
+        weight = (torch.randint(1, 3, (rows, cols)) * (torch.rand(rows, cols) < 0.5)).to(dtype)
+        x, bias = torch.randint(-1, 2, (33, cols)), torch.randint(-1, 2, (rows,))
+        exact = (x.double() @ weight.double().T + bias).to(dtype)
+        there, x, bias = weight.to(device), x.to(device, dtype), bias.to(device, dtype)
+        for strips in {1, (rows + 15) // 16, (rows + 7) // 8}:
+            matrix = tiled.fill_records(there, *tiled.plan_records(there, strips))
+            torch.cuda.synchronize()
+            assert torch.equal(native.cuda_tiled_unpack(matrix).cpu(), weight)
+            for tokens in (1, 8, 9, 17, 33):
+                y = x.new_empty(tokens, rows)
+                native.cuda_tiled_spmm(matrix, x[:tokens], bias, y)
+                assert torch.equal(y.cpu(), exact[:tokens])
 print("all products are right")
 """
 
@@ -99,9 +125,11 @@ print("all products are right")
 """
 
 
-@pytest.mark.parametrize("script", [SMALL_SET, DECODE_SET], ids=["matrices", "a decoded token"])
+@pytest.mark.parametrize("script", [SMALL_SET, TILED_SET, DECODE_SET], ids=["matrices", "tiles", "a decoded token"])
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_compute_sanitizer_finds_nothing(tool: str, script: str, tmp_path: Path) -> None:
+    if script is TILED_SET:
+        skip_without_tensor_cores()
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         pytest.skip("needs compute-sanitizer on PATH")

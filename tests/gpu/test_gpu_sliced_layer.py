@@ -9,20 +9,30 @@ from pathlib import Path
 import pytest
 import torch
 from families import build, make_tokenizer, random_tokens
-from sliced_helpers import COLS, ROWS, arranged, large_matrix, make_layer
+from sliced_helpers import COLS, ROWS, large_matrix, make_layer
 from test_gpu_canonical import GPU, HALVES, whole_numbers
+from tiled_helpers import KINDS, skip_without_tensor_cores
 from torch import Tensor
 from transformers import LlamaConfig
 
 import macko_llm
 from macko_llm import checkpoint, models
 from macko_llm.errors import FormatError
-from macko_llm.layouts import canonical
+from macko_llm.layouts import canonical, choice
 from macko_llm.layouts.sliced_plan import MAX_OVERHEAD
 from macko_llm.linear import ARRAY_NAMES, MackoLinear
 from macko_llm.packing import pack_checkpoint
 
 pytestmark = pytest.mark.usefixtures("kernels", "full_precision_sums")
+
+
+@pytest.fixture(autouse=True, params=["sliced", "tiled"])
+def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """In which every layer of these tests is arranged."""
+    if request.param == "tiled":
+        skip_without_tensor_cores()
+    monkeypatch.setattr(choice, "choose", lambda *_: request.param)
+    return request.param
 
 
 def assert_state(layer: MackoLinear, expected: dict[str, Tensor]) -> None:
@@ -48,7 +58,7 @@ def assert_layer_multiplies(layer: MackoLinear, weight: Tensor) -> None:
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", HALVES)
-def test_a_layer_arranges_and_restores(dtype: torch.dtype, bias: bool) -> None:
+def test_a_layer_arranges_and_restores(dtype: torch.dtype, bias: bool, layout: str) -> None:
     layer, weight, state = make_layer(dtype, bias=bias)
     assert layer.weight_layout is not None
     assert layer.weight_layout.is_cuda
@@ -69,7 +79,7 @@ def test_a_layer_arranges_and_restores(dtype: torch.dtype, bias: bool) -> None:
     assert layer.is_arranged
     assert_state(layer, state)
     assert_layer_multiplies(layer, weight)
-    assert "delta_bits=2" in str(layer)
+    assert {"sliced": "delta_bits=2", "tiled": "strips="}[layout] in str(layer)
     assert "entries=" not in str(layer)
 
 
@@ -157,9 +167,11 @@ def test_a_layer_that_is_emptied() -> None:
     assert placeholder.weight_values.is_meta
 
 
-def test_arranging_frees_the_canonical_arrays() -> None:
+def test_arranging_frees_the_canonical_arrays(layout: str) -> None:
     weight = large_matrix(4096, 4096, 0.5, torch.float16)
-    arranged(weight).linear(torch.ones(1, 4096, device=GPU, dtype=torch.float16), None)  # all that is ever loaded
+    KINDS[layout].arranged(weight).linear(
+        torch.ones(1, 4096, device=GPU, dtype=torch.float16), None
+    )  # all that is ever loaded
     gc.collect()
     before = torch.cuda.memory_allocated()
     layer = MackoLinear.from_matrix(canonical.pack(weight))

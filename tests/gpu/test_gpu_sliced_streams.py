@@ -1,30 +1,29 @@
-"""Good manners of the sliced layout on a GPU: streams, early starts, graphs, torch.compile, opcheck, a second GPU."""
+"""Good manners of the layouts of GPUs: streams, early starts, graphs, torch.compile, opcheck, a second GPU."""
 
 from collections.abc import Callable
 
 import pytest
 import torch
-from sliced_helpers import COLS, LAYOUTS, arranged, certainly_cut, large_matrix, linear, make_layer, spmv
-from sliced_reference import SHAPES, random_matrix
+from sliced_helpers import COLS, LAYOUTS, certainly_cut, large_matrix, linear, make_layer
+from sliced_reference import random_matrix
 from test_gpu_canonical import GPU, HALVES, arrays, whole_numbers
+from tiled_helpers import Kind, kinds
 from torch import Tensor
 
-from macko_llm import native
 from macko_llm.errors import NativeError
-from macko_llm.format import MackoMatrix
-from macko_llm.layouts import canonical, sliced
-from macko_llm.layouts.sliced import SlicedMatrix
-from macko_llm.layouts.sliced_plan import RESIDENT_BLOCKS, choose_shapes
+from macko_llm.layouts import canonical
+from macko_llm.layouts.layout import Layout
 from macko_llm.linear import MackoLinear
 
 pytestmark = pytest.mark.usefixtures("kernels", "full_precision_sums")
 
 
+@kinds
 @pytest.mark.parametrize("tokens", [1, 2, 4, 9])
-def test_work_follows_the_current_stream(tokens: int) -> None:
+def test_work_follows_the_current_stream(kind: Kind, tokens: int) -> None:
     """Activations are written late on a side stream: work on another stream would read what was there before."""
     weight = random_matrix(64, 300, 0.5, torch.float16).sign()
-    matrix = certainly_cut(weight)
+    matrix = kind.make(weight)
     x = whole_numbers(tokens, 300)
     there = x.to(GPU, torch.float16)
     late = torch.zeros_like(there)
@@ -35,7 +34,7 @@ def test_work_follows_the_current_stream(tokens: int) -> None:
         late.copy_(there)
         y = matrix.linear(late, None)
         late.zero_()
-        through_the_op = spmv(late.copy_(there), matrix, None)
+        through_the_op = kind.product(late.copy_(there), matrix, None)
         late.zero_()
     stream.synchronize()
     exact = x.double() @ weight.double().T
@@ -43,9 +42,7 @@ def test_work_follows_the_current_stream(tokens: int) -> None:
     assert torch.equal(through_the_op.double().cpu(), exact)
 
 
-def chain(
-    layers: list[SlicedMatrix | MackoMatrix], x: Tensor, *, wait: bool, between: Callable[[Tensor], Tensor]
-) -> Tensor:
+def chain(layers: list[Layout], x: Tensor, *, wait: bool, between: Callable[[Tensor], Tensor]) -> Tensor:
     for layer in layers:
         x = between(layer.linear(x, None))
         if wait:
@@ -61,16 +58,17 @@ CHAINS = {
 }
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 4])
+@kinds
+@pytest.mark.parametrize("tokens", [1, 2, 4, 12])
 @pytest.mark.parametrize("sizes", CHAINS.values(), ids=CHAINS)
-def test_kernels_that_start_early_wait_for_what_they_read(sizes: list[int], tokens: int) -> None:
+def test_kernels_that_start_early_wait_for_what_they_read(sizes: list[int], tokens: int, kind: Kind) -> None:
     """Programmatic dependent launch: each layer reads what the one before wrote, 50 times on, with no pause between."""
-    layers: list[SlicedMatrix | MackoMatrix] = []
+    layers: list[Layout] = []
     shapes = list(zip(sizes[1:] + sizes[:1], sizes, strict=True))
     for seed in range(2):
         for rows, cols in shapes:
             weight = large_matrix(rows, cols, 0.5, torch.float16, seed) / (cols / 2) ** 0.5
-            layers.append(certainly_cut(weight, choose_shapes([rows], 132, RESIDENT_BLOCKS)[0], 2))
+            layers.append(kind.spread(weight))
     layers = [layers[i % len(layers)] for i in range(50)]
     stored = canonical.pack(torch.eye(sizes[0], dtype=torch.float16, device=GPU))
     functions: list[Callable[[Tensor], Tensor]] = [
@@ -92,10 +90,11 @@ def test_kernels_that_start_early_wait_for_what_they_read(sizes: list[int], toke
     assert not torch.equal(results[0], results[1])
 
 
-def test_a_bias_that_the_kernel_before_wrote() -> None:
+@kinds
+def test_a_bias_that_the_kernel_before_wrote(kind: Kind) -> None:
     """It is not a weight: it may be as new as the activations."""
     size = 4096
-    first, second = (arranged(large_matrix(size, size, 0.5, torch.float16, seed) / 45) for seed in range(2))
+    first, second = (kind.arranged(large_matrix(size, size, 0.5, torch.float16, seed) / 45) for seed in range(2))
     xs = torch.randn(40, 1, size, generator=torch.Generator().manual_seed(0)).to(GPU, torch.float16)
     wide = torch.randn(40, size, generator=torch.Generator().manual_seed(1)).to(GPU)
     results: dict[bool, list[Tensor]] = {False: [], True: []}
@@ -115,11 +114,12 @@ def test_a_bias_that_the_kernel_before_wrote() -> None:
     assert all(torch.equal(*pair) for pair in zip(results[False], results[True], strict=True))
 
 
-def test_activations_written_right_before_and_overwritten_right_after() -> None:
+@kinds
+def test_activations_written_right_before_and_overwritten_right_after(kind: Kind) -> None:
     """Also the other way round: what comes after a kernel must not overtake its reads."""
     size = 4096
-    matrix = arranged(large_matrix(size, size, 0.5, torch.float16).sign())
-    dense = native.cuda_sliced_unpack(matrix).double()
+    matrix = kind.arranged(large_matrix(size, size, 0.5, torch.float16).sign())
+    dense = kind.unpack(matrix).double()
     xs = torch.randint(-1, 2, (40, 1, size), generator=torch.Generator().manual_seed(1)).to(GPU, torch.float16)
     x, results = torch.empty_like(xs[0]), []
     with torch.inference_mode():
@@ -132,10 +132,11 @@ def test_activations_written_right_before_and_overwritten_right_after() -> None:
         assert torch.equal(y, (new.double() @ dense.T).half())
 
 
+@kinds
 @pytest.mark.parametrize("tokens", [1, 2, 7])
-def test_cuda_graphs_replay_with_new_activations(tokens: int) -> None:
+def test_cuda_graphs_replay_with_new_activations(tokens: int, kind: Kind) -> None:
     weights = [random_matrix(700, 700, 0.5, torch.float16, seed).sign() for seed in range(2)]
-    first, second = (certainly_cut(weight, shape, 2) for weight, shape in zip(weights, SHAPES, strict=False))
+    first, second = kind.make(weights[0]), kind.spread(weights[1])
     bias = whole_numbers(700).to(GPU, torch.float16)
     x = torch.zeros(tokens, 700, dtype=torch.float16, device=GPU)
 
@@ -146,11 +147,11 @@ def test_cuda_graphs_replay_with_new_activations(tokens: int) -> None:
     with torch.cuda.stream(stream), torch.inference_mode():
         layers(linear)
     torch.cuda.synchronize()
-    for through in (linear, spmv):
+    for through in (linear, kind.product):
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph), torch.inference_mode():
             y = layers(through)
-            unpacked = native.cuda_sliced_unpack(first)
+            unpacked = kind.unpack(first)
         for round_ in range(4):
             new = whole_numbers(tokens, 700).roll(round_ * 13, dims=1)
             x.copy_(new)
@@ -174,12 +175,13 @@ def test_opcheck(dtype: torch.dtype) -> None:
         assert torch.equal(torch.ops.macko.sliced_unpack(matrix.data, dtype, matrix.numbers).cpu(), weight)
 
 
+@kinds
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("dynamic", [None, True], ids=["as it comes", "dynamic"])
-def test_compiles_as_one_graph(backend: str, dynamic: bool | None) -> None:
+def test_compiles_as_one_graph(backend: str, dynamic: bool | None, kind: Kind) -> None:
     if backend == "inductor":
         pytest.importorskip("triton")
-    layer, weight, _ = make_layer()
+    layer, weight, _ = make_layer(layout=kind.name)
     torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True, backend=backend, dynamic=dynamic)
     for tokens in (1, 2, 5, 8, 9, 30, 3):
@@ -194,7 +196,8 @@ def test_compiles_as_one_graph(backend: str, dynamic: bool | None) -> None:
     assert torch.equal(x.grad, twin.grad)
 
 
-def test_another_gpu_than_the_current_one() -> None:
+@kinds
+def test_another_gpu_than_the_current_one(kind: Kind) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA GPUs")
     weight = random_matrix(64, 2048, 0.5, torch.float16).sign()
@@ -202,7 +205,7 @@ def test_another_gpu_than_the_current_one() -> None:
     for current, other in ((0, 1), (1, 0)):
         device = torch.device("cuda", other)
         with torch.cuda.device(current):
-            matrix = sliced.arrange(canonical.pack(weight.to(device)))
+            matrix = kind.arrange(canonical.pack(weight.to(device)))
             assert matrix is not None
             restored = matrix.canonical()
             products = [matrix.linear(x.to(device, dtype), None) for dtype in (torch.float16, torch.float32)]
@@ -212,8 +215,10 @@ def test_another_gpu_than_the_current_one() -> None:
         assert torch.equal(canonical.unpack(restored).cpu(), weight)
         assert all(torch.equal(y.double().cpu(), x.double() @ weight.double().T) for y in products)
     with pytest.raises(NativeError, match=r"^The tensors lie on cuda:0 and cuda:1; move them to one device\.$"):
-        arranged(weight).linear(x.to("cuda:1", torch.float16), None)
-    layer = MackoLinear.from_matrix(canonical.pack(weight)).to("cuda:0").to("cuda:1")
+        kind.arranged(weight).linear(x.to("cuda:1", torch.float16), None)
+    layer = MackoLinear.from_matrix(canonical.pack(weight))
+    layer.layout = kind.name
+    layer.to("cuda:0").to("cuda:1")
     assert layer.is_arranged
     assert {tensor.device.index for tensor in (*layer.parameters(), *layer.buffers())} == {1}
     assert torch.equal(layer(x.to("cuda:1", torch.float16)), products[0].to("cuda:1"))

@@ -1,0 +1,267 @@
+"""The tiled layout without a GPU: plans, bytes as a naive encoder and decoder see them, structs, fakes."""
+
+import copy
+import ctypes
+import pickle
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from sliced_reference import HALVES, patterns, random_matrix
+from tiled_reference import cut_rows, decode, decode_struct, encode, encode_record, make
+
+from macko_llm import native
+from macko_llm.layouts import canonical, tiled
+from macko_llm.layouts.tiled import TILED_SPMM_MAX_TOKENS, TiledMatrix
+from macko_llm.layouts.tiled_plan import MAX_COLS, MAX_TILES, TILE_COLUMNS, TILE_ROWS, UNIT_BYTES, choose_strips
+from macko_llm.native import TiledStruct
+
+SOURCES = Path(__file__).resolve().parents[1] / "csrc"
+
+
+def fields(matrix: TiledMatrix) -> dict[str, int]:
+    return {name: getattr(matrix.struct, name) for name, _ in TiledStruct._fields_}
+
+
+def test_a_record_by_hand() -> None:
+    """Of one tile: two values in a row's first 4 columns, one 8 columns on, one in the second step, one in another word."""
+    tile = np.zeros((1, 8, 64), np.uint16)
+    tile[0, 0, 1], tile[0, 0, 3], tile[0, 0, 8] = 0x3C00, 0x4000, 0x4200
+    tile[0, 1, 4] = 0x4400  # row 1: the upper half of the word; columns 4 to 7: the second step
+    tile[0, 7, 63] = 0xBC00
+    tile[0, 2, 0] = 0x8000  # a negative zero is none
+    record = encode_record(tile)
+    masks = np.frombuffer(record[:64], np.uint32).reshape(4, 4)
+    offsets = np.frombuffer(record[64:96], np.uint16).reshape(4, 4)
+    assert masks[0].tolist() == [0b1010 | 1 << 4, 1 << 16, 0, 0]
+    assert masks[3].tolist() == [0, 0, 0, 1 << 31]
+    assert not masks[1:3].any()
+    assert offsets.T.ravel().tolist() == [0, 6, 6, 6, 6, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8]  # step after step
+    assert record[96:] == np.array([0x3C00, 0x4000, 0x4200, 0x4400, 0xBC00, 0, 0, 0], np.uint16).tobytes()
+
+
+@given(
+    rows=st.sampled_from([1, 7, 8, 9, 64, 65, 129]) | st.integers(1, 200),
+    cols=st.sampled_from([1, 63, 64, 65, 172]) | st.integers(1, 300),
+    sparsity=st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]),
+    dtype=st.sampled_from(HALVES),
+    share=st.floats(0, 1),
+    seed=st.integers(0, 2**32),
+)
+@example(64, 128, 0.0, torch.float16, 0.0, 0)
+@settings(max_examples=50, deadline=None)
+def test_the_decoder_and_the_struct_read_what_the_encoder_writes(
+    rows: int, cols: int, sparsity: float, dtype: torch.dtype, share: float, seed: int
+) -> None:
+    weight = random_matrix(rows, cols, sparsity, dtype, seed)
+    tiles = -(-rows // 8)
+    strips = round(-(-tiles // 8) * (1 - share) + tiles * share)
+    matrix = make(weight, strips)
+    assert len(matrix.data) == matrix.plan.nbytes
+    assert matrix.plan.records == strips * -(-cols // 64)
+    expected = patterns(weight + 0.0)  # negative zeros count as zeros
+    assert np.array_equal(decode(matrix.data.numpy(), matrix.plan), expected)
+    assert np.array_equal(decode_struct(matrix), expected)
+
+
+@given(rows=st.integers(1, 300_000), multiprocessors=st.integers(1, 160))
+@example(4096, 132)
+@example(1, 132)
+@settings(max_examples=500, deadline=None)
+def test_strips_are_spread_evenly(rows: int, multiprocessors: int) -> None:
+    strips = choose_strips(rows, multiprocessors)
+    cut = cut_rows(rows, strips)
+    tiles = [tile for strip in cut for tile in strip]
+    assert tiles == [*range(-(-rows // 8))]
+    assert {len(strip) for strip in cut} <= {len(cut[-1]), len(cut[-1]) + 1}
+    assert 1 <= len(cut[-1]) <= len(cut[0]) <= MAX_TILES
+    of_each = [sum(len(strip) for strip in cut[at::multiprocessors]) for at in range(min(multiprocessors, strips))]
+    assert max(of_each) == -(-len(tiles) // multiprocessors)  # no cut can do with less
+    if len(tiles) <= 6 * 4 * multiprocessors:
+        assert len(cut[0]) <= 4
+        assert strips <= 6 * multiprocessors
+
+
+@pytest.mark.parametrize(
+    ("rows", "strips"),
+    [(8, 1), (1024, 128), (4096, 132), (11008, 3 * 132), (14336, 4 * 132), (28672, 4 * 132), (152064, 18 * 132)],
+)
+def test_strips_of_an_h100(rows: int, strips: int) -> None:
+    assert choose_strips(rows, 132) == strips
+
+
+def test_constants_are_those_of_the_library() -> None:
+    header, layout = (SOURCES / "macko.h").read_text(), (SOURCES / "cuda" / "tiled.cuh").read_text()
+    assert re.search(r"#define MACKO_TILED_MAX_COLS (\d+)", header).group(1) == str(MAX_COLS)
+    assert f"kTileRows = {TILE_ROWS}, kTileColumns = {TILE_COLUMNS};" in layout
+    assert f"kRecordAlignment = {UNIT_BYTES};" in layout
+    assert f"kMaxTiles = {MAX_TILES};" in layout
+    declared = re.search(r"typedef struct macko_tiled \{(.*?)\} macko_tiled;", header, re.DOTALL).group(1)
+    names = re.findall(r"(\w+);", re.sub(r"//.*", "", declared))
+    assert names == [name for name, _ in TiledStruct._fields_]
+    assert ctypes.sizeof(TiledStruct) == 2 * 8 + 6 * 4  # five numbers, and the end of the last 8 bytes
+
+
+@pytest.mark.parametrize(("dtype", "code"), [(torch.float16, 0), (torch.bfloat16, 1)])
+def test_the_struct_says_what_the_matrix_is(dtype: torch.dtype, code: int) -> None:
+    matrix = make(random_matrix(37, 172, 0.5, dtype), 2)
+    assert fields(matrix) == {
+        "records": matrix.data.data_ptr(),
+        "starts": matrix.data.data_ptr() + matrix.plan.starts_offset,
+        "rows": 37,
+        "cols": 172,
+        "strips": 2,
+        "record_bytes": matrix.plan.record_bytes,
+        "value_dtype": code,
+    }
+    assert matrix.plan.starts_offset % 256 == 0
+    assert matrix.address == ctypes.addressof(matrix.struct)
+
+
+def test_the_numbers_of_an_op_are_the_matrix() -> None:
+    matrix = make(random_matrix(37, 172, 0.5, torch.bfloat16), 3)
+    assert all(type(number) is int for number in matrix.numbers)
+    twin = TiledMatrix.from_numbers(matrix.data, torch.bfloat16, matrix.numbers)
+    assert twin.plan == matrix.plan
+    assert fields(twin) == fields(matrix)
+
+
+@pytest.mark.parametrize("remake", [copy.deepcopy, lambda matrix: pickle.loads(pickle.dumps(matrix))])
+def test_copies_have_a_struct_of_their_own(remake: Callable[[TiledMatrix], TiledMatrix]) -> None:
+    matrix = make(random_matrix(37, 172, 0.5, torch.float16), 2)
+    before = fields(matrix)  # fills the cached struct
+    twin = remake(matrix)
+    assert not {"struct", "address"} & set(vars(twin))
+    assert twin.plan == matrix.plan
+    assert torch.equal(twin.data, matrix.data)
+    assert fields(twin)["records"] == twin.data.data_ptr() != matrix.data.data_ptr()
+    assert np.array_equal(decode_struct(twin), decode_struct(matrix))
+    assert fields(matrix) == before
+
+
+def test_fakes_have_the_shapes_and_dtypes_of_products() -> None:
+    matrix = make(random_matrix(37, 172, 0.5, torch.bfloat16), 2)
+    arguments = matrix.data.to("meta"), None, matrix.dtype, matrix.numbers
+    x = torch.empty(5, 172, dtype=torch.bfloat16, device="meta")
+    y = torch.ops.macko.tiled_spmm(x, *arguments)
+    assert (y.shape, y.dtype, y.device.type) == ((5, 37), torch.bfloat16, "meta")
+    y = torch.ops.macko.tiled_linear(x.float().view(5, 1, 172), *arguments)
+    assert (y.shape, y.dtype) == ((5, 1, 37), torch.float32)
+    weight = torch.ops.macko.tiled_unpack(arguments[0], matrix.dtype, matrix.numbers)
+    assert (weight.shape, weight.dtype, weight.device.type) == ((37, 172), torch.bfloat16, "meta")
+
+
+def test_gradients_pass_through_the_fakes() -> None:
+    matrix = make(random_matrix(37, 172, 0.5, torch.float16), 2)
+    x = torch.empty(2, 3, 172, dtype=torch.float16, device="meta", requires_grad=True)
+    bias = torch.empty(37, dtype=torch.float16, device="meta", requires_grad=True)
+    y = torch.ops.macko.tiled_linear(x, matrix.data.to("meta"), bias, matrix.dtype, matrix.numbers)
+    y.sum().backward()
+    assert (x.grad.shape, bias.grad.shape) == (x.shape, bias.shape)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_tokens_of_its_own_dtype_alone_are_few(dtype: torch.dtype) -> None:
+    matrix = make(random_matrix(8, 64, 0.5, dtype), 1)
+    assert matrix.few_tokens(dtype) == TILED_SPMM_MAX_TOKENS
+    assert {matrix.few_tokens(other) for other in {*HALVES, torch.float32, torch.float64} - {dtype}} == {0}
+    assert (matrix.shape, matrix.dtype) == ((8, 64), dtype)
+
+
+@pytest.mark.parametrize("cols", [1, 7, 8, 63, 172])
+@pytest.mark.parametrize("shift", [0, 1, 3, 8])
+def test_the_library_reads_whole_vectors_of_x(cols: int, shift: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose rows are 8 columns or a multiple, zeros at their ends, at a multiple of 16 bytes; `shift` is x's own place."""
+    seen = []
+
+    class Library:
+        def macko_cuda_tiled_spmm(self, *arguments: int) -> int:
+            _, x, bias, _, tokens, device, stream = arguments
+            width = -(-cols // 8) * 8
+            values = np.array((ctypes.c_uint16 * (tokens * width)).from_address(x)).reshape(tokens, width)
+            seen.append((x % 16, values, bias, tokens, device, stream))
+            return 0
+
+    monkeypatch.setattr(native, "library", Library)
+    monkeypatch.setattr(native, "_raw_stream", lambda _: 7)
+    matrix = make(random_matrix(9, cols, 0.5, torch.float16), 1)
+    memory = torch.full((shift + 2 * 3 * cols + 8,), torch.nan, dtype=torch.float16)
+    assert memory.data_ptr() % 16 == 0
+    x = memory[shift : shift + 2 * 3 * cols].view(2, 3, cols).copy_(torch.arange(1.0, cols + 1).expand(2, 3, cols))
+    native.cuda_tiled_spmm(matrix, x, None, torch.empty(2, 3, 9, dtype=torch.float16))
+    ((alignment, values, *others),) = seen
+    assert alignment == 0
+    assert np.array_equal(values[:, :cols], patterns(x).reshape(6, cols))
+    assert not values[:, cols:].any()
+    assert others == [None, 6, -1, 7]
+
+
+class Gpu:
+    """A GPU whose memory is the CPU's, and a library that makes tiles as the naive encoder does."""
+
+    capability = (9, 0)
+    multi_processor_count = 3
+    synchronized = False
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(native, "runs_on", lambda _: True)
+        monkeypatch.setattr(native, "cuda_unpack", canonical.unpack)
+        monkeypatch.setattr(native, "cuda_tiled_count", self.count)
+        monkeypatch.setattr(native, "cuda_tiled_pack", self.pack)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: self)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda _: self)
+
+    @property
+    def major(self) -> int:
+        return self.capability[0]
+
+    @property
+    def minor(self) -> int:
+        return self.capability[1]
+
+    def synchronize(self) -> None:
+        self.synchronized = True
+
+    def count(self, weight: torch.Tensor, strips: int, units: torch.Tensor) -> None:
+        units[:] = torch.from_numpy(np.diff(encode(weight, strips)[1]))
+
+    def pack(self, weight: torch.Tensor, matrix: TiledMatrix) -> None:
+        struct = TiledStruct.from_address(matrix.address)
+        records, starts = encode(weight, struct.strips)
+        held = (ctypes.c_uint32 * len(starts)).from_address(struct.starts)
+        assert list(held) == starts.tolist()
+        ctypes.memmove(struct.records, records, len(records))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("shape", [(7, 200), (37, 172), (300, 65)])
+def test_arranging_fills_the_buffer_and_waits(
+    shape: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = Gpu(monkeypatch)
+    weight = random_matrix(*shape, 0.9, dtype)
+    weight[:, 7:] = 0
+    matrix = tiled.arrange(canonical.pack(weight))
+    assert gpu.synchronized
+    expected = make(weight, choose_strips(shape[0], 3))
+    assert matrix.plan == expected.plan
+    assert torch.equal(matrix.data, expected.data)
+
+
+def test_matrices_that_tiles_do_not_suit(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = Gpu(monkeypatch)
+    suits = canonical.pack(random_matrix(64, 640, 0.5, torch.float16))
+    assert tiled.arrange(suits) is not None
+    for weight in (torch.zeros(0, 64), torch.ones(1, 1), torch.ones(64, 640), torch.zeros(8, MAX_COLS + 1)):
+        assert tiled.arrange(canonical.pack(weight.half())) is None
+    gpu.capability = (7, 5)
+    assert tiled.arrange(suits) is None
+
+
+def test_a_cpu_has_no_tiles() -> None:
+    assert tiled.arrange(canonical.pack(random_matrix(64, 64, 0.5, torch.float16))) is None
