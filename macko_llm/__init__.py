@@ -26,7 +26,7 @@ def load(path: str, **options: Any) -> PreTrainedModel:
 
     Args:
         path: a folder or a hub id, with @ and a revision behind it where it is not the newest that is wanted.
-        options: dtype, device and trust_remote_code of `macko_llm.loading.load`.
+        options: dtype, device, trust_remote_code, layout and tokens of `macko_llm.loading.load`.
 
     Raises:
         MackoError: one sentence that says what is wrong and how to mend it.

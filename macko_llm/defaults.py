@@ -18,6 +18,12 @@ MAX_NEW_TOKENS = 128
 TEMPERATURE = 0.0
 """Greedy."""
 
+LAYOUT = "auto"
+"""In which of `layouts.choice.LAYOUTS` a GPU holds packed weights."""
+
+TOKENS_AT_A_TIME = 1
+"""That packed weights are laid out for: one stream of text."""
+
 CACHE_BUCKET = 512
 """Tokens in the smallest cache of fixed length; the next ones are twice as long each."""
 

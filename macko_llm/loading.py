@@ -16,18 +16,26 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from macko_llm import checkpoint, models
+from macko_llm.defaults import LAYOUT, TOKENS_AT_A_TIME
 from macko_llm.gaps import Gap, find_gaps, move_buffers
 from macko_llm.linear import MackoLinear, arrange_group
 from macko_llm.packed_checkpoint import ARRAY_NAMES, array_keys
+from macko_llm.refusals import require_packed
 from macko_llm.streaming import TensorReader, wait
-from macko_llm.transformers_integration import layer_groups
+from macko_llm.transformers_integration import MackoConfig, layer_groups
 
 _GROUPS_AT_A_TIME = 2  # one is read while the one before it is arranged
 _ALIGNMENT = 256  # bytes, of arrays that share memory
 
 
 def load(
-    path: str | Path, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
+    path: str | Path,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    layout: str = LAYOUT,
+    tokens: int = TOKENS_AT_A_TIME,
 ) -> PreTrainedModel:
     """Load a causal language model, dense or packed, ready for inference.
 
@@ -37,16 +45,23 @@ def load(
             on a CPU, which multiplies those faster.
         device: "auto", "cpu", "cuda", "cuda:1", ...
         trust_remote_code: run Python code that lies in the folder.
+        layout: of packed weights on a GPU: "sliced" (for one token at a time), "tiled" (for several) or "auto" (by `tokens`).
+        tokens: that packed layers will mostly multiply at a time: the texts of a batch.
 
     Raises:
         CheckpointError: the model is missing, incomplete, corrupt, or not a causal language model.
-        UsageError: unknown dtype or device, or a dtype that the packed values cannot serve.
+        UsageError: unknown dtype, device or layout, tokens below 1, a dtype that the packed values cannot serve, or a layout
+            for a model that is not packed.
     """
+    config = MackoConfig(layout=layout, tokens=tokens)
     folder = checkpoint.locate(path)
     torch_device = models.resolve_device(device)
     stored_as = checkpoint.quantization_method(folder)
+    if layout != LAYOUT:
+        require_packed(folder)
+    held = config if stored_as == checkpoint.QUANT_METHOD else None
     if torch_device.type in ("cpu", "cuda") and stored_as in (None, checkpoint.QUANT_METHOD):
-        model = models.load_empty(folder, dtype=dtype, trust_remote_code=trust_remote_code)
+        model = models.load_empty(folder, dtype=dtype, trust_remote_code=trust_remote_code, quantization_config=held)
         if torch_device.type == "cpu" and dtype == "bfloat16":
             _hold_bfloat16(model)
         gaps = find_gaps(model, folder)
@@ -54,7 +69,9 @@ def load(
             with models.plain_errors(folder, torch_device), torch.no_grad():
                 _fill(model, gaps, torch_device)
             return model
-    return models.load_model(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    return models.load_model(
+        folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code, quantization_config=held
+    )
 
 
 def _hold_bfloat16(model: PreTrainedModel) -> None:

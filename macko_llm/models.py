@@ -133,7 +133,12 @@ def skeleton(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedMode
 
 
 def load_model(
-    folder: Path, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
+    folder: Path,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    quantization_config: object | None = None,
 ) -> PreTrainedModel:
     """Load a causal language model the way transformers does; `loading.load` takes less time and memory.
 
@@ -142,16 +147,23 @@ def load_model(
         dtype: "auto" (the checkpoint's), "float16", "bfloat16" or "float32".
         device: "auto", "cpu", "cuda", "cuda:1", ...
         trust_remote_code: run Python code that lies in the folder.
+        quantization_config: of a quantized checkpoint, as `from_pretrained` takes it.
 
     Raises:
         CheckpointError: the model is missing, incomplete, corrupt, or not a causal language model.
         UsageError: unknown dtype or device.
     """
     torch_dtype, torch_device = resolve_dtype(dtype), resolve_device(device)
-    return _from_pretrained(folder, torch_dtype, torch_device, trust_remote_code)
+    return _from_pretrained(folder, torch_dtype, torch_device, trust_remote_code, quantization_config)
 
 
-def load_empty(folder: Path, *, dtype: str = "auto", trust_remote_code: bool = False) -> PreTrainedModel:
+def load_empty(
+    folder: Path,
+    *,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    quantization_config: object | None = None,
+) -> PreTrainedModel:
     """What `load_model` gives, checked as it checks, but with every stored tensor on the meta device.
 
     Buffers that no file holds, such as the frequencies of rotary embeddings, are real, on the CPU, except where a model's own
@@ -161,7 +173,7 @@ def load_empty(folder: Path, *, dtype: str = "auto", trust_remote_code: bool = F
         CheckpointError: the model is missing, incomplete, corrupt, or not a causal language model.
         UsageError: unknown dtype.
     """
-    model = _from_pretrained(folder, resolve_dtype(dtype), torch.device("meta"), trust_remote_code)
+    model = _from_pretrained(folder, resolve_dtype(dtype), torch.device("meta"), trust_remote_code, quantization_config)
     computed = {name for name, buffer in model.named_buffers() if buffer.is_meta} - set(model.state_dict())
     if not computed:
         return model
@@ -197,12 +209,18 @@ def plain_errors(folder: Path, device: torch.device) -> Iterator[None]:
 
 
 def _from_pretrained(
-    folder: Path, dtype: torch.dtype | str, device: torch.device, trust_remote_code: bool
+    folder: Path,
+    dtype: torch.dtype | str,
+    device: torch.device,
+    trust_remote_code: bool,
+    quantization_config: object | None,
 ) -> PreTrainedModel:
     config = load_config(folder, trust_remote_code=trust_remote_code)
     _require_causal(folder, config)
     # transformers stumbles over an index that is broken, without a word of it.
     checkpoint.weight_files(folder, getattr(config, "transformers_weights", None))
+    # transformers takes a None for the config of a checkpoint that is not quantized.
+    given = {} if quantization_config is None else {"quantization_config": quantization_config}
     with plain_errors(folder, device):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -212,6 +230,7 @@ def _from_pretrained(
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below, by name
+            **given,
         )
     model, info = loaded
     for name, found, expected in sorted(info["mismatched_keys"]):

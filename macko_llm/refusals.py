@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from macko_llm import checkpoint, outputs
-from macko_llm.defaults import EVALUATION_SEQLEN, HIDDEN_STATE_PLACES, MODEL_DTYPE_NAMES, VALUE_DTYPE_NAMES
+from macko_llm.defaults import EVALUATION_SEQLEN, HIDDEN_STATE_PLACES, LAYOUT, MODEL_DTYPE_NAMES, VALUE_DTYPE_NAMES
 from macko_llm.errors import UsageError
+from macko_llm.layouts.choice import LAYOUTS
 from macko_llm.recipe import PruneRecipe
 
 
@@ -149,6 +150,20 @@ def check_benchmark_dtype(dtype: str) -> None:
     """Raise UsageError unless single layers are timed in this dtype."""
     if dtype not in VALUE_DTYPE_NAMES:
         raise UsageError(f"There is no benchmark in {dtype}; use --dtype {' or '.join(VALUE_DTYPE_NAMES)}.")
+
+
+def check_layout(layout: str, device_type: str | None = None) -> None:
+    """Raise UsageError unless packed weights can be held in this layout, and, where a device is named, on it."""
+    if layout not in LAYOUTS:
+        raise UsageError(f"There is no layout {layout!r}; use {', '.join(LAYOUTS[:-1])} or {LAYOUTS[-1]}.")
+    if device_type not in (None, "cuda") and layout != LAYOUT:
+        raise UsageError(f"The layout {layout} is an NVIDIA GPU's, and this runs on {device_type}; leave --layout out.")
+
+
+def check_tokens_at_a_time(tokens: int) -> None:
+    """Raise UsageError unless packed weights can be laid out for so many tokens at a time."""
+    if tokens < 1:
+        raise UsageError(f"No layout is made for {tokens} tokens at a time; use tokens=1 or more.")
 
 
 def check_device(device: str) -> None:

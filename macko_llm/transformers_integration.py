@@ -1,36 +1,53 @@
 """The "macko" quantization method of transformers: packed checkpoints load with plain `from_pretrained`."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers import (
+    AutoHfQuantizer,
+    HfQuantizer,
+    register_quantization_config,
+    register_quantizer,
+)
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from macko_llm import checkpoint, models, packed_checkpoint
+from macko_llm.defaults import LAYOUT, TOKENS_AT_A_TIME
 from macko_llm.dtypes import VALUE_DTYPES
 from macko_llm.errors import UsageError
 from macko_llm.linear import MackoLinear, arrange_group
 from macko_llm.packed_checkpoint import ARRAY_NAMES, PackedConfig
+from macko_llm.refusals import check_layout, check_tokens_at_a_time
+
+_OF_LOADING = ("layout", "tokens")
+"""Attributes of a `MackoConfig` that no file holds."""
 
 
 @register_quantization_config(checkpoint.QUANT_METHOD)
 class MackoConfig(QuantizationConfigMixin):
-    """`quantization_config` of a packed checkpoint (docs/format.md).
+    """`quantization_config` of a packed checkpoint (docs/format.md), and how it is held in memory.
+
+    `from_pretrained(folder, quantization_config=MackoConfig(tokens=8))` takes `layout` and `tokens` from here, and all else
+    from the checkpoint. No file holds these two: what is stored is the same for all layouts.
 
     Args:
         value_dtype, modules_to_not_convert, format_version, delta_bits: see `PackedConfig`.
+        layout: "sliced" (for one token at a time), "tiled" (for several) or "auto" (by `tokens`); of GPUs.
+        tokens: that will mostly be multiplied at a time: the texts of a batch.
         unknown: keys of a later minor version, ignored.
 
     Raises:
         FormatError: this package cannot read such a checkpoint.
+        UsageError: there is no such layout, or tokens is below 1.
     """
 
     value_dtype: str
     modules_to_not_convert: list[str]
+    layout: str
+    tokens: int
 
     def __init__(
         self,
@@ -38,11 +55,29 @@ class MackoConfig(QuantizationConfigMixin):
         modules_to_not_convert: list[str] | None = None,
         format_version: int = PackedConfig.format_version,
         delta_bits: int = PackedConfig.delta_bits,
+        layout: str = LAYOUT,
+        tokens: int = TOKENS_AT_A_TIME,
         **unknown: Any,
     ) -> None:
         del unknown
         config = PackedConfig(value_dtype, modules_to_not_convert, format_version, delta_bits)
         self.__dict__.update(config.entries())
+        check_layout(layout)
+        check_tokens_at_a_time(tokens)
+        self.layout, self.tokens = layout, tokens
+
+    @classmethod
+    def from_dict(cls, config_dict: Mapping[str, Any], *arguments: Any, **more: Any) -> Any:
+        """What a file says."""
+        return super().from_dict(_stored(config_dict), *arguments, **more)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a file says."""
+        return _stored(super().to_dict())
+
+
+def _stored(entries: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in entries.items() if key not in _OF_LOADING}
 
 
 @register_quantizer(checkpoint.QUANT_METHOD)
@@ -65,7 +100,7 @@ class MackoQuantizer(HfQuantizer):
         shapes = {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
         for name in packed_checkpoint.check_headers(shapes, infos, self.quantization_config.value_dtype):
             padded = infos[packed_checkpoint.array_keys(name)[0]].shape[0]
-            model.set_submodule(name, _placeholder(linears[name], padded, self._value_dtype))
+            model.set_submodule(name, self._placeholder(linears[name], padded))
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
@@ -98,9 +133,19 @@ class MackoQuantizer(HfQuantizer):
             if random or parameter.shape != self._shapes.get(name, parameter.shape):
                 yield name
 
-    @property
-    def _value_dtype(self) -> torch.dtype:
-        return VALUE_DTYPES[self.quantization_config.value_dtype]
+    def _placeholder(self, linear: nn.Linear, padded: int) -> MackoLinear:
+        config = self.quantization_config
+        layer = MackoLinear(
+            linear.in_features,
+            linear.out_features,
+            padded,
+            dtype=VALUE_DTYPES[config.value_dtype],
+            device="meta",
+            layout=config.layout,
+            tokens=config.tokens,
+        )
+        layer.bias = linear.bias
+        return layer
 
     def is_serializable(self, *_: Any) -> bool:
         """`save_pretrained` writes the canonical arrays."""
@@ -146,7 +191,20 @@ def _keep_in_own_memory(layer: MackoLinear) -> None:
             setattr(layer, name, nn.Parameter(array.clone(), requires_grad=False))
 
 
-def _placeholder(linear: nn.Linear, padded: int, dtype: torch.dtype) -> MackoLinear:
-    layer = MackoLinear(linear.in_features, linear.out_features, padded, dtype=dtype, device="meta")
-    layer.bias = linear.bias
-    return layer
+_merge_configs = AutoHfQuantizer.merge_quantization_configs
+
+
+def _merge(stored: Any, given: Any) -> Any:
+    """A checkpoint's config with `layout` and `tokens` of the caller's, which transformers would ignore; else what it does."""
+    if not isinstance(given, MackoConfig):
+        return _merge_configs(stored, given)
+    merged = _merge_configs(stored, None)
+    if not isinstance(merged, MackoConfig):
+        return _merge_configs(stored, given)  # refuses
+    for name in _OF_LOADING:
+        setattr(merged, name, getattr(given, name))
+    return merged
+
+
+# transformers has a list of the methods of which it takes settings from the caller, and no way to enter it.
+AutoHfQuantizer.merge_quantization_configs = staticmethod(_merge)  # type: ignore[method-assign,assignment]

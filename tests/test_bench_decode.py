@@ -10,7 +10,7 @@ import torch
 from families import MAX_POSITIONS, save_model
 from helpers import assert_plain, copy_model
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from typer.testing import CliRunner, Result
 
 from macko_llm import checkpoint, models
@@ -207,6 +207,24 @@ def test_a_packed_model_and_what_it_unpacks_to(packed: Path) -> None:
     assert packed_sparsity(one) == pytest.approx(1 / 3, abs=0.01)
 
 
+@pytest.mark.parametrize("kind", ["shape", "dense", "packed"])
+def test_packed_layers_are_arranged_for_as_many_tokens_as_there_are_texts(
+    kind: str, dense: Path, packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = {"shape": (None, "tiny"), "dense": (dense, None), "packed": (packed, None)}[kind]
+    subject = subject_of(*made, sparsities=() if kind == "packed" else (0.5,))
+    told = []
+
+    def stop(model: PreTrainedModel, task: decode.Task) -> Any:
+        told.extend((layer.tokens, task.batch) for _, layer in packed_layers(model))
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(decode, "_measure_engine", stop)
+    monkeypatch.setattr(decode, "_measure_transformers", stop)
+    decode.measure_decode(subject, decode.Task(5, 3, 4), device=CPU)
+    assert set(told) == {(4, 4)}
+
+
 class Failing(Subject):
     """A subject whose dense model cannot be had."""
 
@@ -217,8 +235,8 @@ class Failing(Subject):
     def dense(self) -> Any:
         raise self._error
 
-    def packed(self, sparsity: float | None) -> Any:
-        return self._real.packed(sparsity)
+    def packed(self, sparsity: float | None, tokens: int = 1) -> Any:
+        return self._real.packed(sparsity, tokens)
 
 
 def test_what_does_not_fit_leaves_the_other_rows() -> None:

@@ -14,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
-from macko_llm.benchmarks import machine, timing, weights
-from macko_llm.benchmarks.spmv import LLAMA_2_7B, SPARSITIES
+from macko_llm.benchmarks import machine, plots, timing, weights
+from macko_llm.benchmarks.spmv import LLAMA_2_7B, SPARSITIES, TOKENS, Case, Conditions, Method, SpmvReport
 from macko_llm.cli.bench_spmv import parse_shape, parse_tokens
 from macko_llm.cli.main import app
 from macko_llm.cli.options import parse_list, parse_sparsity
-from macko_llm.linear import MackoLinear
+from macko_llm.linear import MackoLinear, arrange_group
 
 CPU = torch.device("cpu")
 SMALL = ["--device", "cpu", "--shape", "96x160", "--sparsity", "0.5"]
@@ -54,6 +54,7 @@ def test_json_names_the_conditions(report: dict[str, Any]) -> None:
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", conditions["date"])
     assert report["command"] == (
         "macko bench spmv --shape 96x160,64x300,33x172 --sparsity 0.0,0.5 --tokens 1,3 --dtype float16 --device cpu"
+        " --layout auto"
     )
 
 
@@ -73,6 +74,35 @@ def test_figures_agree_with_each_other(report: dict[str, Any]) -> None:
             case["gigabytes_per_second"] / case["read_gigabytes_per_second"]
         )
         assert case["speedup"] == pytest.approx(dense["timing"]["microseconds"] / packed["timing"]["microseconds"])
+
+
+def test_each_case_names_the_layout_of_its_packed_layers(report: dict[str, Any]) -> None:
+    assert {case["layout"] for case in report["cases"]} == {"bitmap"}
+
+
+def test_numbers_of_tokens_that_layers_are_arranged_alike_for_share_their_copies(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With a choice like a GPU's, of two layouts that a CPU has: the order of the first of each stays."""
+
+    def arrange(layer: MackoLinear) -> None:
+        if layer.layout == "tiled" or (layer.layout == "auto" and layer.tokens > 1):
+            arrange_group([layer])
+
+    monkeypatch.setattr(MackoLinear, "arrange", arrange)
+    for layout, expected in (("auto", [[1], [2, 8]]), ("tiled", [[1, 2, 8]]), ("sliced", [[1, 2, 8]])):
+        assert weights.in_layouts((8, 64), 0.5, torch.float16, CPU, layout, [1, 2, 8]) == expected
+    sets = weights.make_weight_sets(
+        (8, 64), 0.5, torch.float16, CPU, csr_dtype=None, rotation_bytes=1, layout="auto", tokens=8
+    )
+    assert {weights.layout_name(layer) for layer in sets.packed} == {"bitmap"}
+
+
+def test_a_layout_that_unpacks_for_so_many_tokens_is_said() -> None:
+    few = weights.packed_layer(torch.ones(4, 64, dtype=torch.float16)).packed.few_tokens(torch.float16)
+    said = macko(*SMALL, "--tokens", f"{few},{few + 1}").stdout
+    assert said.count(f"A bitmap layer is unpacked to multiply more than {few} tokens") == 1
+    assert "unpacked" not in macko(*SMALL, "--tokens", few).stdout
 
 
 def test_methods_are_as_right_as_their_dtype(report: dict[str, Any]) -> None:
@@ -161,13 +191,49 @@ def test_the_read_bandwidth_is_of_memory_that_is_far_larger_than_a_cache(monkeyp
 
 def test_plot(tmp_path: Path) -> None:
     image = pytest.importorskip("matplotlib.image", reason="needs macko-llm[plot]")
-    for name, more in (("sparsities.png", ["--sparsity", "0.75"]), ("tokens.PNG", ["--tokens", "1,4"])):
+    several = ["--sparsity", "0.75", "--shape", "64x64", "--tokens", "1,4"]
+    for name, more in (("sparsities.png", ["--sparsity", "0.75"]), ("tokens.PNG", several)):
         macko(*SMALL, *more, "--plot", tmp_path / name)
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
         pixels = image.imread(tmp_path / name, format="png")
         assert pixels.shape[0] > 300
         assert pixels.shape[1] > 600
         assert pixels[..., :3].std() > 0.01  # not a blank page
+
+
+def _case(shape: tuple[int, int], sparsity: float, tokens: int, speedup: float) -> Case:
+    def method(microseconds: float) -> Method:
+        return Method(timing.Timing(microseconds, 1, 1, True), 100, 2, 1e-4, "float16")
+
+    return Case(
+        *(*shape, sparsity, tokens, "float16", "tiled", method(10 * speedup), (), method(50), None, method(10)),
+        *(100, 1.0, 1000.0, 0.5, speedup, speedup, ()),
+    )
+
+
+def test_the_plot_of_tokens_has_a_line_a_shape_and_one_of_dense(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    figure = pytest.importorskip("matplotlib.figure", reason="needs macko-llm[plot]").Figure
+    drawn = []
+    monkeypatch.setattr(figure, "savefig", lambda self, path: drawn.append((self, path)))
+    speedups = {((64, 8), 0.5): [2.0, 1.5], ((32, 8), 0.5): [1.0, 0.5], ((64, 8), 0.7): [3.0, 2.5]}
+    cases = [
+        _case(shape, sparsity, tokens, speedup)
+        for (shape, sparsity), both in speedups.items()
+        for tokens, speedup in reversed([*zip((1, 8), both, strict=True)])
+    ]
+    conditions = Conditions("a GPU", None, None, "2", "1", 1, 1000.0, "today", "float16", 1, 1)
+    plots.plot_spmv(SpmvReport(conditions, tuple(cases), ()), tmp_path / "speed.png")
+    [(made, path)] = drawn
+    assert path == tmp_path / "speed.png"
+    assert [axes.get_title() for axes in made.axes] == ["50% sparse", "70% sparse"]
+    for axes, sparsity in zip(made.axes, (0.5, 0.7), strict=True):
+        lines = {line.get_label(): [list(values) for values in line.get_data()] for line in axes.lines}
+        assert lines.pop("dense")[1] == [1, 1]
+        assert lines == {
+            f"{rows} x {cols}": [[1, 8], both] for ((rows, cols), of), both in speedups.items() if of == sparsity
+        }
 
 
 def test_a_plot_without_matplotlib_is_refused_before_measuring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,6 +262,8 @@ def test_a_plot_without_matplotlib_is_refused_before_measuring(tmp_path: Path, m
         (["--dtype", "float16,float64"], "float16 or bfloat16"),
         (["--dtype", "float16,bfloat16", "--plot", "speed.png"], "a single --dtype"),
         (["--device", "nowhere"], "nowhere"),
+        (["--layout", "spiral"], "There is no layout 'spiral'"),
+        (["--layout", "tiled", "--device", "cpu"], "an NVIDIA GPU's, and this runs on cpu"),
         (["--plot", "speed.pdf"], ".png"),
         (["--plot", "no/such/folder/speed.png"], "no/such/folder"),
     ],
@@ -221,6 +289,7 @@ def test_lists() -> None:
     assert parse_list(["0.5", "0,.25"], parse_sparsity) == [0.5, 0.0, 0.25]
     assert parse_list(["1,2,4", "16"], parse_tokens) == [1, 2, 4, 16]
     assert parse_list(None, parse_tokens) == []
+    assert parse_list([",".join(map(str, TOKENS["cuda"]))], parse_tokens) == list(TOKENS["cuda"])
     assert parse_list([f"{rows}x{cols}" for rows, cols in LLAMA_2_7B], parse_shape) == list(LLAMA_2_7B)
     assert parse_list([",".join(map(str, SPARSITIES))], parse_sparsity) == list(SPARSITIES)
 

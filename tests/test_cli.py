@@ -16,17 +16,18 @@ import typer
 from datasets import Dataset
 from families import MAX_POSITIONS, SENTENCES, save_model
 from helpers import assert_plain, quiet_transformers, weights
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 from typer.testing import CliRunner, Result
 
 import macko_llm
-from macko_llm import native
+from macko_llm import loading, native
 from macko_llm.benchmarks import quality
 from macko_llm.calibration import calibration_tokens, tokens_sha256
 from macko_llm.cli.console import megabytes, plain_errors, print_json
 from macko_llm.cli.doctor import gpu_advice
 from macko_llm.cli.main import app
 from macko_llm.errors import CalibrationError, UsageError
+from macko_llm.linear import MackoLinear
 from macko_llm.packing import pack_checkpoint
 from macko_llm.pruning import prune_checkpoint
 from macko_llm.recipe import PruneRecipe
@@ -283,6 +284,22 @@ def test_prompts_from_files_come_after_those_given_as_text(folder: Path) -> None
     long = ["--prompt", "Once", "--prompt", "Zwölf Eulen\nsaßen", "--prompt", "The fox", "--max-new-tokens", 5]
     short = ["-f", "owl.txt", "-p", "Once", "--prompt-file", folder / "fox.txt", "-n", 5]
     assert macko("generate", "packed", *short).stdout == macko("generate", "packed", *long).stdout
+
+
+@pytest.mark.parametrize("prompts", [1, 3])
+def test_packed_layers_are_laid_out_for_as_many_texts_as_there_are_prompts(
+    prompts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load, models = loading.load, []
+
+    def remember(*arguments: Any, **options: Any) -> PreTrainedModel:
+        models.append(load(*arguments, **options))
+        return models[-1]
+
+    monkeypatch.setattr(loading, "load", remember)
+    macko("generate", "packed", *["-p", "Once"] * prompts, "-n", 2, "--device", "cpu")
+    layers = [module for module in models[0].modules() if isinstance(module, MackoLinear)]
+    assert {(layer.layout, layer.tokens) for layer in layers} == {("auto", prompts)}
 
 
 def test_several_prompts() -> None:

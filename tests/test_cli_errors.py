@@ -127,6 +127,11 @@ WANDA = "--calibration text.txt --nsamples 2 --seqlen 16"
         ("generate packed --prompt Hi --max-new-tokens 0", WRONG_CALL, "--max-new-tokens 1 or more"),
         ("generate packed --prompt Hi --max-new-tokens 99", WRONG_CALL, "more than the model's 64 positions"),
         ("generate packed --prompt Hi --temperature -1", WRONG_CALL, "temperature -1"),
+        (
+            "generate packed --prompt Hi --layout tiled --device cpu",
+            WRONG_CALL,
+            "an NVIDIA GPU's, and this runs on cpu",
+        ),
         ("generate packed --prompt Hi --top-k 5", WRONG_CALL, "add --temperature"),
         ("generate packed --prompt Hi --min-p 0.1", WRONG_CALL, "add --temperature"),
         ("generate packed --prompt Hi --temperature 1 --min-p 2", WRONG_CALL, r"min-p 2\.0 is not a share"),

@@ -1,9 +1,12 @@
 """Packed checkpoints in plain transformers: loading, saving, generating, and imports in either order."""
 
+import functools
 import importlib.machinery
+import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -350,3 +353,69 @@ def test_transformers_does_not_pack_a_dense_model_on_loading(packed: Path) -> No
     with pytest.raises(UsageError, match="with `macko pack` first") as caught:
         AutoModelForCausalLM.from_pretrained(packed.parent / "pruned", quantization_config=MackoConfig())
     assert_plain(str(caught.value))
+
+
+# How a model is held
+
+
+def _held(model: PreTrainedModel) -> set[tuple[str, int]]:
+    return {(module.layout, module.tokens) for module in model.modules() if isinstance(module, MackoLinear)}
+
+
+@pytest.mark.filterwarnings("error")
+def test_every_packed_layer_is_told_the_layout_and_the_tokens(packed: Path) -> None:
+    config = MackoConfig(value_dtype="bfloat16", layout="tiled", tokens=8)  # the checkpoint's is float16, and stays
+    given = AutoModelForCausalLM.from_pretrained(packed, quantization_config=config)
+    assert _held(given) == {("tiled", 8)}
+    assert given.config.quantization_config.value_dtype == "float16"
+    assert _held(macko_llm.load(packed, device="cpu", layout="sliced", tokens=3)) == {("sliced", 3)}
+    assert _held(macko_llm.load(packed, device="cpu")) == _held(AutoModelForCausalLM.from_pretrained(packed))
+    assert _held(AutoModelForCausalLM.from_pretrained(packed)) == {("auto", 1)}
+    assert torch.equal(_logits(given), _logits(macko_llm.load(packed, device="cpu")))
+
+
+def test_no_file_holds_the_layout(packed: Path, tmp_path: Path) -> None:
+    macko_llm.load(packed, device="cpu").save_pretrained(tmp_path / "auto")
+    macko_llm.load(packed, device="cpu", layout="tiled", tokens=8).save_pretrained(tmp_path / "tiled")
+    names = sorted(path.name for path in (tmp_path / "auto").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "tiled").iterdir())
+    assert "model.safetensors" in names
+    for name in names:
+        assert (tmp_path / "auto" / name).read_bytes() == (tmp_path / "tiled" / name).read_bytes()
+    config = MackoConfig(layout="tiled", tokens=8)
+    assert config.to_dict() == config.to_diff_dict() == MackoConfig().to_dict()
+
+
+def test_what_a_file_says_of_a_layout_is_ignored(packed: Path, tmp_path: Path) -> None:
+    copy_model(packed, tmp_path / "copy")
+    config = checkpoint.read_config(tmp_path / "copy")
+    config["quantization_config"] |= {"layout": "spiral", "tokens": 0}
+    (tmp_path / "copy" / "config.json").write_text(json.dumps(config))
+    assert _held(AutoModelForCausalLM.from_pretrained(tmp_path / "copy")) == {("auto", 1)}
+    assert _held(macko_llm.load(tmp_path / "copy", device="cpu", tokens=4)) == {("auto", 4)}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"layout": "spiral"}, "There is no layout 'spiral'; use auto, sliced or tiled"),
+        ({"tokens": 0}, "0 tokens at a time; use tokens=1 or more"),
+    ],
+)
+def test_how_a_model_cannot_be_held(options: dict[str, Any], words: str, packed: Path) -> None:
+    for call in (MackoConfig, functools.partial(macko_llm.load, packed, device="cpu")):
+        with pytest.raises(UsageError, match=words) as caught:
+            call(**options)
+        assert_plain(str(caught.value))
+
+
+def test_a_layout_is_of_a_packed_model(packed: Path) -> None:
+    dense = packed.parent / "dense"
+    with pytest.raises(UsageError, match=r"dense is not packed; make a packed checkpoint") as caught:
+        macko_llm.load(dense, device="cpu", layout="tiled")
+    assert_plain(str(caught.value))
+    macko_llm.load(dense, device="cpu", tokens=8)  # a dense model serves as many as there are
+    config = models.load_config(dense)
+    config.quantization_config = {"quant_method": "fp8"}
+    with pytest.raises(ValueError, match="passing a MackoConfig config"):
+        LlamaForCausalLM.from_pretrained(dense, config=config, quantization_config=MackoConfig())

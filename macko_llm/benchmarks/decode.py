@@ -181,7 +181,7 @@ def measure_decode(
     packed = []
     for sparsity in subject.sparsities:
         step("packed layers")
-        packed.append(_row("macko, packed", sparsity, partial(subject.packed, sparsity), task, device))
+        packed.append(_row("macko, packed", sparsity, partial(subject.packed, sparsity, task.batch), task, device))
     step("dense layers")
     dense = _row("macko, dense", 0.0, subject.dense, task, device)
     step("transformers")

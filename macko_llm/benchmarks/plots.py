@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,37 +35,37 @@ def check_plot(path: Path) -> None:
 
 
 def plot_spmv(report: SpmvReport, path: Path) -> None:
-    """Write a PNG: how many times as fast as dense, over the sparsity (or the tokens, where they alone vary).
+    """Write a PNG: how many times as fast as dense, over the tokens where they vary, else over the sparsity.
 
-    One panel a shape, one line a number of tokens. Each panel shows where CSR stands at the fewest tokens, and, where there is
-    one line alone, what reading the packed bytes at the measured bandwidth would give.
+    Over tokens there is a panel a sparsity, and in it a line a shape. Over the sparsity there is a panel a shape, which shows
+    where CSR stands, and what reading the packed bytes at the measured bandwidth would give.
     """
     from matplotlib.figure import Figure
 
-    shapes = list(dict.fromkeys((case.rows, case.cols) for case in report.cases))
-    columns = min(len(shapes), PANELS_A_ROW)
-    lines = -(-len(shapes) // columns)
+    over_tokens = len({case.tokens for case in report.cases}) > 1
+    groups: dict[str, list[Case]] = {}
+    for case in report.cases:
+        title = f"{case.sparsity:.0%} sparse" if over_tokens else _shape(case)
+        groups.setdefault(title, []).append(case)
+    columns = min(len(groups), PANELS_A_ROW)
+    lines = -(-len(groups) // columns)
     figure = Figure(figsize=(max(4.4 * columns, 6.4), 3.6 * lines + 0.9), dpi=150, layout="constrained")
     panels = figure.subplots(lines, columns, squeeze=False, sharey=True)
-    conditions = report.conditions
-    over_tokens = len({case.sparsity for case in report.cases}) == 1 and len({case.tokens for case in report.cases}) > 1
-    for panel, (rows, cols) in zip(panels.flat, shapes, strict=False):
-        cases = [case for case in report.cases if (case.rows, case.cols) == (rows, cols)]
-        if over_tokens:
-            _draw_over_tokens(panel, cases)
-        else:
-            _draw_over_sparsity(panel, cases)
-        panel.axhline(1, color="black", linewidth=1, label="dense")
-        panel.set_title(f"{rows} x {cols}", fontsize=10)
+    for panel, (title, cases) in zip(panels.flat, groups.items(), strict=False):
+        (_draw_over_tokens if over_tokens else _draw_over_sparsity)(panel, cases)
+        panel.axhline(1, color="black", linewidth=0.8, label="dense")
+        panel.set_title(title, fontsize=10)
         panel.grid(alpha=0.25)
         for side in ("top", "right"):
             panel.spines[side].set_visible(False)
     # The panels share the axis. What was measured fills it; limits far out of reach may leave it.
-    fastest = max(1.0, *(speedup for case in report.cases for speedup in (case.speedup, *_csr_speedups([case]))))
+    csr = [] if over_tokens else _csr_speedups(report.cases)
+    fastest = max(1.0, *(case.speedup for case in report.cases), *csr)
     panels.flat[0].set_ylim(0, min(panels.flat[0].get_ylim()[1], 2 * fastest))
-    for panel in panels.flat[len(shapes) :]:
+    for panel in panels.flat[len(groups) :]:
         panel.set_visible(False)
-    fixed = f", sparsity {report.cases[0].sparsity:.0%}" if over_tokens else ""
+    conditions = report.conditions
+    fixed = "" if over_tokens else f", {_count(report.cases[0].tokens)}"
     figure.suptitle(f"{conditions.device}, {conditions.dtype}{fixed}: speed against dense", fontsize=12)
     figure.supylabel("times as fast as dense")
     handles, labels = panels.flat[0].get_legend_handles_labels()
@@ -77,34 +76,25 @@ def plot_spmv(report: SpmvReport, path: Path) -> None:
 
 
 def _draw_over_sparsity(panel: Axes, cases: Sequence[Case]) -> None:
-    from matplotlib import colormaps
     from matplotlib.ticker import PercentFormatter
 
-    groups = [
-        list(group) for _, group in itertools.groupby(sorted(cases, key=_by_tokens), key=lambda case: case.tokens)
-    ]
-    for number, group in enumerate(groups):
-        points = [case.sparsity for case in group], [case.speedup for case in group]
-        color = colormaps["viridis"](0.85 * number / (len(groups) - 1)) if len(groups) > 1 else "C0"
-        panel.plot(*points, marker="o", color=color, label=f"macko, {_count(group[0].tokens)}")
-    fewest = groups[0]
-    sparsities = [case.sparsity for case in fewest]
-    _draw_csr(panel, sparsities, fewest, f"CSR, {_count(fewest[0].tokens)}")
-    if len(groups) == 1:
-        _draw_limit(panel, sparsities, fewest)
+    cases = sorted(cases, key=lambda case: case.sparsity)
+    sparsities = [case.sparsity for case in cases]
+    panel.plot(sparsities, [case.speedup for case in cases], marker="o", color="C0", label="macko")
+    _draw_csr(panel, sparsities, cases, "CSR")
+    _draw_limit(panel, sparsities, cases)
     panel.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    panel.set_xticks(sorted({case.sparsity for case in cases}))
+    panel.set_xticks(sparsities)
     panel.set_xlabel("sparsity", fontsize=9)
 
 
 def _draw_over_tokens(panel: Axes, cases: Sequence[Case]) -> None:
     from matplotlib.ticker import NullLocator
 
-    cases = sorted(cases, key=_by_tokens)
-    counts = [case.tokens for case in cases]
-    panel.plot(counts, [case.speedup for case in cases], marker="o", color="C0", label="macko")
-    _draw_csr(panel, counts, cases, "CSR")
-    _draw_limit(panel, counts, cases)
+    for shape in dict.fromkeys(map(_shape, cases)):
+        own = sorted((case for case in cases if _shape(case) == shape), key=lambda case: case.tokens)
+        panel.plot([case.tokens for case in own], [case.speedup for case in own], marker="o", label=shape)
+    counts = sorted({case.tokens for case in cases})
     panel.set_xscale("log", base=2)
     panel.set_xticks(counts, [str(count) for count in counts])
     panel.xaxis.set_minor_locator(NullLocator())
@@ -126,8 +116,8 @@ def _count(tokens: int) -> str:
     return f"{tokens} token{'s' * (tokens > 1)}"
 
 
-def _by_tokens(case: Case) -> tuple[int, float]:
-    return case.tokens, case.sparsity
+def _shape(case: Case) -> str:
+    return f"{case.rows} x {case.cols}"
 
 
 def _csr_speedups(cases: Sequence[Case]) -> list[float]:

@@ -14,15 +14,18 @@ from macko_llm import models
 from macko_llm.benchmarks import weights
 from macko_llm.benchmarks.machine import Machine, describe_machine, is_out_of_memory, read_bandwidth
 from macko_llm.benchmarks.timing import Timing, measure
+from macko_llm.defaults import LAYOUT
 from macko_llm.dtypes import VALUE_DTYPES
 from macko_llm.errors import UsageError
+from macko_llm.linear import MackoLinear
 from macko_llm.progress import Progress, no_progress
-from macko_llm.refusals import check_benchmark_dtype
+from macko_llm.refusals import check_benchmark_dtype, check_layout
 
 LLAMA_2_7B = ((4096, 4096), (11008, 4096), (4096, 11008), (12288, 4096), (22016, 4096))
 """(rows, cols) of attention, up, down, the fused q, k, v and the fused gate, up."""
 SPARSITIES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-TOKENS = (1,)
+TOKENS = {"cuda": (1, 2, 4, 8, 16, 32), "cpu": (1,)}
+"""Of a device: on a CPU, more of them would take hours."""
 
 CACHE_MULTIPLE = 6
 """A rotation's weights are at least this many times the GPU's L2, so that even a random replacement keeps nothing."""
@@ -79,6 +82,7 @@ class Case:
         sparsity: share of zeros asked for; every row has exactly int(cols * sparsity).
         tokens: the input is [tokens, cols].
         dtype: of the packed values and of the input.
+        layout: of the packed layers, the name of its file in `layouts`.
         dense: `F.linear` in the same dtype, cuBLAS on a GPU.
         dense_others: on a CPU, dense in the others of DENSE_DTYPES.
         csr: torch's sparse CSR product, cuSPARSE on a GPU; None where torch has none.
@@ -98,6 +102,7 @@ class Case:
     sparsity: float
     tokens: int
     dtype: str
+    layout: str
     dense: Method
     dense_others: tuple[Method, ...]
     csr: Method | None
@@ -135,8 +140,9 @@ class SpmvReport:
 def measure_spmv(
     shapes: Sequence[tuple[int, int]] = LLAMA_2_7B,
     sparsities: Sequence[float] = SPARSITIES,
-    tokens: Sequence[int] = TOKENS,
+    tokens: Sequence[int] = (1,),
     *,
+    layout: str = LAYOUT,
     dtypes: Sequence[str] = ("float16",),
     device: str = "auto",
     progress: Progress = no_progress,
@@ -147,16 +153,18 @@ def measure_spmv(
         shapes: (rows, cols).
         sparsities: each from 0 to below 1.
         tokens: rows of the input.
+        layout: of packed layers on a GPU; "auto" is what a layer is arranged in that is told of so many tokens.
         dtypes: of the packed values, float16, bfloat16 or both.
         device: where to compute.
         progress: told of each case.
 
     Raises:
-        UsageError: there is no such device or dtype, or a weight does not fit on it.
+        UsageError: there is no such device, dtype or layout, or a weight does not fit on it.
     """
     for dtype in dtypes:
         check_benchmark_dtype(dtype)
     where = models.resolve_device(device)
+    check_layout(layout, where.type)
     progress("measuring read bandwidth", 0, 1)
     conditions = _conditions(where, dtypes)
     total = len(shapes) * len(sparsities) * len(tokens) * len(dtypes)
@@ -164,7 +172,7 @@ def measure_spmv(
     for rows, cols in shapes:
         for sparsity in sparsities:
             try:
-                for case in _measure_matrix((rows, cols), sparsity, tokens, dtypes, where, conditions):
+                for case in _measure_matrix((rows, cols), sparsity, tokens, layout, dtypes, where, conditions):
                     cases.append(case)
                     progress("measuring products", len(cases), total)
             except RuntimeError as error:
@@ -180,35 +188,45 @@ def _measure_matrix(
     shape: tuple[int, int],
     sparsity: float,
     tokens: Sequence[int],
+    layout: str,
     dtypes: Sequence[str],
     device: torch.device,
     conditions: Conditions,
 ) -> Iterator[Case]:
-    """The cases of one matrix; all of them share its copies, of which a GPU holds one dtype's at a time."""
+    """The cases of one matrix, which share its copies; a GPU holds those of one dtype and one layout at a time."""
     if device.type == "cpu":
         # What is not zero in float16 is not zero in any of the others either.
         drawn = "float16" if "float16" in dtypes else dtypes[0]
-        yield from _measure_copies(shape, sparsity, tokens, drawn, dtypes, device, conditions)
+        yield from _measure_copies(shape, sparsity, tokens, layout, drawn, dtypes, device, conditions)
     else:
         for dtype in dtypes:
-            yield from _measure_copies(shape, sparsity, tokens, dtype, [dtype], device, conditions)
+            for counts in weights.in_layouts(shape, sparsity, VALUE_DTYPES[dtype], device, layout, tokens):
+                yield from _measure_copies(shape, sparsity, counts, layout, dtype, [dtype], device, conditions)
 
 
 def _measure_copies(
     shape: tuple[int, int],
     sparsity: float,
     tokens: Sequence[int],
+    layout: str,
     drawn: str,
     dtypes: Sequence[str],
     device: torch.device,
     conditions: Conditions,
 ) -> Iterator[Case]:
-    """The cases of weights that are drawn in one dtype, and rounded to the others."""
+    """The cases of weights that are drawn in one dtype, and rounded to the others, in one layout."""
     rows, cols = shape
     csr_dtype = weights.csr_dtype(VALUE_DTYPES[drawn], device)
     rotation_bytes = conditions.rotation_bytes
     sets = weights.make_weight_sets(
-        shape, sparsity, VALUE_DTYPES[drawn], device, csr_dtype=csr_dtype, rotation_bytes=rotation_bytes
+        shape,
+        sparsity,
+        VALUE_DTYPES[drawn],
+        device,
+        csr_dtype=csr_dtype,
+        rotation_bytes=rotation_bytes,
+        layout=layout,
+        tokens=tokens[0],
     )
     on_cpu = device.type == "cpu"
     dense_copies = {VALUE_DTYPES[drawn]: sets.dense}
@@ -251,6 +269,7 @@ def _measure_copies(
                 sparsity=sparsity,
                 tokens=count,
                 dtype=name,
+                layout=weights.layout_name(copies[0]),
                 dense=dense[dtype],
                 dense_others=tuple(method for other, method in dense.items() if other != dtype),
                 csr=csr,
@@ -262,7 +281,7 @@ def _measure_copies(
                 bandwidth_share=speed / read,
                 speedup=dense[dtype].microseconds / packed.microseconds,
                 speedup_over_fastest=fastest / packed.microseconds,
-                notes=tuple(_notes(methods, name, conditions)),
+                notes=(*_notes(methods, name, conditions), *_notes_on_layout(copies[0], inputs[dtype])),
             )
 
 
@@ -310,6 +329,12 @@ def _notes(methods: dict[str, Method | None], dtype: str, conditions: Conditions
             yield f"{name} is timed without a CUDA graph, gaps between launches included: {method.timing.graph_failure}."
         if method.copies * method.nbytes < conditions.rotation_bytes:
             yield f"Small shapes: {weights.MAX_COPIES} weights are fewer bytes than keep them out of the caches."
+
+
+def _notes_on_layout(layer: MackoLinear, x: Tensor) -> Iterator[str]:
+    few = layer.packed.few_tokens(x.dtype)
+    if len(x) > few:
+        yield f"A {weights.layout_name(layer)} layer is unpacked to multiply more than {few} tokens, which its time includes."
 
 
 def _conditions(device: torch.device, dtypes: Sequence[str]) -> Conditions:

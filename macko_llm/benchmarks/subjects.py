@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from macko_llm import checkpoint, models
 from macko_llm.benchmarks.shapes import shape_config
 from macko_llm.benchmarks.weights import random_pruned
+from macko_llm.defaults import TOKENS_AT_A_TIME
 from macko_llm.dtypes import VALUE_DTYPES
 from macko_llm.errors import UsageError
 from macko_llm.layouts import canonical
@@ -56,8 +57,8 @@ class Subject(ABC):
         """The model with dense layers."""
 
     @abstractmethod
-    def packed(self, sparsity: float | None) -> PreTrainedModel:
-        """The model with packed layers, at one of `sparsities`."""
+    def packed(self, sparsity: float | None, tokens: int = TOKENS_AT_A_TIME) -> PreTrainedModel:
+        """The model with packed layers, at one of `sparsities`, arranged for so many tokens at a time."""
 
 
 class RandomShape(Subject):
@@ -79,10 +80,10 @@ class RandomShape(Subject):
             linear.weight = _constant(self._weight(linear, 0, generator))
         return model
 
-    def packed(self, sparsity: float | None) -> PreTrainedModel:
+    def packed(self, sparsity: float | None, tokens: int = TOKENS_AT_A_TIME) -> PreTrainedModel:
         """See Subject; every row of a weight has exactly int(cols * sparsity) zeros, at random places."""
         model, generator = self._surroundings()
-        pack_linears(model, partial(self._weight, sparsity=sparsity or 0, generator=generator))
+        pack_linears(model, partial(self._weight, sparsity=sparsity or 0, generator=generator), tokens)
         return model
 
     def _surroundings(self) -> tuple[PreTrainedModel, torch.Generator]:
@@ -115,11 +116,11 @@ class DenseCheckpoint(Subject):
         """See Subject."""
         return self._load()
 
-    def packed(self, sparsity: float | None) -> PreTrainedModel:
+    def packed(self, sparsity: float | None, tokens: int = TOKENS_AT_A_TIME) -> PreTrainedModel:
         """See Subject; the smallest int(cols * sparsity) weights of every row are gone."""
         model = self._load()
         require_packable(model.dtype)
-        pack_linears(model, partial(_pruned_by_magnitude, sparsity=sparsity or 0))
+        pack_linears(model, partial(_pruned_by_magnitude, sparsity=sparsity or 0), tokens)
         return model
 
 
@@ -140,10 +141,10 @@ class PackedCheckpoint(Subject):
             model.set_submodule(name, linear)
         return model
 
-    def packed(self, sparsity: float | None) -> PreTrainedModel:
+    def packed(self, sparsity: float | None, tokens: int = TOKENS_AT_A_TIME) -> PreTrainedModel:
         """See Subject."""
         del sparsity  # the checkpoint's own
-        return self._load()
+        return self._load(tokens=tokens)
 
 
 def make_subject(
@@ -193,12 +194,13 @@ def require_packable(dtype: torch.dtype) -> None:
         raise UsageError(f"Weights in {name} cannot be packed; use --dtype float16 or bfloat16.")
 
 
-def pack_linears(model: PreTrainedModel, weight_of: Weights) -> None:
-    """Put packed layers in place of the linears of the blocks, a group at a time, each in its device's layout."""
+def pack_linears(model: PreTrainedModel, weight_of: Weights, tokens: int) -> None:
+    """Put packed layers in place of the linears of the blocks, a group at a time, arranged for so many tokens at a time."""
     for group in _groups(model):
         layers = []
         for name, linear in group.items():
             layer = MackoLinear.from_matrix(canonical.pack(weight_of(linear)), linear.bias)
+            layer.tokens = tokens
             model.set_submodule(name, layer)
             layers.append(layer)
         arrange_group(layers)

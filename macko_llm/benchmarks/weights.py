@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from macko_llm import models
+from macko_llm.defaults import LAYOUT, TOKENS_AT_A_TIME
 from macko_llm.layouts import canonical
 from macko_llm.linear import MackoLinear
 
@@ -41,6 +42,8 @@ def make_weight_sets(
     *,
     csr_dtype: torch.dtype | None,
     rotation_bytes: int,
+    layout: str = LAYOUT,
+    tokens: int = TOKENS_AT_A_TIME,
     seed: int = 0,
 ) -> WeightSets:
     """Draw weights until each representation adds up to `rotation_bytes`, in MIN_COPIES to MAX_COPIES copies.
@@ -52,6 +55,8 @@ def make_weight_sets(
         device: where the weights are made and stay.
         csr_dtype: of the CSR values, or None for no CSR.
         rotation_bytes: that each method's copies add up to.
+        layout: of packed layers, see `MackoLinear`.
+        tokens: that they are arranged for.
         seed: of the draw.
     """
     generator = torch.Generator(device).manual_seed(seed)
@@ -73,7 +78,7 @@ def make_weight_sets(
         if lacks_csr and csr_dtype is not None:
             sets.csr.append(to_csr(weight, csr_dtype))
         if lacks_packed:
-            sets.packed.append(packed_layer(weight))
+            sets.packed.append(packed_layer(weight, layout, tokens))
 
 
 def dense_in(copies: Sequence[Tensor], dtype: torch.dtype, rotation_bytes: int) -> list[Tensor]:
@@ -87,11 +92,35 @@ def packed_in(layers: Sequence[MackoLinear], dtype: torch.dtype) -> list[MackoLi
     return [packed_layer(layer.packed.dense().to(dtype)) for layer in layers]
 
 
-def packed_layer(weight: Tensor) -> MackoLinear:
-    """What a model holds in place of a [rows, cols] weight, on the weight's device."""
+def packed_layer(weight: Tensor, layout: str = LAYOUT, tokens: int = TOKENS_AT_A_TIME) -> MackoLinear:
+    """What a model holds in place of a [rows, cols] weight, on the weight's device, arranged for a layout and tokens."""
     layer = MackoLinear.from_matrix(canonical.pack(weight))
+    layer.layout, layer.tokens = layout, tokens
     layer.arrange()
     return layer
+
+
+def layout_name(layer: MackoLinear) -> str:
+    """The layout that a layer is arranged in, by the name of its file in `layouts`."""
+    return type(layer.packed).__module__.rpartition(".")[2]
+
+
+def in_layouts(
+    shape: tuple[int, int],
+    sparsity: float,
+    dtype: torch.dtype,
+    device: torch.device,
+    layout: str,
+    tokens: Sequence[int],
+) -> list[list[int]]:
+    """Numbers of tokens, those together for which a layer of this shape and sparsity is arranged in the same layout."""
+    if len(tokens) == 1:
+        return [[*tokens]]
+    weight = random_pruned(shape, sparsity, dtype, torch.Generator(device).manual_seed(0))
+    together: dict[str, list[int]] = {}
+    for count in tokens:
+        together.setdefault(layout_name(packed_layer(weight, layout, count)), []).append(count)
+    return [*together.values()]
 
 
 def random_pruned(

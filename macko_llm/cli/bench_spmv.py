@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from macko_llm.cli.console import gigabytes_per_second, megabytes, plain_errors, print_json, print_table, progress_bars
-from macko_llm.cli.options import DeviceOption, JsonOption, expanded_path, parse_list, parse_sparsity
+from macko_llm.cli.options import DeviceOption, JsonOption, LayoutOption, expanded_path, parse_list, parse_sparsity
 from macko_llm.cli.reports import note_on_cpu
 from macko_llm.cli.surroundings import with_threads
-from macko_llm.defaults import MAX_ENTRIES
+from macko_llm.defaults import LAYOUT, MAX_ENTRIES
 from macko_llm.errors import UsageError
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ COLUMNS = (
     "rows x cols",
     "sparsity",
     "tokens",
+    "layout",
     "dense us",
     "CSR us",
     "macko us",
@@ -65,12 +66,14 @@ def spmv(
         list[str] | None, typer.Option(metavar="SHARE,...", help="Share of zeros. [default: 0.3,0.4,...,0.9]")
     ] = None,
     tokens: Annotated[
-        list[str] | None, typer.Option(metavar="COUNT,...", help="Rows of the input, such as 1,2,4,8,16. [default: 1]")
+        list[str] | None,
+        typer.Option(metavar="COUNT,...", help="Rows of the input. [default: 1,2,4,8,16,32 on a GPU, 1 on a CPU]"),
     ] = None,
     dtype: Annotated[
         list[str] | None, typer.Option(metavar="DTYPE,...", help="float16, bfloat16 or both. [default: float16]")
     ] = None,
     device: DeviceOption = "auto",
+    layout: LayoutOption = LAYOUT,
     as_json: JsonOption = False,
     plot: Annotated[
         Path | None,
@@ -86,7 +89,9 @@ def spmv(
     Examples:
         macko bench spmv
 
-        macko bench spmv --shape 4096x4096 --sparsity 0.5 --tokens 1,2,4,8,16 --plot speed.png
+        macko bench spmv --sparsity 0.5 --plot speed-over-tokens.png
+
+        macko bench spmv --shape 4096x4096 --tokens 4 --layout tiled
 
         macko bench spmv --device cpu --shape 4096x4096 --dtype float16,bfloat16
     """
@@ -100,19 +105,23 @@ def spmv(
     for name in dtypes:
         refusals.check_benchmark_dtype(name)
     refusals.check_device(device)
+    refusals.check_layout(layout)
     if plot is not None and len(dtypes) > 1:
         raise UsageError("A plot shows one dtype; give --plot a single --dtype.")
     if plot is not None:
         plots.check_plot(plot)
 
+    from macko_llm import models
     from macko_llm.benchmarks import spmv as benchmark  # takes seconds, which a wrong call need not wait for
 
     shapes = shapes or list(benchmark.LLAMA_2_7B)
     sparsities = sparsities or list(benchmark.SPARSITIES)
-    counts = counts or list(benchmark.TOKENS)
+    counts = counts or list(benchmark.TOKENS[models.resolve_device(device).type])
     with progress_bars() as progress:
-        report = benchmark.measure_spmv(shapes, sparsities, counts, dtypes=dtypes, device=device, progress=progress)
-    command = command_line(shapes, sparsities, counts, dtypes, device)
+        report = benchmark.measure_spmv(
+            shapes, sparsities, counts, layout=layout, dtypes=dtypes, device=device, progress=progress
+        )
+    command = command_line(shapes, sparsities, counts, dtypes, device, layout)
     if as_json:
         print_json({"command": command, **asdict(report)})
     else:
@@ -153,12 +162,13 @@ def command_line(
     tokens: Sequence[int],
     dtypes: Sequence[str],
     device: str,
+    layout: str,
 ) -> str:
     """The command that measures these cases, with every default written out."""
     return (
         f"macko bench spmv --shape {','.join(f'{rows}x{cols}' for rows, cols in shapes)}"
         f" --sparsity {','.join(map(str, sparsities))} --tokens {','.join(map(str, tokens))}"
-        f" --dtype {','.join(dtypes)} --device {device}"
+        f" --dtype {','.join(dtypes)} --device {device} --layout {layout}"
     )
 
 
@@ -169,7 +179,7 @@ def print_spmv(report: "SpmvReport", command: str) -> None:
         rows = [*map(_cpu_row, report.cases), *map(_means_row, report.means)]
         print_table(_title(report), CPU_COLUMNS, rows, names=4)
     else:
-        print_table(_title(report), COLUMNS, [_row(case) for case in report.cases], names=3)
+        print_table(_title(report), COLUMNS, [_row(case) for case in report.cases], names=4)
     for note in dict.fromkeys(note for case in report.cases for note in case.notes):
         print(f"* {note}")
     if on_cpu:
@@ -192,6 +202,7 @@ def _row(case: "Case") -> list[str]:
         f"{case.rows} x {case.cols}",
         f"{case.sparsity:.1%}",
         str(case.tokens),
+        case.layout,
         _microseconds(case.dense),
         NOTHING if case.csr is None else _microseconds(case.csr),
         _microseconds(case.macko),

@@ -9,9 +9,17 @@ from typing import Annotated
 import typer
 
 from macko_llm.cli.console import megabytes, plain_errors, print_json
-from macko_llm.cli.options import DeviceOption, DtypeOption, JsonOption, ModelArgument, TrustOption, expanded_path
+from macko_llm.cli.options import (
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    LayoutOption,
+    ModelArgument,
+    TrustOption,
+    expanded_path,
+)
 from macko_llm.cli.surroundings import with_hub, with_threads
-from macko_llm.defaults import MAX_NEW_TOKENS, TEMPERATURE
+from macko_llm.defaults import LAYOUT, MAX_NEW_TOKENS, TEMPERATURE
 from macko_llm.errors import UsageError
 
 
@@ -56,11 +64,13 @@ def generate(
     system_prompt: Annotated[str | None, typer.Option(help="What the system says first, with --chat.")] = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
+    layout: LayoutOption = LAYOUT,
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Continue a prompt; the text streams to stdout, a summary goes to stderr. Several prompts, first those
-    of --prompt, then those of --prompt-file, are printed at the end, with --json as a list.
+    of --prompt, then those of --prompt-file, are printed at the end, with --json as a list. A GPU holds a packed model
+    in the layout that suits so many at once.
 
     Examples:
         macko generate ./packed --prompt "Once upon a time"
@@ -70,6 +80,8 @@ def generate(
         macko generate ./packed --prompt "Q: How old is the sea? A:" --prompt "Q: And the sky? A:" --stop "Q:"
 
         macko generate ./packed -f question.txt -n 200
+
+        macko generate ./packed -f one.txt -f two.txt -f three.txt --layout tiled
 
         cat question.txt | macko generate ./packed --prompt -
     """
@@ -87,18 +99,29 @@ def generate(
     refusals.check_new_tokens(max_new_tokens)
     refusals.check_dtype(dtype)
     refusals.check_device(device)
+    refusals.check_layout(layout)
     texts = _read_prompts(prompt or (), prompt_file or ())
     folder = refusals.find_model(model)
+    if layout != LAYOUT:
+        refusals.require_packed(folder)
 
     from macko_llm import generation, models  # takes seconds, which a wrong call need not wait for
     from macko_llm.loading import load
     from macko_llm.text import encode_prompt
 
+    refusals.check_layout(layout, models.resolve_device(device).type)
     config = models.load_config(folder, trust_remote_code=trust_remote_code)
     tokenizer = models.load_tokenizer(folder, trust_remote_code=trust_remote_code)
     prompts = [encode_prompt(tokenizer, text, chat=chat, system_prompt=system_prompt) for text in texts]
     generation.check_prompts(prompts, max_new_tokens, config)
-    loaded = load(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    loaded = load(
+        folder,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        layout=layout,
+        tokens=len(prompts),
+    )
     if len(prompts) == 1:
         made = [
             generation.generate(

@@ -9,6 +9,7 @@ import typer
 
 from macko_llm.defaults import HIDDEN_STATE_PLACES, MODEL_DTYPE_NAMES
 from macko_llm.errors import UsageError
+from macko_llm.layouts.choice import LAYOUTS
 from macko_llm.recipe import ALLOCATIONS, METHODS, UPDATES
 
 Value = TypeVar("Value")
@@ -22,6 +23,11 @@ def expanded_path(text: str | Path) -> Path:
 def model_dtypes() -> list[str]:
     """What shells complete for --dtype."""
     return ["auto", *MODEL_DTYPE_NAMES]
+
+
+def layouts() -> list[str]:
+    """What shells complete for --layout."""
+    return [*LAYOUTS]
 
 
 def methods() -> list[str]:
@@ -73,6 +79,16 @@ DtypeOption = Annotated[
         autocompletion=model_dtypes,
         help="auto (the checkpoint's), float16, bfloat16 or float32. On a CPU bfloat16 rounds packed float16 values, which are "
         "then multiplied 1.1 to 1.4 times as fast; the bundled model's perplexity goes from 1.5510 to 1.5512.",
+    ),
+]
+LayoutOption = Annotated[
+    str,
+    typer.Option(
+        "--layout",
+        metavar="LAYOUT",
+        autocompletion=layouts,
+        help="How a GPU holds packed weights: sliced (faster for one token at a time), tiled (for several) or auto (by their "
+        "number).",
     ),
 ]
 TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]

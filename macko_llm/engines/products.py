@@ -19,7 +19,8 @@ def make_product(layers: Sequence[nn.Module], transform: Input, texts: int, dtyp
     """Y = transform(x) Wᵀ + bias + residual for layers with one input, whose weights must stay where they are.
 
     One kernel does it where it can: a packed group or a lone packed matrix for a few texts, dense matrices for one, the
-    transform inside if there is one text. Otherwise the transform is a kernel of its own, and the layers multiply.
+    transform inside if there is one text. Otherwise the transform is a kernel of its own, and the layers multiply, each in
+    its layout (tiled ones always).
 
     Args:
         layers: linear ones, dense or packed.

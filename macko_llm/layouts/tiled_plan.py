@@ -14,12 +14,8 @@ UNIT_BYTES = 16
 _SLOT_ALIGNMENT = 128
 _ALIGNMENT = 256
 
-_LOW_TILES = 4
-_PLACES = 6
-# What a cut costs besides the tiles of a multiprocessor. To be measured.
-_TALL_COST = 0.1  # of those tiles, where strips have more than _LOW_TILES
-_STRIP_COST = 0.25  # tiles a strip
-_CROWDING_COST = 2.5  # tiles a strip beyond the _PLACES of a multiprocessor
+_ALONE_TILES, _PAIR_TILES = 6, 8  # of a multiprocessor that are one strip, and that are two
+_ROUND = 3  # strips of a multiprocessor that has more
 
 
 def _divide_up(dividend: int, divisor: int) -> int:
@@ -27,24 +23,23 @@ def _divide_up(dividend: int, divisor: int) -> int:
 
 
 def choose_strips(rows: int, multiprocessors: int) -> int:
-    """Into how many strips to cut a matrix on a GPU.
+    """Into how many strips to cut a matrix on a GPU: as many for each multiprocessor, as measured on an H200 (docs/design.md).
 
-    Each multiprocessor gets as many strips as any other, so that the busiest has no more tiles than it must; or each
-    tile is a strip, if they are fewer. Of those cuts, low strips are better, unless they are too many.
+    Few high strips read x less often and have less to begin and to end; but a strip's warps must share its columns, and
+    more than a few tiles leave no registers for many tokens.
 
     Args:
         rows: of the matrix, at least 1.
         multiprocessors: of the GPU.
     """
     tiles = _divide_up(rows, TILE_ROWS)
-    busiest = _divide_up(tiles, multiprocessors)
-
-    def cost(each: int) -> float:  # strips of a multiprocessor
-        extra = _TALL_COST * busiest if _divide_up(tiles, each * multiprocessors) > _LOW_TILES else 0.0
-        return extra + _STRIP_COST * each + _CROWDING_COST * max(0, each - _PLACES)
-
-    fewest = _divide_up(tiles, MAX_TILES * multiprocessors)
-    return min(min(range(fewest, busiest + 1), key=cost) * multiprocessors, tiles)
+    if tiles <= _ALONE_TILES * multiprocessors:
+        each = 1
+    elif tiles <= _PAIR_TILES * multiprocessors:
+        each = 2
+    else:
+        each = _ROUND * _divide_up(tiles, _ROUND * MAX_TILES * multiprocessors)
+    return min(each * multiprocessors, tiles)
 
 
 def count_records(cols: int, strips: int) -> int:

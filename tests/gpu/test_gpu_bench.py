@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from macko_llm.benchmarks import timing
 from macko_llm.cli.main import app
+from macko_llm.layouts.choice import TILED_CAPABILITY
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -26,6 +27,8 @@ def test_one_small_shape(cuda: torch.device, dtype: str) -> None:
     assert conditions["l2_bytes"] > 0
     assert conditions["read_gigabytes_per_second"] > 10
     assert [case["tokens"] for case in content["cases"]] == [1, 4, 16]
+    several = "tiled" if torch.cuda.get_device_capability(cuda) >= TILED_CAPABILITY else "sliced"
+    assert [case["layout"] for case in content["cases"]] == ["sliced", several, several]
     for case in content["cases"]:
         assert case["dense"]["timing"]["cuda_graph"] is True
         assert case["csr"]["dtype"] in (dtype, "float32")  # bfloat16 needs a newer GPU
@@ -35,6 +38,14 @@ def test_one_small_shape(cuda: torch.device, dtype: str) -> None:
             assert method["timing"]["microseconds"] > 0
             assert method["copies"] * method["nbytes"] >= conditions["rotation_bytes"]
             assert method["timing"]["replays"] >= 15
+
+
+def test_the_layout_that_is_asked_for(cuda: torch.device) -> None:
+    asked = "tiled" if torch.cuda.get_device_capability(cuda) >= TILED_CAPABILITY else "sliced"
+    arguments = ["--device", str(cuda), "--shape", "512x512", "--sparsity", "0.5", "--layout", asked, "--tokens", "1,2"]
+    result = CliRunner().invoke(app, ["bench", "spmv", *arguments, "--json"])
+    assert result.exit_code == 0, result.output
+    assert [case["layout"] for case in json.loads(result.stdout)["cases"]] == [asked, asked]
 
 
 @pytest.mark.usefixtures("cuda")

@@ -23,6 +23,9 @@ from macko_llm.engines.fixed import FixedEngine
 from macko_llm.engines.fused_step import FusedStep
 from macko_llm.engines.transformers_step import TransformersStep
 from macko_llm.layouts import canonical
+from macko_llm.layouts.choice import TILED_CAPABILITY
+from macko_llm.layouts.tiled import TiledMatrix
+from macko_llm.linear import MackoLinear
 from macko_llm.loading import load
 from macko_llm.sampling import GREEDY, NOT_FINITE, Sampling
 from tools.stories.stories import HELD_OUT_SEED, story_text
@@ -305,3 +308,17 @@ def test_linears_that_are_no_group_are_multiplied_one_by_one(cuda: torch.device)
     model.model.layers[1].mlp.down_proj.restore()
     text = run(fused(model), PROMPTS[:1], 40)[0]
     assert share_of_best(model, PROMPTS[0], text) > 0.9
+
+
+@pytest.mark.parametrize("texts", [1, 3])
+def test_tiled_layers_are_multiplied_one_by_one(cuda: torch.device, texts: int) -> None:
+    if torch.cuda.get_device_capability(cuda) < TILED_CAPABILITY:
+        pytest.skip("this GPU multiplies no tiles")
+    model = make_model("llama, every head its own keys, biases", torch.float16, cuda, packed=True)
+    for layer in [module for module in model.modules() if isinstance(module, MackoLinear)]:
+        layer.restore()
+        layer.layout = "tiled"
+        layer.arrange()
+        assert isinstance(layer.packed, TiledMatrix)
+    found = run(fused(model), PROMPTS[:texts], 40)
+    assert min(share_of_best(model, *pair) for pair in zip(PROMPTS, found, strict=False)) > 0.9
