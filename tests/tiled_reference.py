@@ -26,6 +26,17 @@ def cut_rows(rows: int, strips: int) -> list[range]:
     return [range(int(part[0]), int(part[-1]) + 1) for part in tiles]
 
 
+def pairs(tiles: int) -> list[slice]:
+    """The tiles of each head: two, or the last one alone."""
+    return [slice(first, min(first + 2, tiles)) for first in range(0, tiles, 2)]
+
+
+def in_order(of_words: np.ndarray, pair: slice) -> np.ndarray:
+    """A head's part of [tiles, words, steps]: [halves][words][tiles][steps of a half]."""
+    part = of_words[pair]
+    return np.ascontiguousarray(part.reshape(len(part), 4, 2, 2).transpose(2, 1, 0, 3))
+
+
 def encode_record(tiles: np.ndarray) -> bytes:
     """A record of [tiles, 8, 64] bit patterns, up to a multiple of 16 bytes."""
     masks, offsets = np.zeros((len(tiles), 4, 4), np.uint32), np.zeros((len(tiles), 4, 4), np.uint16)
@@ -38,7 +49,8 @@ def encode_record(tiles: np.ndarray) -> bytes:
                 offsets[tile, word, step] = 2 * len(values)
                 here = _VALUE_ORDER[(step * 4 + word) * 32 :][:32]
                 values += bits.ravel()[here][nonzero.ravel()[here]].tolist()
-    record = masks.tobytes() + offsets.tobytes() + np.array(values, np.uint16).tobytes()
+    heads = [in_order(part, pair).tobytes() for pair in pairs(len(tiles)) for part in (masks, offsets)]
+    record = b"".join(heads) + np.array(values, np.uint16).tobytes()
     return record + bytes(-len(record) % 16)
 
 
@@ -56,8 +68,19 @@ def encode(weight: Tensor, strips: int) -> tuple[bytes, np.ndarray]:
 
 def decode_record(record: np.ndarray, count: int) -> np.ndarray:
     """[count, 8, 64] bit patterns of a record: each position looks its value up by itself."""
-    masks = record[: count * 64].view(np.uint32).reshape(count, 4, 4)
-    offsets = record[count * 64 : count * 96].view(np.uint16).reshape(count, 4, 4)
+    masks, offsets = np.zeros((count, 4, 4), np.uint32), np.zeros((count, 4, 4), np.uint16)
+    for pair in pairs(count):
+        here = pair.stop - pair.start
+        head = record[pair.start * 96 : pair.stop * 96]
+        for half in range(2):
+            for word in range(4):
+                for tile in range(here):
+                    for step in range(2):
+                        at = ((half * 4 + word) * here + tile) * 2 + step
+                        place = pair.start + tile, word, half * 2 + step
+                        masks[place] = head[at * 4 : at * 4 + 4].view(np.uint32)[0]
+                        offset = here * 64 + at * 2
+                        offsets[place] = head[offset : offset + 2].view(np.uint16)[0]
     values = record[count * 96 :].view(np.uint16)
     bits = masks[..., None] >> np.arange(32, dtype=np.uint32) & 1
     before = np.cumsum(bits, axis=-1) - bits
