@@ -23,7 +23,7 @@ NEW, OLD = (9, 0), (7, 5)
 def test_one_token_is_for_slices_and_several_are_for_tiles() -> None:
     for sparsity in (-7.0, 0.0, 0.5, 1.0):  # entries are padded: a tiny matrix has more of them than elements
         assert choose("auto", sparsity, 1, NEW) == "sliced"
-        assert choose("auto", sparsity, 2, NEW) == "tiled"
+        assert choose("auto", sparsity, 6, NEW) == "tiled"
         assert choose("auto", sparsity, 1000, (8, 0)) == "tiled"
 
 

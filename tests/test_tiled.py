@@ -36,12 +36,12 @@ def test_a_record_by_hand() -> None:
     tile[0, 7, 63] = 0xBC00
     tile[0, 2, 0] = 0x8000  # a negative zero is none
     record = encode_record(tile)
-    masks = np.frombuffer(record[:64], np.uint32).reshape(4, 4)
-    offsets = np.frombuffer(record[64:96], np.uint16).reshape(4, 4)
-    assert masks[0].tolist() == [0b1010 | 1 << 4, 1 << 16, 0, 0]
-    assert masks[3].tolist() == [0, 0, 0, 1 << 31]
-    assert not masks[1:3].any()
-    assert offsets.T.ravel().tolist() == [0, 6, 6, 6, 6, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8]  # step after step
+    masks = np.frombuffer(record[:64], np.uint32).reshape(2, 4, 2)  # [halves of the columns][words][steps of a half]
+    offsets = np.frombuffer(record[64:96], np.uint16).reshape(2, 4, 2)
+    assert masks[0].tolist() == [[0b1010 | 1 << 4, 1 << 16], [0, 0], [0, 0], [0, 0]]
+    assert masks[1].tolist() == [[0, 0], [0, 0], [0, 0], [0, 1 << 31]]
+    assert offsets[0].tolist() == [[0, 6], [6, 8], [6, 8], [6, 8]]  # the first step's four words, then the second's
+    assert offsets[1].tolist() == [[8, 8]] * 4
     assert record[96:] == np.array([0x3C00, 0x4000, 0x4200, 0x4400, 0xBC00, 0, 0, 0], np.uint16).tobytes()
 
 

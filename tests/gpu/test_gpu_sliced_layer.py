@@ -87,7 +87,8 @@ def test_a_layer_moves_to_the_cpu_and_back() -> None:
     layer, weight, state = make_layer()
     for move in (layer.cpu, layer.cuda, lambda: layer.to("cpu"), lambda: layer.to(GPU), layer.cuda, layer.half):
         assert move() is layer
-        assert layer.is_arranged == (layer.bias.device == GPU)
+        assert layer.is_arranged
+        assert layer.weight_layout.device == layer.bias.device
         assert_state(layer, state)
         assert_layer_multiplies(layer, weight)
 
@@ -132,9 +133,9 @@ def test_loading_a_state_into_an_arranged_layer() -> None:
     assert_layer_multiplies(twin, weight)
     empty = MackoLinear(COLS, ROWS, len(state["weight_values"]), bias=True, device="meta")
     empty.load_state_dict(layer.state_dict(), assign=True)
-    assert not empty.is_arranged  # the state lies on the CPU
+    assert not empty.weight_layout.is_cuda  # the state lies on the CPU
     empty.cuda()
-    assert empty.is_arranged
+    assert empty.weight_layout.is_cuda
     assert_layer_multiplies(empty, weight)
     with pytest.raises(RuntimeError, match="size mismatch for weight_values"):
         twin.load_state_dict({**state, "weight_values": state["weight_values"][:-8]})
