@@ -132,7 +132,20 @@ DECODED = [
     "59 ms",
     "fused",
 ]
-PRODUCT = ["22016 x 4096", "50.0%", "1", "101.23", "1234.56", "37.82", "2890", "93%", "1.47x", "1.1e-03", "1.1e-03"]
+PRODUCT = [
+    "22016 x 4096",
+    "50.0%",
+    "1",
+    "tiled",
+    "101.23",
+    "1234.56",
+    "37.82",
+    "2890",
+    "93%",
+    "1.47x",
+    "1.1e-03",
+    "1.1e-03",
+]
 
 
 @pytest.mark.parametrize(
@@ -145,7 +158,7 @@ PRODUCT = ["22016 x 4096", "50.0%", "1", "101.23", "1234.56", "37.82", "2890", "
             1,
         ),
         (bench_decode.COLUMNS, DECODED, 2),
-        (bench_spmv.COLUMNS, [*PRODUCT, "180.36 MB", "109.25 MB"], 3),
+        (bench_spmv.COLUMNS, [*PRODUCT, "180.36 MB", "109.25 MB"], 4),
     ],
 )
 def test_tables_fit_a_terminal_and_lose_nothing(columns: list[str], row: list[str], names: int) -> None:
