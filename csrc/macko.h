@@ -219,8 +219,8 @@ MACKO_API macko_status macko_cuda_sliced_unpack(const macko_sliced* matrix,
 // A matrix in the layout in which tensor cores multiply several tokens (csrc/cuda/tiled.cuh). All pointers are
 // addresses on one GPU.
 typedef struct macko_tiled {
-  void* records;         // one behind the other, each at a multiple of 16 bytes
-  uint32_t* starts;      // [strips * panels + 1] where each begins, in 16 bytes; a strip's panels of 64 columns in order
+  void* records;     // one behind the other, each at a multiple of 16 bytes
+  uint32_t* starts;  // [strips * panels + 1] where each begins, in 16 bytes; a strip's panels of 64 columns in order
   int32_t rows;
   int32_t cols;          // at most MACKO_TILED_MAX_COLS
   int32_t strips;        // of 8 to 64 rows: tiles of 8 rows, spread evenly
