@@ -19,7 +19,10 @@ TEMPERATURE = 0.0
 """Greedy."""
 
 LAYOUT = "auto"
-"""In which of `layouts.choice.LAYOUTS` a GPU holds packed weights."""
+"""In which layout a GPU holds packed weights: the one that `layouts.choice` takes."""
+
+LAYOUTS = (LAYOUT, "sliced", "tiled")
+"""What may be asked for. "sliced" is the faster for one token, "tiled" for several."""
 
 TOKENS_AT_A_TIME = 1
 """That packed weights are laid out for: one stream of text."""

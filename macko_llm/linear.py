@@ -35,7 +35,7 @@ class MackoLinear(nn.Module):
         bias: whether the layer has one.
         dtype: of the values and the bias, float16 or bfloat16.
         device: "meta" makes a placeholder that a checkpoint fills.
-        layout: one of `layouts.choice.LAYOUTS`, which a GPU arranges the layer in where it suits.
+        layout: one of `defaults.LAYOUTS`, which a GPU arranges the layer in where it suits.
         tokens: that will mostly be multiplied at a time, for layout "auto".
 
     Raises:

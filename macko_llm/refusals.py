@@ -8,9 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from macko_llm import checkpoint, outputs
-from macko_llm.defaults import EVALUATION_SEQLEN, HIDDEN_STATE_PLACES, LAYOUT, MODEL_DTYPE_NAMES, VALUE_DTYPE_NAMES
+from macko_llm.defaults import (
+    EVALUATION_SEQLEN,
+    HIDDEN_STATE_PLACES,
+    LAYOUT,
+    LAYOUTS,
+    MODEL_DTYPE_NAMES,
+    VALUE_DTYPE_NAMES,
+)
 from macko_llm.errors import UsageError
-from macko_llm.layouts.choice import LAYOUTS
 from macko_llm.recipe import PruneRecipe
 
 

@@ -9,9 +9,10 @@ from sliced_reference import make as sliced_group
 from tiled_reference import make as make_tiled
 
 from macko_llm import linear
+from macko_llm.defaults import LAYOUTS
 from macko_llm.format import MackoMatrix
 from macko_llm.layouts import canonical, choice, sliced, tiled
-from macko_llm.layouts.choice import LAYOUTS, choose
+from macko_llm.layouts.choice import choose
 from macko_llm.layouts.sliced import SlicedMatrix
 from macko_llm.layouts.tiled import TiledMatrix
 from macko_llm.linear import MackoLinear, arrange_group, group_of

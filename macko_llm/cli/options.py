@@ -7,9 +7,8 @@ from typing import Annotated, TypeVar
 
 import typer
 
-from macko_llm.defaults import HIDDEN_STATE_PLACES, MODEL_DTYPE_NAMES
+from macko_llm.defaults import HIDDEN_STATE_PLACES, LAYOUTS, MODEL_DTYPE_NAMES
 from macko_llm.errors import UsageError
-from macko_llm.layouts.choice import LAYOUTS
 from macko_llm.recipe import ALLOCATIONS, METHODS, UPDATES
 
 Value = TypeVar("Value")

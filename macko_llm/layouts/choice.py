@@ -1,7 +1,6 @@
 """Which of a GPU's layouts a packed matrix is arranged in; no torch here, so that the command line can ask too."""
 
-LAYOUTS = ("auto", "sliced", "tiled")
-"""What may be asked for. "sliced" is the faster for one token, "tiled" for several; "auto" leaves it to `choose`."""
+from macko_llm.defaults import LAYOUT, LAYOUTS
 
 TILED_CAPABILITY = (8, 0)
 """The least capability of a GPU that multiplies tiles."""
@@ -11,7 +10,7 @@ _TILED_FROM = ((0.8, 3), (1.0, 6))
 
 
 def check(layout: str) -> None:
-    """Raise ValueError unless a layout is one of LAYOUTS."""
+    """Raise ValueError unless a layout is one of `defaults.LAYOUTS`."""
     if layout not in LAYOUTS:
         raise ValueError(f"layout is {layout!r}; it can be {', '.join(LAYOUTS[:-1])} or {LAYOUTS[-1]}")
 
@@ -20,7 +19,7 @@ def choose(layout: str, sparsity: float, tokens: int, capability: tuple[int, int
     """The layout to arrange a matrix in, where it suits.
 
     Args:
-        layout: what is asked for, one of LAYOUTS.
+        layout: what is asked for, one of `defaults.LAYOUTS`.
         sparsity: of the matrix, 0 to 1.
         tokens: that are multiplied at a time, as far as that is known.
         capability: of the GPU.
@@ -34,7 +33,7 @@ def choose(layout: str, sparsity: float, tokens: int, capability: tuple[int, int
     check(layout)
     if capability < TILED_CAPABILITY:
         return "sliced"
-    if layout != "auto":
+    if layout != LAYOUT:
         return layout
     at_least = next(least for most_sparse, least in _TILED_FROM if sparsity <= most_sparse)
     return "tiled" if tokens >= at_least else "sliced"

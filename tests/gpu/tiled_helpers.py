@@ -80,7 +80,7 @@ class Kind:
     """A layout of GPUs.
 
     Attributes:
-        name: in `layouts.choice.LAYOUTS`.
+        name: in `defaults.LAYOUTS`.
         make: a matrix, whether or not it suits.
         spread: the same, cut as one that suits is.
         arranged: one that suits.
