@@ -93,6 +93,9 @@ struct SharedColumns {
   __device__ __forceinline__ void start() {
 #pragma unroll
     for (int i = 0; i + 1 < Config::Slots; i++) fetch(i);
+#if __CUDA_ARCH__ < 900
+    asm volatile("cp.async.wait_all;" ::: "memory");  // records were first; from now on they come in turns
+#endif
   }
 
   __device__ __forceinline__ void fetch(int slot) {
