@@ -76,9 +76,9 @@ DtypeOption = Annotated[
         "--dtype",
         metavar="DTYPE",
         autocompletion=model_dtypes,
-        help="auto (the checkpoint's), float16, bfloat16 or float32. On a CPU bfloat16 rounds packed float16 values: large layers "
-        "are then multiplied 1.1 to 1.4 times as fast, whole models hardly; the bundled model's perplexity goes from 1.5510 "
-        "to 1.5512.",
+        help="auto (the checkpoint's), float16, bfloat16 or float32. On a CPU bfloat16 rounds packed float16 values: large "
+        "layers are then multiplied 1.1 to 1.4 times as fast, whole models hardly; the bundled model's perplexity goes from "
+        "1.5510 to 1.5512.",
     ),
 ]
 LayoutOption = Annotated[
