@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from macko_llm.defaults import LAYOUT, TOKENS_AT_A_TIME
 from macko_llm.errors import FormatError
 from macko_llm.format import ENTRY_ALIGNMENT, MackoMatrix
 from macko_llm.layouts import bitmap, choice, sliced, tiled
@@ -57,8 +58,8 @@ class MackoLinear(nn.Module):
         bias: bool = False,
         dtype: torch.dtype = torch.float16,
         device: torch.device | str | None = None,
-        layout: str = "auto",
-        tokens: int = 1,
+        layout: str = LAYOUT,
+        tokens: int = TOKENS_AT_A_TIME,
     ) -> None:
         super().__init__()
         if padded % ENTRY_ALIGNMENT:

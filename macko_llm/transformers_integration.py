@@ -191,7 +191,7 @@ def _keep_in_own_memory(layer: MackoLinear) -> None:
             setattr(layer, name, nn.Parameter(array.clone(), requires_grad=False))
 
 
-_merge_configs = AutoHfQuantizer.merge_quantization_configs
+_merge_configs: Any = getattr(AutoHfQuantizer, "merge_quantization_configs", None)
 
 
 def _merge(stored: Any, given: Any) -> Any:
@@ -206,5 +206,7 @@ def _merge(stored: Any, given: Any) -> Any:
     return merged
 
 
-# transformers has a list of the methods of which it takes settings from the caller, and no way to enter it.
-AutoHfQuantizer.merge_quantization_configs = staticmethod(_merge)  # type: ignore[method-assign,assignment]
+# transformers has a list of the methods of which it takes settings from the caller, and no way to enter it. A release
+# without this function goes by the defaults, and loads packed models all the same.
+if _merge_configs is not None:
+    AutoHfQuantizer.merge_quantization_configs = staticmethod(_merge)  # type: ignore[method-assign,assignment]

@@ -13,9 +13,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from sliced_reference import HALVES, patterns, random_matrix
-from tiled_reference import cut_rows, decode, decode_struct, encode, encode_record, make
+from tiled_reference import cut_rows, decode, decode_struct, encode_record, make
 
-from macko_llm import native
 from macko_llm.layouts import canonical, tiled
 from macko_llm.layouts.tiled import TILED_SPMM_MAX_TOKENS, TiledMatrix
 from macko_llm.layouts.tiled_plan import MAX_COLS, MAX_TILES, TILE_COLUMNS, TILE_ROWS, UNIT_BYTES, choose_strips
@@ -177,96 +176,6 @@ def test_tokens_of_its_own_dtype_alone_are_few(dtype: torch.dtype) -> None:
     assert matrix.few_tokens(dtype) == TILED_SPMM_MAX_TOKENS
     assert {matrix.few_tokens(other) for other in {*HALVES, torch.float32, torch.float64} - {dtype}} == {0}
     assert (matrix.shape, matrix.dtype) == ((8, 64), dtype)
-
-
-@pytest.mark.parametrize("cols", [1, 7, 8, 63, 172])
-@pytest.mark.parametrize("shift", [0, 1, 3, 8])
-def test_the_library_reads_whole_vectors_of_x(cols: int, shift: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whose rows are 8 columns or a multiple, zeros at their ends, at a multiple of 16 bytes; `shift` is x's own place."""
-    seen = []
-
-    class Library:
-        def macko_cuda_tiled_spmm(self, *arguments: int) -> int:
-            _, x, bias, _, tokens, device, stream = arguments
-            width = -(-cols // 8) * 8
-            values = np.array((ctypes.c_uint16 * (tokens * width)).from_address(x)).reshape(tokens, width)
-            seen.append((x % 16, values, bias, tokens, device, stream))
-            return 0
-
-    monkeypatch.setattr(native, "library", Library)
-    monkeypatch.setattr(native, "_raw_stream", lambda _: 7)
-    matrix = make(random_matrix(9, cols, 0.5, torch.float16), 1)
-    memory = torch.full((shift + 2 * 3 * cols + 8,), torch.nan, dtype=torch.float16)
-    assert memory.data_ptr() % 16 == 0
-    x = memory[shift : shift + 2 * 3 * cols].view(2, 3, cols).copy_(torch.arange(1.0, cols + 1).expand(2, 3, cols))
-    native.cuda_tiled_spmm(matrix, x, None, torch.empty(2, 3, 9, dtype=torch.float16))
-    ((alignment, values, *others),) = seen
-    assert alignment == 0
-    assert np.array_equal(values[:, :cols], patterns(x).reshape(6, cols))
-    assert not values[:, cols:].any()
-    assert others == [None, 6, -1, 7]
-
-
-class Gpu:
-    """A GPU whose memory is the CPU's, and a library that makes tiles as the naive encoder does."""
-
-    capability = (9, 0)
-    multi_processor_count = 3
-    synchronized = False
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(native, "runs_on", lambda _: True)
-        monkeypatch.setattr(native, "cuda_unpack", canonical.unpack)
-        monkeypatch.setattr(native, "cuda_tiled_count", self.count)
-        monkeypatch.setattr(native, "cuda_tiled_pack", self.pack)
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: self)
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda _: self)
-
-    @property
-    def major(self) -> int:
-        return self.capability[0]
-
-    @property
-    def minor(self) -> int:
-        return self.capability[1]
-
-    def synchronize(self) -> None:
-        self.synchronized = True
-
-    def count(self, weight: torch.Tensor, strips: int, units: torch.Tensor) -> None:
-        units[:] = torch.from_numpy(np.diff(encode(weight, strips)[1]))
-
-    def pack(self, weight: torch.Tensor, matrix: TiledMatrix) -> None:
-        struct = TiledStruct.from_address(matrix.address)
-        records, starts = encode(weight, struct.strips)
-        held = (ctypes.c_uint32 * len(starts)).from_address(struct.starts)
-        assert list(held) == starts.tolist()
-        ctypes.memmove(struct.records, records, len(records))
-
-
-@pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("shape", [(7, 200), (37, 172), (300, 65)])
-def test_arranging_fills_the_buffer_and_waits(
-    shape: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    gpu = Gpu(monkeypatch)
-    weight = random_matrix(*shape, 0.9, dtype)
-    weight[:, 7:] = 0
-    matrix = tiled.arrange(canonical.pack(weight))
-    assert gpu.synchronized
-    expected = make(weight, choose_strips(shape[0], 3))
-    assert matrix.plan == expected.plan
-    assert torch.equal(matrix.data, expected.data)
-
-
-def test_matrices_that_tiles_do_not_suit(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu = Gpu(monkeypatch)
-    suits = canonical.pack(random_matrix(64, 640, 0.5, torch.float16))
-    assert tiled.arrange(suits) is not None
-    for weight in (torch.zeros(0, 64), torch.ones(1, 1), torch.ones(64, 640), torch.zeros(8, MAX_COLS + 1)):
-        assert tiled.arrange(canonical.pack(weight.half())) is None
-    gpu.capability = (7, 5)
-    assert tiled.arrange(suits) is None
 
 
 def test_a_cpu_has_no_tiles() -> None:

@@ -374,6 +374,17 @@ def test_every_packed_layer_is_told_the_layout_and_the_tokens(packed: Path) -> N
     assert torch.equal(_logits(given), _logits(macko_llm.load(packed, device="cpu")))
 
 
+def test_the_method_is_registered_where_transformers_lacks_the_function_that_is_wrapped() -> None:
+    script = (
+        "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, AutoHfQuantizer\n"
+        "del AutoHfQuantizer.merge_quantization_configs\n"
+        "import macko_llm.transformers_integration\n"
+        "print('macko' in AUTO_QUANTIZER_MAPPING, hasattr(AutoHfQuantizer, 'merge_quantization_configs'))"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert run.stdout == "True False\n", run.stderr
+
+
 def test_no_file_holds_the_layout(packed: Path, tmp_path: Path) -> None:
     macko_llm.load(packed, device="cpu").save_pretrained(tmp_path / "auto")
     macko_llm.load(packed, device="cpu", layout="tiled", tokens=8).save_pretrained(tmp_path / "tiled")
