@@ -9,7 +9,7 @@ namespace macko {
 namespace {
 
 struct Prefetching {
-  static void prefetch(const uint16_t* values) { _mm_prefetch(reinterpret_cast<const char*>(values), _MM_HINT_T0); }
+  static void prefetch(const void* memory) { _mm_prefetch(static_cast<const char*>(memory), _MM_HINT_T0); }
 };
 
 // The same for columns of 32 bits, filled in their upper half: bfloat16 as float32.
@@ -54,6 +54,9 @@ struct Avx2 : Prefetching {
   struct Weights {
     __m256 columns[4];
   };
+  struct Columns {
+    __m256 eights[4];
+  };
   struct Sum {
     __m256 even = _mm256_setzero_ps(), odd = _mm256_setzero_ps();
   };
@@ -69,12 +72,25 @@ struct Avx2 : Prefetching {
     return weights;
   }
 
-  static void add(Sum& sum, const Weights& weights, const float* x) {
-    sum.even = _mm256_fmadd_ps(weights.columns[0], _mm256_loadu_ps(x), sum.even);
-    sum.odd = _mm256_fmadd_ps(weights.columns[1], _mm256_loadu_ps(x + 8), sum.odd);
-    sum.even = _mm256_fmadd_ps(weights.columns[2], _mm256_loadu_ps(x + 16), sum.even);
-    sum.odd = _mm256_fmadd_ps(weights.columns[3], _mm256_loadu_ps(x + 24), sum.odd);
+  static Columns load(const float* x) {
+    return {_mm256_loadu_ps(x), _mm256_loadu_ps(x + 8), _mm256_loadu_ps(x + 16), _mm256_loadu_ps(x + 24)};
   }
+
+  // Where x is used twice, compilers would rather load it twice.
+  static Columns load_once(const float* x) {
+    const Columns columns = load(x);
+    for (const __m256& eight : columns.eights) asm("" : : "x"(eight));
+    return columns;
+  }
+
+  static void add(Sum& sum, const Weights& weights, const Columns& x) {
+    sum.even = _mm256_fmadd_ps(weights.columns[0], x.eights[0], sum.even);
+    sum.odd = _mm256_fmadd_ps(weights.columns[1], x.eights[1], sum.odd);
+    sum.even = _mm256_fmadd_ps(weights.columns[2], x.eights[2], sum.even);
+    sum.odd = _mm256_fmadd_ps(weights.columns[3], x.eights[3], sum.odd);
+  }
+
+  static void add(Sum& sum, const Weights& weights, const float* x) { add(sum, weights, load(x)); }
 
   static void join(Sum& sum, const Sum& other) {
     sum.even = _mm256_add_ps(sum.even, other.even);
@@ -88,6 +104,61 @@ struct Avx2 : Prefetching {
     return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
   }
 };
+
+// Two rows with the only token, each added up as multiply_row does. Loads are what there is too little of: x is loaded
+// once for both. Two streams need more prefetching than one, words (a line of them for 16 blocks) as well as values.
+template <typename Set>
+void multiply_two_rows(const BitmapProduct& product, int64_t first_row) {
+  static_assert(Set::kSums == 2);
+  constexpr int kPrefetchMasks = 1024, kBlocksOfLine = 16;
+  struct Row {
+    const uint16_t* values;
+    const uint32_t* masks;
+    typename Set::Sum even, odd;  // of the blocks
+
+    Row(const BitmapProduct& product, int64_t row)
+        : values(product.values + product.row_starts[row]), masks(product.masks + row * product.blocks) {}
+    void prefetch_masks(int64_t block) const { Set::prefetch(masks + block + kPrefetchMasks); }
+    void add(int64_t block, const typename Set::Columns& x, typename Set::Sum& sum) {
+      Set::prefetch(values + 2 * kPrefetch);
+      Set::add(sum, Set::expand(masks[block], values), x);
+    }
+    float total() {
+      Set::join(even, odd);
+      return Set::total(even);
+    }
+  };
+  const float* x = static_cast<const float*>(product.x);
+  Row upper(product, first_row), lower(product, first_row + 1);
+  int64_t block = 0;
+  for (; block + 2 <= product.blocks; block += 2) {
+    if (block % kBlocksOfLine == 0) {
+      upper.prefetch_masks(block);
+      lower.prefetch_masks(block);
+    }
+    const typename Set::Columns first = Set::load_once(x + block * kBlock);
+    upper.add(block, first, upper.even);
+    lower.add(block, first, lower.even);
+    const typename Set::Columns second = Set::load_once(x + (block + 1) * kBlock);
+    upper.add(block + 1, second, upper.odd);
+    lower.add(block + 1, second, lower.odd);
+  }
+  if (block < product.blocks) {
+    const typename Set::Columns last = Set::load_once(x + block * kBlock);
+    upper.add(block, last, upper.even);
+    lower.add(block, last, lower.even);
+  }
+  product.sums[first_row] = upper.total();
+  product.sums[first_row + 1] = lower.total();
+}
+
+template <typename Value>
+void multiply(const BitmapProduct& product, int64_t row, int64_t last_row) {
+  if (product.tokens == 1) {
+    for (; row + 2 <= last_row; row += 2) multiply_two_rows<Avx2<Value>>(product, row);
+  }
+  multiply_rows<Avx2<Value>>(product, row, last_row);
+}
 
 void widen(const uint16_t* halves, int64_t count, float* floats) {
   int64_t i = 0;
@@ -109,7 +180,7 @@ void unpack(const BitmapProduct& product, int64_t cols, int64_t first_row, int64
 }  // namespace
 
 BitmapKernels avx2_kernels() {
-  return {multiply_rows<Avx2<Float16>>, multiply_rows<Avx2<BFloat16>>, nullptr, widen, unpack};
+  return {multiply<Float16>, multiply<BFloat16>, nullptr, widen, unpack};
 }
 
 }  // namespace macko
