@@ -25,11 +25,6 @@ __m512i expand_words(uint32_t mask, const uint16_t*& values) {
   return words;
 }
 
-__m256i expand_half(uint16_t mask, const uint16_t* values) {
-  return _mm256_mask_expand_epi16(_mm512_castsi512_si256(zeros()), mask,
-                                  _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values)));
-}
-
 struct Float16 {
   static __m512 widen(__m256i words) { return _mm512_cvtph_ps(words); }
 };
@@ -52,11 +47,8 @@ struct Avx512 : Prefetching {
   };
 
   static Weights expand(uint32_t mask, const uint16_t*& values) {
-    const uint16_t low = static_cast<uint16_t>(mask), high = static_cast<uint16_t>(mask >> 16);
-    const Weights weights{Value::widen(expand_half(low, values)),
-                          Value::widen(expand_half(high, values + _mm_popcnt_u32(low)))};
-    values += _mm_popcnt_u32(mask);
-    return weights;
+    const __m512i words = expand_words(mask, values);
+    return {Value::widen(_mm512_castsi512_si256(words)), Value::widen(_mm512_extracti64x4_epi64(words, 1))};
   }
 
   static void add(Sum& sum, const Weights& weights, const float* x) {
