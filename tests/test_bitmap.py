@@ -112,6 +112,14 @@ def test_tokens_together_are_what_they_are_alone(x_dtype: torch.dtype) -> None:
     assert_within_rounding(alone, x, weight, None)
 
 
+def test_full_words_of_rows_that_are_else_empty() -> None:
+    weight = torch.zeros(5, 1000, dtype=torch.bfloat16)
+    for row, count in enumerate([16, 17, 24, 31, 32]):
+        weight[row, 480 : 480 + count] = torch.randn(count).bfloat16()
+    x = torch.randn(1, 1000).bfloat16()
+    assert_within_rounding(arrange(weight).linear(x, None), x, weight, None)
+
+
 @pytest.mark.parametrize("rows_at_a_time", [1, 4, 9, 100])
 def test_more_tokens_are_multiplied_with_dense_rows(rows_at_a_time: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bitmap, "_DENSE_ELEMENTS", rows_at_a_time * 100)

@@ -64,6 +64,8 @@ struct Avx512 : Prefetching {
   static float total(const Sum& sum) { return _mm512_reduce_add_ps(_mm512_add_ps(sum.low, sum.high)); }
 };
 
+// kFew: words with more than 16 values are rare. Then half a vector is loaded, which crosses a line half as often.
+template <bool kFew>
 struct Pairs : Prefetching {
   static constexpr int kTokens = 4, kSums = 4;
   using Input = uint16_t;
@@ -72,7 +74,12 @@ struct Pairs : Prefetching {
     __m512 pairs = _mm512_setzero_ps();
   };
 
-  static Weights expand(uint32_t mask, const uint16_t*& values) { return expand_words(mask, values); }
+  static Weights expand(uint32_t mask, const uint16_t*& values) {
+    if (!kFew || _mm_popcnt_u32(mask) > 16) return expand_words(mask, values);
+    const __m256i few = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values));
+    values += _mm_popcnt_u32(mask);
+    return _mm512_mask_expand_epi16(zeros(), mask, _mm512_zextsi256_si512(few));
+  }
 
   static void add(Sum& sum, const Weights& weights, const uint16_t* x) {
     const __m512i columns = _mm512_loadu_si512(x);
@@ -83,6 +90,14 @@ struct Pairs : Prefetching {
 
   static float total(const Sum& sum) { return _mm512_reduce_add_ps(sum.pairs); }
 };
+
+void multiply_pairs(const BitmapProduct& product, int64_t row, int64_t last_row) {
+  for (; row < last_row; ++row) {
+    const int64_t count = product.row_starts[row + 1] - product.row_starts[row];
+    const bool has_few = count <= product.blocks * 10;
+    (has_few ? multiply_rows<Pairs<true>> : multiply_rows<Pairs<false>>)(product, row, row + 1);
+  }
+}
 
 void widen(const uint16_t* halves, int64_t count, float* floats) {
   for (int64_t i = 0; i < count; i += 16) {
@@ -101,7 +116,7 @@ void unpack(const BitmapProduct& product, int64_t cols, int64_t first_row, int64
 }  // namespace
 
 BitmapKernels avx512_kernels(bool has_bf16) {
-  return {multiply_rows<Avx512<Float16>>, multiply_rows<Avx512<BFloat16>>, has_bf16 ? multiply_rows<Pairs> : nullptr,
+  return {multiply_rows<Avx512<Float16>>, multiply_rows<Avx512<BFloat16>>, has_bf16 ? multiply_pairs : nullptr,
           widen, unpack};
 }
 
