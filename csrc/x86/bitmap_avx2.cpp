@@ -179,8 +179,6 @@ void unpack(const BitmapProduct& product, int64_t cols, int64_t first_row, int64
 
 }  // namespace
 
-BitmapKernels avx2_kernels() {
-  return {multiply<Float16>, multiply<BFloat16>, nullptr, widen, unpack};
-}
+BitmapKernels avx2_kernels() { return {multiply<Float16>, multiply<BFloat16>, nullptr, widen, unpack}; }
 
 }  // namespace macko

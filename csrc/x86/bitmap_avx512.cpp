@@ -116,8 +116,8 @@ void unpack(const BitmapProduct& product, int64_t cols, int64_t first_row, int64
 }  // namespace
 
 BitmapKernels avx512_kernels(bool has_bf16) {
-  return {multiply_rows<Avx512<Float16>>, multiply_rows<Avx512<BFloat16>>, has_bf16 ? multiply_pairs : nullptr,
-          widen, unpack};
+  return {multiply_rows<Avx512<Float16>>, multiply_rows<Avx512<BFloat16>>, has_bf16 ? multiply_pairs : nullptr, widen,
+          unpack};
 }
 
 }  // namespace macko
