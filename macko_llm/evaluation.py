@@ -5,6 +5,7 @@ lm-eval is an extra, `pip install 'macko-llm[eval]'`; nothing else imports this 
 
 import difflib
 import io
+import os
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any
 import lm_eval
 import torch
 from lm_eval.api.model import CacheHook
+from lm_eval.defaults import DEFAULT_OTHER_SEED
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,6 +24,9 @@ from macko_llm.errors import CalibrationError, CheckpointError, UsageError
 from macko_llm.progress import Progress, no_progress
 from macko_llm.refusals import check_batch_size, check_tasks
 from macko_llm.text import require_chat_template
+
+_DRAWS = 1000
+"""Samples of a standard error that has no formula; lm-eval's 100000 take minutes in one process."""
 
 _NOT_HERE = {
     "UNSAFE_CODE": "runs code that the model writes; run it with lm-eval itself, in a sandbox",
@@ -76,10 +81,9 @@ class EvaluationReport:
 
 @dataclass(frozen=True)
 class Tasks:
-    """Tasks with their data: what `lm_eval.simple_evaluate` takes, tasks and groups of them."""
+    """Tasks with their data, and groups of them, as lm-eval's `TaskManager.load` gives them."""
 
-    manager: TaskManager
-    chosen: list[Any]
+    loaded: Any
 
 
 def find_tasks(names: Sequence[str], *, include_path: Path | None = None) -> Tasks:
@@ -114,9 +118,7 @@ def find_tasks(names: Sequence[str], *, include_path: Path | None = None) -> Tas
         for mark, sentence in _NOT_HERE.items():
             if getattr(task, mark, False):
                 raise UsageError(f"The task {name} {sentence}.")
-    inside = {child for children in loaded["group_map"].values() for child in children}
-    built = {**loaded["groups"], **loaded["tasks"]}
-    return Tasks(manager, [one for name, one in built.items() if name not in inside])
+    return Tasks(loaded)
 
 
 def evaluate_tasks(
@@ -146,22 +148,31 @@ def evaluate_tasks(
         UsageError: a number outside its range, or a chat template that is not there.
         CheckpointError: a batch does not fit the device's memory.
     """
+    # Its processes would be forks of one that has a model, threads and perhaps a GPU.
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")
     check_tasks(None, num_fewshot=num_fewshot, limit=limit)
     check_batch_size(batch_size, "texts")
     if apply_chat_template:
         require_chat_template(tokenizer, "--apply-chat-template")
     scorer = _Scorer(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32")
     scorer.progress = progress
+    for task in tasks.loaded["tasks"].values():
+        own = task.get_config("num_fewshot")
+        if own is None or (num_fewshot is not None and own != 0):  # a task that says 0 means it
+            task.set_config(key="num_fewshot", value=num_fewshot or 0)
+        task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+    torch.manual_seed(DEFAULT_OTHER_SEED)
     try:
         with redirect_stdout(io.StringIO()):  # lm-eval prints which standard errors it samples
-            results: Any = lm_eval.simple_evaluate(
-                model=scorer,
-                tasks=tasks.chosen,
-                task_manager=tasks.manager,
-                num_fewshot=num_fewshot,
+            # simple_evaluate would run git, pip and nvidia-smi for its report.
+            results: Any = lm_eval.evaluate(
+                lm=scorer,
+                task_dict=tasks.loaded,
                 limit=limit,
                 apply_chat_template=apply_chat_template,
+                fewshot_as_multiturn=True,
                 log_samples=False,
+                bootstrap_iters=_DRAWS,
             )
     except torch.OutOfMemoryError as error:
         raise CheckpointError(
@@ -173,11 +184,11 @@ def evaluate_tasks(
         chat_template=apply_chat_template,
         batch_size=batch_size,
         dtype=str(model.dtype).removeprefix("torch."),
-        lm_eval=results["lm_eval_version"],
+        lm_eval=lm_eval.__version__,
     )
 
 
-class _Scorer(HFLM):  # type: ignore[misc]
+class _Scorer(HFLM):
     """lm-eval's own adapter of transformers models, which reports its progress and draws no bars."""
 
     progress: Progress = staticmethod(no_progress)
@@ -200,7 +211,7 @@ class _Scorer(HFLM):  # type: ignore[misc]
         return score(requests, disable_tqdm=True)
 
 
-class _Counter(CacheHook):  # type: ignore[misc]
+class _Counter(CacheHook):
     """lm-eval tells its cache of each request that is done; there is no cache, so this counts them."""
 
     def __init__(self, report: Callable[[int], None]) -> None:
