@@ -37,6 +37,7 @@ COMMANDS = [
     "pack",
     "unpack",
     "generate",
+    "eval",
     "eval-perplexity",
     "inspect",
     "doctor",
