@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,8 @@ def evaluate_tasks(
         model: a causal language model in eval mode, dense or packed.
         tokenizer: the model's.
         tasks: from `find_tasks`; lm-eval changes them, so they serve once.
-        num_fewshot: solved examples in front of each one, instead of the number that each task names.
+        num_fewshot: solved examples in front of each one, instead of the number that each task names; a task that names
+            0 keeps it.
         limit: use the first examples of each task only; below 1 it is a share of them.
         batch_size: texts evaluated together.
         apply_chat_template: put the model's chat template around the examples.
@@ -158,7 +160,7 @@ def evaluate_tasks(
     scorer.progress = progress
     for task in tasks.loaded["tasks"].values():
         own = task.get_config("num_fewshot")
-        if own is None or (num_fewshot is not None and own != 0):  # a task that says 0 means it
+        if own is None or (num_fewshot is not None and own != 0):  # as lm-eval has it: who writes 0 means it
             task.set_config(key="num_fewshot", value=num_fewshot or 0)
         task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
     torch.manual_seed(DEFAULT_OTHER_SEED)
@@ -234,7 +236,7 @@ def _scores(results: dict[str, Any]) -> list[Score]:
     for task, measured in results["results"].items():
         for key, value in measured.items():
             metric, comma, name = key.partition(",")
-            if not comma or metric.endswith("_stderr") or not isinstance(value, (int, float)):
+            if not comma or metric.endswith("_stderr") or not isinstance(value, Real):
                 continue
             stderr = measured.get(f"{metric}_stderr,{name}")
             scores.append(
@@ -243,7 +245,7 @@ def _scores(results: dict[str, Any]) -> list[Score]:
                     metric=metric,
                     filter=name,
                     value=float(value),
-                    stderr=float(stderr) if isinstance(stderr, (int, float)) else None,
+                    stderr=float(stderr) if isinstance(stderr, Real) else None,
                     examples=measured.get("sample_len"),
                     num_fewshot=results["n-shot"].get(task),
                 )

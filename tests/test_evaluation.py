@@ -85,6 +85,8 @@ task: [tiny_choice]
 aggregate_metric_list: [{{metric: acc}}]
 """
 UNSAFE = LAST.replace("tiny_last", "tiny_unsafe") + "unsafe_code: true\n"
+IMAGES = LAST.replace("tiny_last", "tiny_images") + "doc_to_image: [q]\n"
+FIXED = CHOICE.replace("tiny_choice", "tiny_fixed") + "num_fewshot: 0\n"
 LOST = LAST.replace("tiny_last", "tiny_lost").replace("questions.jsonl", "nowhere.jsonl")
 
 
@@ -102,7 +104,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pack_checkpoint(folder / "pruned", folder / "packed")
     tasks = folder / "tasks"
     tasks.mkdir()
-    for number, text in enumerate((CHOICE, LAST, ROLLING, ANSWERED, GROUP, UNSAFE, LOST)):
+    for number, text in enumerate((CHOICE, LAST, ROLLING, ANSWERED, GROUP, UNSAFE, IMAGES, FIXED, LOST)):
         (tasks / f"{number}.yaml").write_text(text.format(folder=tasks))
     (tasks / "questions.jsonl").write_text("\n".join(map(json.dumps, QUESTIONS)))
     (tasks / "solved.jsonl").write_text("\n".join(map(json.dumps, SOLVED)))
@@ -144,11 +146,11 @@ def log_likelihood(model: nn.Module, tokenizer: Any, context: str, continuation:
     return sum(log_probabilities[at - 1, ids[at]].item() for at in range(start, len(ids)))
 
 
-def run(folder: Path, name: str, *, model: str = "packed", **options: Any) -> dict[str, Any]:
+def run(folder: Path, name: str, *, model: str = "packed", dtype: str = "float32", **options: Any) -> dict[str, Any]:
     """What the library says of a task, metric -> score."""
     from macko_llm import evaluation
 
-    loaded = load(folder / model, dtype="float32", device="cpu")
+    loaded = load(folder / model, dtype=dtype, device="cpu")
     own = options.pop("tokenizer", None) or AutoTokenizer.from_pretrained(folder / model)
     tasks = evaluation.find_tasks([name], include_path=folder / "tasks")
     report = evaluation.evaluate_tasks(loaded, own, tasks, **options)
@@ -190,6 +192,16 @@ def test_solved_examples_stand_in_front_and_a_limit_takes_the_first(folder, dens
     assert {name: score.value for name, score in measured.items()} == pytest.approx(expected, rel=1e-4)
     assert {(score.examples, score.num_fewshot) for score in measured.values()} == {(3, 1)}
     assert run(folder, "tiny_choice", limit=0.5)["acc"].examples == 2
+    assert run(folder, "tiny_fixed", num_fewshot=1)["acc"].num_fewshot == 0
+
+
+@needs_lm_eval
+def test_probabilities_of_half_precision_models_are_computed_in_float32(folder, tokenizer) -> None:
+    half = load(folder / "packed", dtype="float16", device="cpu")
+    expected = expected_choices(half, tokenizer, [question["q"] for question in QUESTIONS])
+    assert run(folder, "tiny_choice", dtype="float16")["brier_score"].value == pytest.approx(
+        expected["brier_score"], rel=1e-5
+    )
 
 
 @needs_lm_eval
@@ -256,6 +268,7 @@ def test_groups_and_patterns_are_names_too(folder) -> None:
         ("tiny_chioce", UsageError, "no task tiny_chioce; use tiny_choice .*, or name the folder .* --include-path"),
         ("zzzzzz", UsageError, "no task zzzzzz; see `lm-eval ls tasks`, or name the folder"),
         ("tiny_unsafe", UsageError, "tiny_unsafe runs code that the model writes; run it with lm-eval itself"),
+        ("tiny_images", UsageError, "tiny_images shows more than text; choose one of text alone"),
         ("tiny_lost", CalibrationError, r"tiny_lost cannot be read \(FileNotFoundError: .*nowhere.*\); check"),
     ],
 )

@@ -38,7 +38,7 @@ def evaluate(
     ],
     num_fewshot: Annotated[
         int | None,
-        typer.Option(help="Solved examples in front of each. [default: the task's own number]"),
+        typer.Option(help="Solved examples in front of each; a task that says 0 keeps it. [default: the task's]"),
     ] = None,
     limit: Annotated[
         float | None,
