@@ -7,8 +7,10 @@ multiplies each window's mean loss by seqlen and divides by windows * seqlen in 
 
 import inspect
 import math
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,13 +18,32 @@ from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from macko_llm.defaults import EVALUATION_SEQLEN
-from macko_llm.errors import CalibrationError, CheckpointError, NonFiniteError
+from macko_llm.errors import CalibrationError, CheckpointError, NonFiniteError, UsageError
 from macko_llm.models import check_seqlen, check_token_ids, max_positions
 from macko_llm.progress import Progress, no_progress
 from macko_llm.refusals import check_batch_size, check_windows
 
 _CHUNK_ELEMENTS = 2**25
 """fp32 logits that exist at once while losses are computed: 128 MiB, 256 tokens of a vocabulary of 128k."""
+
+
+@dataclass(frozen=True)
+class ReferenceReport:
+    """How a model compares with the one that it was made from, over the same tokens.
+
+    Attributes:
+        perplexity: of the reference, exp(nll).
+        nll: of the reference, as for the model.
+        kl_divergence: mean of KL(reference || model) over the scored tokens, in nats; 0 where they predict alike.
+        top_agreement: share of the scored tokens for which both find the same token the most probable.
+        dtype: of the reference's weights, as "float16".
+    """
+
+    perplexity: float
+    nll: float
+    kl_divergence: float
+    top_agreement: float
+    dtype: str
 
 
 @dataclass(frozen=True)
@@ -39,6 +60,7 @@ class PerplexityReport:
         dataset: the text's name.
         split: of the dataset, None for a text that has none.
         dtype: of the model's weights, as "float16".
+        reference: what a comparison with another model gave, None where there was none.
     """
 
     perplexity: float
@@ -50,6 +72,7 @@ class PerplexityReport:
     dataset: str
     split: str | None
     dtype: str
+    reference: ReferenceReport | None = None
 
 
 def windows(token_ids: Tensor, seqlen: int, stride: int) -> Tensor:
@@ -150,12 +173,31 @@ def cut_text(
     return TextWindows(batches, stride)
 
 
+def check_reference(
+    tokenizer: PreTrainedTokenizerBase,
+    config: PretrainedConfig,
+    reference_tokenizer: PreTrainedTokenizerBase,
+    reference_config: PretrainedConfig,
+) -> None:
+    """Refuse a reference whose predictions are not about the same tokens as the model's.
+
+    Raises:
+        UsageError: another vocabulary, or logits for another number of tokens.
+    """
+    sizes = [some.get_text_config().vocab_size for some in (config, reference_config)]
+    if sizes[0] != sizes[1] or tokenizer.get_vocab() != reference_tokenizer.get_vocab():
+        raise UsageError(
+            "The reference has another vocabulary; give --reference the model that this one was made from."
+        )
+
+
 def evaluate(
     model: PreTrainedModel,
     text: TextWindows,
     *,
     dataset: str,
     split: str | None = None,
+    reference: PreTrainedModel | None = None,
     batch_size: int = 1,
     progress: Progress = no_progress,
 ) -> PerplexityReport:
@@ -169,7 +211,8 @@ def evaluate(
         text: what to predict.
         dataset: the text's name, for the report.
         split: of the dataset, for the report.
-        batch_size: windows evaluated together. The model makes logits of [batch_size, seqlen, vocabulary] at once; the result
+        reference: another model, with the same vocabulary, to compare the predictions with.
+        batch_size: windows evaluated together. Each model makes logits of [batch_size, seqlen, vocabulary] at once; the result
             is the same but for rounding.
         progress: called with (what, windows done, windows to do).
 
@@ -179,31 +222,31 @@ def evaluate(
         NonFiniteError: a loss is NaN or infinite.
     """
     check_batch_size(batch_size)
-    total, scored, done = 0.0, 0, 0
+    totals, scored, done = _Sums(), 0, 0
     what = f"perplexity on {dataset}"
     progress(what, 0, len(text.batches))
     for batch, predicted in _together(text, batch_size):
         try:
-            losses = _window_losses(model, batch, predicted)
+            sums = _window_sums(model, reference, batch, predicted)
         except torch.OutOfMemoryError as error:
             raise CheckpointError(
                 f"Evaluating {len(batch)} x {text.seqlen} tokens at once does not fit on {model.device}; "
                 "use a smaller --batch-size or --seqlen, or --device cpu."
             ) from error
-        for loss in losses:
+        for window in sums:
             done += 1
-            if not math.isfinite(loss):
-                raise NonFiniteError(
-                    f"The loss of window {done} is {loss}; "
-                    "use --dtype bfloat16 or float32, or repair the checkpoint if its weights are not finite."
-                )
-            total += loss
+            for whose, loss in (("", window.loss), (" under the reference", window.reference_loss)):
+                if not math.isfinite(loss):
+                    raise NonFiniteError(
+                        f"The loss of window {done}{whose} is {loss}; "
+                        "use --dtype bfloat16 or float32, or repair the checkpoint if its weights are not finite."
+                    )
+            totals = _Sums(*map(operator.add, totals, window))
             scored += predicted
         progress(what, done, len(text.batches))
-    nll = total / scored
+    nll, reference_nll, divergence, agreement = (total / scored for total in totals)
     return PerplexityReport(
-        # A broken model can be worse than a float can say.
-        perplexity=math.exp(nll) if nll < 709 else math.inf,
+        perplexity=_exp(nll),
         nll=nll,
         windows=done,
         tokens=scored,
@@ -211,8 +254,19 @@ def evaluate(
         stride=text.stride,
         dataset=dataset,
         split=split,
-        dtype=str(model.dtype).removeprefix("torch."),
+        dtype=_dtype_name(model),
+        reference=None
+        if reference is None
+        else ReferenceReport(_exp(reference_nll), reference_nll, divergence, agreement, _dtype_name(reference)),
     )
+
+
+def _exp(nll: float) -> float:
+    return math.exp(nll) if nll < 709 else math.inf  # a broken model can be worse than a float can say
+
+
+def _dtype_name(model: PreTrainedModel) -> str:
+    return str(model.dtype).removeprefix("torch.")
 
 
 def _together(text: TextWindows, batch_size: int) -> Iterator[tuple[Tensor, int]]:
@@ -243,13 +297,53 @@ def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+def divergences(reference: Tensor, logits: Tensor) -> Tensor:
+    """KL(reference || model) of each token's prediction in nats, [n] fp32, a chunk of tokens at a time.
+
+    Args:
+        reference: [n, vocabulary] logits, any floating-point dtype.
+        logits: the model's, [n, vocabulary] on the same device.
+    """
+    chunk = max(1, _CHUNK_ELEMENTS // logits.shape[-1])
+    parts = []
+    for of_reference, of_model in zip(reference.split(chunk), logits.split(chunk), strict=True):
+        expected = of_reference.float().log_softmax(-1)
+        weight = expected.exp()
+        terms = weight * (expected - of_model.float().log_softmax(-1))
+        parts.append(terms.masked_fill_(weight == 0, 0).sum(-1))  # 0 log 0 is 0
+    return torch.cat(parts)
+
+
+class _Sums(NamedTuple):
+    """Over the scored tokens of a window; all but the first are 0 where there is no reference."""
+
+    loss: float = 0.0
+    reference_loss: float = 0.0
+    divergence: float = 0.0
+    agreements: float = 0.0
+
+
 @torch.inference_mode()
-def _window_losses(model: PreTrainedModel, windows: Tensor, predicted: int) -> list[float]:
-    """Sum of the losses of the last `predicted` tokens of each of [n, seqlen] windows."""
-    windows = windows.to(model.device)
-    keep = {"logits_to_keep": predicted + 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    logits = model(input_ids=windows, use_cache=False, **keep).logits[:, -predicted - 1 : -1]
+def _window_sums(
+    model: PreTrainedModel, reference: PreTrainedModel | None, windows: Tensor, predicted: int
+) -> list[_Sums]:
+    """Sums over the last `predicted` tokens of each of [n, seqlen] windows."""
+    logits = _scored_logits(model, windows, predicted)
+    others = None if reference is None else _scored_logits(reference, windows, predicted).to(logits.device)
     targets = windows[:, -predicted:].to(logits.device)
     # Window by window: to join their positions in one dimension would copy the logits.
-    sums = [token_losses(*pair).sum(dtype=torch.float64) for pair in zip(logits, targets, strict=True)]
-    return torch.stack(sums).tolist()
+    rows = []
+    for index, (mine, wanted) in enumerate(zip(logits, targets, strict=True)):
+        parts = [token_losses(mine, wanted)]
+        if others is not None:
+            theirs = others[index]
+            parts += [token_losses(theirs, wanted), divergences(theirs, mine), mine.argmax(-1) == theirs.argmax(-1)]
+        rows.append(torch.stack([part.sum(dtype=torch.float64) for part in parts]))
+    return [_Sums(*row) for row in torch.stack(rows).tolist()]
+
+
+def _scored_logits(model: PreTrainedModel, windows: Tensor, predicted: int) -> Tensor:
+    """What a model predicts the last `predicted` tokens of [n, seqlen] windows from, [n, predicted, vocabulary]."""
+    keep = {"logits_to_keep": predicted + 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    logits = model(input_ids=windows.to(model.device), use_cache=False, **keep).logits
+    return logits[:, -predicted - 1 : -1]

@@ -3,6 +3,7 @@
 Importing those takes seconds, so commands ask here before they do. The library asks here too, for who calls it from Python.
 """
 
+import importlib.util
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -202,10 +203,38 @@ def check_folder(folder: Path | None) -> None:
         raise UsageError(f"There is no folder {folder}; make it, or leave --folder out.")
 
 
-def check_batch_size(batch_size: int) -> None:
-    """Raise UsageError unless that many windows can be evaluated together."""
+def check_batch_size(batch_size: int, what: str = "windows") -> None:
+    """Raise UsageError unless that many windows, or whatever it is, can be evaluated together."""
     if batch_size < 1:
-        raise UsageError(f"Batches of {batch_size} windows evaluate nothing; use --batch-size 1 or more.")
+        raise UsageError(f"Batches of {batch_size} {what} evaluate nothing; use --batch-size 1 or more.")
+
+
+def check_tasks(
+    names: Sequence[str] | None,
+    *,
+    include_path: Path | None = None,
+    num_fewshot: int | None = None,
+    limit: float | None = None,
+) -> None:
+    """Raise UsageError unless a model can be evaluated on tasks so; see `evaluation`. None is not looked at."""
+    if names is not None and not all(names):
+        raise UsageError(
+            "A task has no name; use --tasks with names and commas between them, as in arc_easy,hellaswag."
+        )
+    if include_path is not None and not include_path.is_dir():
+        raise UsageError(
+            f"There is no folder {include_path}; name one with YAML files of tasks, or drop --include-path."
+        )
+    if num_fewshot is not None and num_fewshot < 0:
+        raise UsageError(f"There are no {num_fewshot} solved examples; use --num-fewshot 0 or more.")
+    if limit is not None and (not limit > 0 or (limit > 1 and not float(limit).is_integer())):
+        raise UsageError(f"A limit of {limit:g} is no number of examples; use --limit 1 or more, or a share below 1.")
+
+
+def require_lm_eval() -> None:
+    """Raise UsageError unless lm-eval is installed."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UsageError("`macko eval` needs lm-eval; install it with `pip install 'macko-llm[eval]'`.")
 
 
 def check_windows(seqlen: int | None, stride: int | None, limit: int | None = None) -> None:

@@ -15,7 +15,7 @@ import transformers
 import typer
 from datasets import Dataset
 from families import MAX_POSITIONS, SENTENCES, save_model
-from helpers import assert_plain, quiet_transformers, weights
+from helpers import assert_plain, copy_model, quiet_transformers, weights
 from transformers import AutoTokenizer, PreTrainedModel
 from typer.testing import CliRunner, Result
 
@@ -37,6 +37,7 @@ COMMANDS = [
     "pack",
     "unpack",
     "generate",
+    "eval",
     "eval-perplexity",
     "inspect",
     "doctor",
@@ -180,15 +181,62 @@ def test_eval_perplexity(model: str) -> None:
         "dataset",
         "split",
         "dtype",
+        "reference",
     }
     assert (content["windows"], content["seqlen"], content["tokens"]) == (2, MAX_POSITIONS, 2 * (MAX_POSITIONS - 1))
     assert (content["dataset"], content["split"], content["dtype"]) == ("text.txt", None, "float16")
+    assert content["reference"] is None
     result = macko("eval-perplexity", model, "--dataset", "text.txt", "--limit", 2, "--seqlen", 16, "--stride", 8)
     assert re.match(
         r"perplexity \d+\.\d{4}  \(dataset text\.txt, seqlen 16, stride 8, 2 windows, 23 tokens, .*float16\)\n$",
         result.stdout,
     )
     assert "perplexity on text.txt: 0/2" in result.stderr
+
+
+def test_eval_perplexity_beside_the_model_that_it_was_made_from() -> None:
+    call = ["--dataset", "text.txt", "--limit", 2, "--dtype", "float32"]
+    dense = macko_json("eval-perplexity", "dense", *call)
+    packed = macko_json("eval-perplexity", "packed", *call)
+    beside = macko_json("eval-perplexity", "packed", *call, "--reference", "dense")
+    reference = beside.pop("reference")
+    assert {**beside, "reference": None} == packed
+    assert reference.keys() == {"perplexity", "nll", "kl_divergence", "top_agreement", "dtype"}
+    assert (reference["perplexity"], reference["nll"], reference["dtype"]) == (
+        dense["perplexity"],
+        dense["nll"],
+        "float32",
+    )
+    assert reference["kl_divergence"] > 1e-3
+    assert 0 <= reference["top_agreement"] < 1
+    itself = macko_json("eval-perplexity", "packed", *call, "--reference", "packed")["reference"]
+    assert (itself["kl_divergence"], itself["top_agreement"]) == (0, 1)
+    said = macko("eval-perplexity", "packed", *call, "--reference", "dense").stdout.splitlines()[1]
+    assert re.fullmatch(
+        r"reference perplexity \d+\.\d{4}, KL\(reference \|\| model\) \d+\.\d{6} nats a token, "
+        r"the same most probable token for \d+\.\d\d%",
+        said,
+    )
+
+
+def test_a_reference_that_cannot_serve_is_refused_before_weights_are_read(tmp_path: Path) -> None:
+    call = ["eval-perplexity", "packed", "--dataset", "text.txt", "--reference"]
+    assert "no model nowhere" in macko(*call, "nowhere", exit_code=1).stderr
+    tokenizer = AutoTokenizer.from_pretrained("dense")
+    tokenizer.add_tokens(["cat"])
+    for config, files, sentence in (
+        ({}, tokenizer, "another vocabulary; give --reference"),
+        ({"vocab_size": 9999}, None, "another vocabulary; give --reference"),
+        ({"max_position_embeddings": 8}, None, "at most 8 tokens; use a seqlen of 8"),
+    ):
+        other = copy_model(Path("dense"), tmp_path / "other", **config)
+        (other / "model.safetensors").unlink()
+        if files is not None:
+            files.save_pretrained(other)
+        error = macko(*call, other, exit_code=2).stderr.splitlines()[-1]
+        assert sentence in error
+        assert_plain(error)
+        shutil.rmtree(other)
 
 
 def test_eval_perplexity_of_a_dataset_is_that_of_its_texts(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ COMMANDS = [
             "pack",
             "unpack",
             "generate",
+            "eval",
             "eval-perplexity",
             "inspect",
             "doctor",

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -166,6 +167,105 @@ def test_limit_takes_the_first_windows(model, tokenizer, text):
     assert (report.windows, report.tokens) == (count, scored) == (3, 25)
     whole = evaluate(model, tokenizer, text, dataset="random", seqlen=16)
     assert evaluate(model, tokenizer, text, dataset="random", seqlen=16, limit=1000) == whole
+
+
+# Beside a reference
+
+
+def another(model, seed):
+    """A model of the same shape, with other weights."""
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(model.config).eval()
+
+
+def naive_comparison(model, reference, ids, seqlen, stride):
+    """(mean KL(reference || model), share of equal most probable tokens): every token in float64, one by one."""
+    divergences, agreements, start = [], [], 0
+    while start + seqlen <= len(ids):
+        window = torch.tensor([ids[start : start + seqlen]])
+        with torch.no_grad():
+            p, q = (some(input_ids=window).logits[0].double().softmax(-1) for some in (reference, model))
+        for position in range(1 if start == 0 else max(1, seqlen - stride), seqlen):
+            at = position - 1
+            divergences.append(sum((a * math.log(a / b)).item() for a, b in zip(p[at], q[at], strict=True)))
+            agreements.append(p[at].argmax().item() == q[at].argmax().item())
+        start += stride
+    return sum(divergences) / len(divergences), sum(agreements) / len(agreements)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize(("seqlen", "stride"), [(20, None), (20, 7), (2, 1)])
+def test_the_divergence_from_a_reference_agrees_with_a_naive_sum(model, tokenizer, text, seqlen, stride, batch_size):
+    reference = another(model, 7)
+    cut = perplexity.cut_text(tokenizer, text, model.config, seqlen=seqlen, stride=stride)
+    report = perplexity.evaluate(model, cut, dataset="random", reference=reference, batch_size=batch_size)
+    ids = tokenizer(text)["input_ids"]
+    divergence, agreement = naive_comparison(model, reference, ids, seqlen, stride or seqlen)
+    backwards, _ = naive_comparison(reference, model, ids, seqlen, stride or seqlen)
+    assert abs(divergence - backwards) > 1e-3 * divergence  # a test that could not tell them apart would show little
+    assert report.reference.kl_divergence == pytest.approx(divergence, rel=1e-5)
+    assert report.reference.top_agreement == pytest.approx(agreement)
+    assert 0 < agreement < 1
+    nll, _, _ = naive(reference, ids, seqlen, stride or seqlen)
+    assert report.reference.nll == pytest.approx(nll, rel=1e-5)
+    assert report.reference.perplexity == pytest.approx(math.exp(nll), rel=1e-4)
+    alone = perplexity.evaluate(model, cut, dataset="random", batch_size=batch_size)
+    assert report == replace(alone, reference=report.reference)
+    assert alone.reference is None
+
+
+def test_a_model_does_not_diverge_from_itself(model, tokenizer, text):
+    cut = perplexity.cut_text(tokenizer, text, model.config, seqlen=20)
+    report = perplexity.evaluate(model, cut, dataset="random", reference=model)
+    assert (report.reference.kl_divergence, report.reference.top_agreement) == (0, 1)
+    assert report.reference.perplexity == report.perplexity
+
+
+def test_the_divergence_by_hand():
+    """Of (1/2, 1/4, 1/4) from thirds: log 3 - 1.5 log 2; a token that the reference rules out counts nothing."""
+    reference = torch.tensor([[1 / 2, 1 / 4, 1 / 4], [1 / 2, 1 / 2, 0], [1 / 2, 1 / 2, 0]]).log()
+    model = torch.tensor([[1 / 3, 1 / 3, 1 / 3], [1 / 4, 1 / 4, 1 / 2], [1 / 2, 1 / 2, 0]]).log()
+    expected = [math.log(3) - 1.5 * math.log(2), math.log(2), 0]
+    assert perplexity.divergences(reference, model).tolist() == pytest.approx(expected, abs=1e-6)
+    assert perplexity.divergences(model[:2], reference[:2]).tolist() == pytest.approx(
+        [(2 * math.log(4 / 3) + math.log(2 / 3)) / 3, math.inf]
+    )
+
+
+def test_divergences_of_half_precision_logits_are_computed_in_fp32():
+    torch.manual_seed(0)
+    reference, model = (torch.randn(50, 1000).bfloat16() * 4 for _ in range(2))
+    p, q = reference.double().log_softmax(-1), model.double().log_softmax(-1)
+    exact = (p.exp() * (p - q)).sum(-1)
+    torch.testing.assert_close(perplexity.divergences(reference, model).double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_divergences_do_not_depend_on_the_chunks(monkeypatch):
+    torch.manual_seed(0)
+    reference, model = torch.randn(37, 11).bfloat16(), torch.randn(37, 11)
+    whole = perplexity.divergences(reference, model)
+    assert whole.dtype == torch.float32
+    for elements in (1, 11, 100):
+        monkeypatch.setattr("macko_llm.perplexity._CHUNK_ELEMENTS", elements)
+        assert torch.equal(perplexity.divergences(reference, model), whole)
+
+
+def test_a_reference_whose_loss_is_not_finite_is_named():
+    stub, broken = FixedProbabilities(TABLE), FixedProbabilities(TABLE)
+    with torch.no_grad():
+        broken.logits[1, 0] = math.nan
+    cut = perplexity.cut_text(word_tokenizer(list("abc")), "a a a a b c", stub.config, seqlen=3)
+    with pytest.raises(NonFiniteError, match=r"window 2 under the reference is nan; use --dtype"):
+        perplexity.evaluate(stub, cut, dataset="hand", reference=broken)
+
+
+def test_a_reference_with_another_vocabulary_is_refused(model, tokenizer):
+    perplexity.check_reference(tokenizer, model.config, word_tokenizer(WORDS, bos_token="B"), model.config)
+    renamed = word_tokenizer([*WORDS[:-1], "other"], bos_token="B")
+    larger = LlamaConfig(vocab_size=len(WORDS) + 2)
+    for other_tokenizer, other_config in ((renamed, model.config), (tokenizer, larger)):
+        with pytest.raises(UsageError, match="another vocabulary; give --reference the model that this one was made"):
+            perplexity.check_reference(tokenizer, model.config, other_tokenizer, other_config)
 
 
 def test_logits_are_made_only_where_they_are_scored(model, tokenizer, text):

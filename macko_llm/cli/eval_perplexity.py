@@ -1,5 +1,6 @@
 """`macko eval-perplexity`."""
 
+import functools
 from dataclasses import asdict
 from typing import Annotated
 
@@ -41,6 +42,14 @@ def eval_perplexity(
             help="Windows evaluated together; their logits take batch size x seqlen x vocabulary values of memory at once."
         ),
     ] = 1,
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DENSE",
+            help="The model that MODEL was made from; adds its perplexity, the mean divergence KL(DENSE || MODEL), and how "
+            "often both find the same token the most probable. Both are in memory at once.",
+        ),
+    ] = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     trust_remote_code: TrustOption = False,
@@ -55,6 +64,8 @@ def eval_perplexity(
 
         macko eval-perplexity ./packed --dataset c4
 
+        macko eval-perplexity ./packed --reference ./dense
+
         macko eval-perplexity ./packed --dataset Salesforce/wikitext:wikitext-103-raw-v1 --split validation
     """
     from macko_llm import calibration, refusals
@@ -66,6 +77,7 @@ def eval_perplexity(
     refusals.check_dtype(dtype)
     refusals.check_device(device)
     folder = refusals.find_model(model)
+    reference_folder = None if reference is None else refusals.find_model(reference)
 
     from macko_llm import models, perplexity
     from macko_llm.loading import load
@@ -74,15 +86,24 @@ def eval_perplexity(
         config = models.load_config(folder, trust_remote_code=trust_remote_code)
         perplexity.window_shape(config, seqlen=seqlen, stride=stride, limit=limit)
         tokenizer = models.load_tokenizer(folder, trust_remote_code=trust_remote_code)
+        if reference_folder is not None:
+            other = models.load_config(reference_folder, trust_remote_code=trust_remote_code)
+            seqlen, _ = perplexity.window_shape(config, seqlen=seqlen, stride=stride)
+            models.check_seqlen(seqlen, other)
+            other_tokenizer = models.load_tokenizer(reference_folder, trust_remote_code=trust_remote_code)
+            perplexity.check_reference(tokenizer, config, other_tokenizer, other)
         text = calibration.evaluation_text(dataset, split, text_column)
         cut = calibration.evaluation_windows(dataset)
         windows = perplexity.cut_text(tokenizer, text, config, seqlen=seqlen, stride=stride, limit=limit, cut=cut)
-        loaded = load(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        load_as = functools.partial(load, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        loaded = load_as(folder)
+        dense = None if reference_folder is None else load_as(reference_folder)
         report = perplexity.evaluate(
             loaded,
             windows,
             dataset=dataset,
             split=calibration.used_split(dataset, "test", split),
+            reference=dense,
             batch_size=batch_size,
             progress=progress,
         )
@@ -94,3 +115,9 @@ def eval_perplexity(
             f"perplexity {report.perplexity:.4f}  (dataset {report.dataset}{part}, seqlen {report.seqlen}, "
             f"stride {report.stride}, {report.windows} windows, {report.tokens} tokens, dtype {report.dtype})"
         )
+        if report.reference is not None:
+            print(
+                f"reference perplexity {report.reference.perplexity:.4f}, "
+                f"KL(reference || model) {report.reference.kl_divergence:.6f} nats a token, "
+                f"the same most probable token for {report.reference.top_agreement:.2%}"
+            )

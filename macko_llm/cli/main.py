@@ -16,6 +16,7 @@ from macko_llm.cli.bench_spmv import spmv
 from macko_llm.cli.console import print_error, print_json, written_output
 from macko_llm.cli.demo import demo
 from macko_llm.cli.doctor import doctor
+from macko_llm.cli.eval import evaluate
 from macko_llm.cli.eval_perplexity import eval_perplexity
 from macko_llm.cli.generate import generate
 from macko_llm.cli.help import PlainCommand, with_plain_words
@@ -93,6 +94,7 @@ app.command(cls=PlainCommand)(tune)
 app.command(cls=PlainCommand)(pack)
 app.command(cls=PlainCommand)(unpack)
 app.command(cls=PlainCommand)(generate)
+app.command("eval", cls=PlainCommand)(evaluate)
 app.command("eval-perplexity", cls=PlainCommand)(eval_perplexity)
 app.command(cls=PlainCommand)(inspect)
 app.command(cls=PlainCommand)(doctor)
