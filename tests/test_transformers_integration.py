@@ -349,12 +349,6 @@ def test_a_state_dict_in_place_of_files_is_refused(packed: Path) -> None:
     assert_plain(str(caught.value))
 
 
-def test_transformers_does_not_pack_a_dense_model_on_loading(packed: Path) -> None:
-    with pytest.raises(UsageError, match="with `macko pack` first") as caught:
-        AutoModelForCausalLM.from_pretrained(packed.parent / "pruned", quantization_config=MackoConfig())
-    assert_plain(str(caught.value))
-
-
 # How a model is held
 
 

@@ -1,0 +1,99 @@
+"""A packed checkpoint in what people do with any checkpoint of Hugging Face: device maps, dtypes, pipelines, drafts, saving."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from families import random_tokens, save_model
+from helpers import assert_plain, edit_weights, weights
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from macko_llm.errors import MackoError
+from macko_llm.linear import MackoLinear
+from macko_llm.packing import pack_checkpoint
+from macko_llm.pruning import prune_checkpoint
+from macko_llm.recipe import PruneRecipe
+from macko_llm.transformers_integration import MackoConfig
+
+TOKENS = random_tokens(2, 11)
+UNTIED, TIED = "llama", "gemma2"
+PACKED_LAYERS = 14
+
+
+def _make(folder: Path, family: str, dtype: torch.dtype, shards: str = "5GB") -> Path:
+    """A folder with a model as "dense", "pruned" to half and "packed"."""
+    save_model(folder / "dense", family, dtype)
+    prune_checkpoint(folder / "dense", folder / "pruned", PruneRecipe(method="magnitude"), device="cpu")
+    pack_checkpoint(folder / "pruned", folder / "packed", max_shard_size=shards)
+    return folder
+
+
+@pytest.fixture(scope="module", params=[(UNTIED, torch.float16), (TIED, torch.bfloat16)], ids=["untied", "tied"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _make(tmp_path_factory.mktemp("model"), *request.param)
+
+
+@torch.no_grad()
+def _logits(model: PreTrainedModel, tokens: Tensor = TOKENS) -> Tensor:
+    return model(tokens).logits
+
+
+def _packed_layers(model: PreTrainedModel) -> list[MackoLinear]:
+    return [module for module in model.modules() if isinstance(module, MackoLinear)]
+
+
+# Packing on loading
+
+
+def test_a_pruned_model_that_is_packed_on_loading_is_the_packed_one(model: Path, tmp_path: Path) -> None:
+    loaded = AutoModelForCausalLM.from_pretrained(model / "pruned", quantization_config=MackoConfig(tokens=4))
+    packed = AutoModelForCausalLM.from_pretrained(model / "packed")
+    assert len(_packed_layers(loaded)) == PACKED_LAYERS
+    assert {layer.tokens for layer in _packed_layers(loaded)} == {4}
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    assert torch.equal(_logits(loaded), _logits(packed))
+    loaded.save_pretrained(tmp_path)
+    for name in ("model.safetensors", "generation_config.json"):
+        assert (tmp_path / name).read_bytes() == (model / "packed" / name).read_bytes()
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config.to_dict() == {
+        **packed.config.to_dict(),
+        "_name_or_path": str(tmp_path),
+    }
+
+
+@pytest.mark.parametrize("value_dtype", ["float16", "bfloat16"])
+def test_a_float32_model_is_packed_in_the_dtype_that_is_asked_for(value_dtype: str, model: Path) -> None:
+    config = MackoConfig(value_dtype=value_dtype)
+    loaded = AutoModelForCausalLM.from_pretrained(model / "pruned", dtype=torch.float32, quantization_config=config)
+    values = getattr(torch, value_dtype)
+    assert {layer.packed.dtype for layer in _packed_layers(loaded)} == {values}
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
+    dense = AutoModelForCausalLM.from_pretrained(model / "pruned", dtype=torch.float32)
+    for name, module in dense.model.layers.named_modules():
+        if isinstance(module, nn.Linear):
+            module.weight.data = module.weight.data.to(values).float()
+            assert torch.equal(loaded.model.layers.get_submodule(name).packed.dense().float(), module.weight)
+    assert (_logits(loaded) - _logits(dense)).abs().max() < 1e-3
+
+
+def _refused(folder: Path, words: str, **options: object) -> None:
+    with pytest.raises(MackoError, match=words) as caught:
+        AutoModelForCausalLM.from_pretrained(folder, quantization_config=MackoConfig(), **options)
+    assert_plain(str(caught.value))
+
+
+def test_what_is_not_packed_on_loading(tmp_path: Path) -> None:
+    folder = _make(tmp_path, UNTIED, torch.float32)
+    _refused(folder / "dense", "No layer has enough zeros .* prune the model first with `macko prune`")
+    offloaded = {"device_map": {"": "disk"}, "offload_folder": tmp_path / "offload"}
+    _refused(folder / "pruned", "offloaded model .* pack it first", **offloaded)
+    name = "model.layers.1.mlp.up_proj.weight"
+    for value, words in (
+        (1e6, "overflows float16; load the model with dtype=torch.bfloat16"),
+        (float("nan"), "NaN or infinity"),
+    ):
+        weight = weights(folder / "pruned")[name]
+        weight[3, 5] = value
+        edit_weights(folder / "pruned", {name: weight})
+        _refused(folder / "pruned", f"{name} .*{words}")
