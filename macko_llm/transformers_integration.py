@@ -199,8 +199,8 @@ class MackoQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Packed weights have no gradient."""
-        return False
+        """Adapters on packed layers are; transformers refuses to train a quantized model without any."""
+        return True
 
     @property
     def is_compileable(self) -> bool:
