@@ -96,7 +96,7 @@ def _warn(trigger: str, error: Exception) -> None:
 
     without = "refuse to adapt" if trigger.startswith("peft.") else "load as random weights"
     warnings.warn(
-        f"macko cannot teach this {trigger.partition('.')[0]} to know packed models ({type(error).__name__}: {error}), which it "
-        f"would {without}; update or uninstall macko-llm.",
+        f"macko cannot teach this {trigger.partition('.')[0]} about packed models ({type(error).__name__}: {error}), "
+        f"which it would {without}; update or uninstall macko-llm.",
         stacklevel=2,
     )

@@ -15,7 +15,7 @@ _INITIAL_WEIGHTS = (True, False, "gaussian", "orthogonal")
 class PackedLora(Linear):
     """A packed layer with adapters. All is as on a dense layer, but for what would read or change the dense weight."""
 
-    def _get_in_out_features(self, module: MackoLinear) -> tuple[int, int]:
+    def _get_in_out_features(self, module: Any) -> tuple[int, int]:
         return module.in_features, module.out_features  # PEFT would say so too, with a warning
 
     @property
@@ -37,7 +37,7 @@ class PackedLora(Linear):
             ) from error
         if config.init_lora_weights not in _INITIAL_WEIGHTS:
             raise UsageError(
-                f"init_lora_weights={config.init_lora_weights!r} needs the dense weight; for packed layers use True or 'gaussian'."
+                f"init_lora_weights={config.init_lora_weights!r} needs the dense weight; packed layers take True or 'gaussian'."
             )
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **more)
 
@@ -53,12 +53,14 @@ class PackedLora(Linear):
         )
 
 
-_post_init = LoraConfig.__post_init__
+_config: Any = LoraConfig
+_post_init = _config.__post_init__
 
 
-def _know_packed_layers(config: LoraConfig) -> None:
+def _know_packed_layers(config: Any) -> None:
     _post_init(config)
     config._register_custom_module({MackoLinear: PackedLora})
 
 
-LoraConfig.__post_init__ = _know_packed_layers
+# PEFT asks each config for layers that it does not know itself, so that each must be told.
+_config.__post_init__ = _know_packed_layers
