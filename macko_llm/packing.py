@@ -146,7 +146,7 @@ class PackedWriter:
         self._rounding += rounding
         self._bytes_dense += tensor.nbytes
         self._bytes_packed += sum(part.nbytes for part in stored.values())
-        for part_name, part in stored.items() if self._shards else ():
+        for part_name, part in sorted(stored.items()) if self._shards else ():  # as save_pretrained fills its shards
             self._shards.add(part_name, part)  # type: ignore[union-attr]
 
     def state(self) -> dict[str, Any]:
@@ -485,7 +485,7 @@ def _write_packed_surroundings(
     _forget_named_weights(config)
     dense = [name for name in all_linears if name not in packed]
     config["quantization_config"] = PackedConfig(report.value_dtype, dense).entries()
-    checkpoint.write_json(target / checkpoint.CONFIG_FILE, config)
+    checkpoint.write_json(target / checkpoint.CONFIG_FILE, dict(sorted(config.items())))  # as transformers sorts it
     checkpoint.copy_side_files(source, target)
     provenance = dict(before)
     provenance["pack"] = {

@@ -1,16 +1,19 @@
 """A packed checkpoint in what people do with any checkpoint of Hugging Face: device maps, dtypes, pipelines, drafts, saving."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
-from families import random_tokens, save_model
+from families import build, random_tokens, save_model
 from helpers import assert_plain, edit_weights, weights
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel
 
+from macko_llm import checkpoint
 from macko_llm.errors import MackoError
 from macko_llm.linear import MackoLinear
+from macko_llm.models import prunable_linears
 from macko_llm.packing import pack_checkpoint
 from macko_llm.pruning import prune_checkpoint
 from macko_llm.recipe import PruneRecipe
@@ -97,3 +100,48 @@ def test_what_is_not_packed_on_loading(tmp_path: Path) -> None:
         weight[3, 5] = value
         edit_weights(folder / "pruned", {name: weight})
         _refused(folder / "pruned", f"{name} .*{words}")
+
+
+# Saving
+
+
+@pytest.mark.parametrize("shards", ["5GB", "40KB"])
+def test_save_pretrained_gives_the_folder_back_byte_for_byte(model: Path, shards: str, tmp_path: Path) -> None:
+    """What describes the weights is macko's own, and the index of transformers counts parameters, of which packed are none."""
+    pack_checkpoint(model / "pruned", tmp_path / "packed", max_shard_size=shards)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "packed").save_pretrained(tmp_path / "saved", max_shard_size=shards)
+    AutoTokenizer.from_pretrained(tmp_path / "packed").save_pretrained(tmp_path / "saved")
+    packed, saved = (
+        {file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("packed", "saved")
+    )
+    assert set(packed) - set(saved) == {"README.md", "macko.json"}
+    assert sum(name.endswith(".safetensors") for name in saved) > 3 or shards == "5GB"
+    indices = [json.loads(files.pop(checkpoint.INDEX_FILE, b"{}")) for files in (packed, saved)]
+    assert indices[0].get("weight_map") == indices[1].get("weight_map")
+    assert indices[0].get("metadata", {}).get("total_size") == indices[1].get("metadata", {}).get("total_size")
+    for name in set(saved) - {"tokenizer_config.json"}:  # transformers adds to that, packed or not
+        assert saved[name] == packed[name], name
+
+
+def test_shards_are_cut_alike_from_ten_blocks_on(tmp_path: Path) -> None:
+    """Where the order of names is not that of numbers."""
+    config = LlamaConfig(
+        vocab_size=320,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=12,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+    )
+    dense = build(config).half()
+    for linear in prunable_linears(dense).values():
+        linear.weight.data.masked_fill_(linear.weight.abs() < linear.weight.abs().median(), 0)
+    dense.save_pretrained(tmp_path / "pruned")
+    pack_checkpoint(tmp_path / "pruned", tmp_path / "packed", max_shard_size="30KB")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "packed").save_pretrained(tmp_path / "saved", max_shard_size="30KB")
+    files = [
+        {file.name: file.read_bytes() for file in (tmp_path / name).glob("*.safetensors")}
+        for name in ("packed", "saved")
+    ]
+    assert len(files[0]) > 4
+    assert files[0] == files[1]
