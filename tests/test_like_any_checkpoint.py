@@ -1,6 +1,8 @@
 """A packed checkpoint in what people do with any checkpoint of Hugging Face: device maps, dtypes, pipelines, drafts, saving."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,8 @@ import torch
 from families import build, random_tokens, save_model
 from helpers import assert_plain, edit_weights, weights
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel
+from torch._dynamo.utils import counters
+from transformers import AutoModelForCausalLM, AutoTokenizer, CompileConfig, LlamaConfig, PreTrainedModel
 
 from macko_llm import checkpoint
 from macko_llm.errors import MackoError
@@ -30,6 +33,12 @@ def _make(folder: Path, family: str, dtype: torch.dtype, shards: str = "5GB") ->
     prune_checkpoint(folder / "dense", folder / "pruned", PruneRecipe(method="magnitude"), device="cpu")
     pack_checkpoint(folder / "pruned", folder / "packed", max_shard_size=shards)
     return folder
+
+
+def _save_pruned(model: PreTrainedModel, folder: Path) -> None:
+    for linear in prunable_linears(model).values():
+        linear.weight.data.masked_fill_(linear.weight.abs() < linear.weight.abs().median(), 0)
+    model.save_pretrained(folder)
 
 
 @pytest.fixture(scope="module", params=[(UNTIED, torch.float16), (TIED, torch.bfloat16)], ids=["untied", "tied"])
@@ -133,10 +142,7 @@ def test_shards_are_cut_alike_from_ten_blocks_on(tmp_path: Path) -> None:
         num_attention_heads=2,
         max_position_embeddings=64,
     )
-    dense = build(config).half()
-    for linear in prunable_linears(dense).values():
-        linear.weight.data.masked_fill_(linear.weight.abs() < linear.weight.abs().median(), 0)
-    dense.save_pretrained(tmp_path / "pruned")
+    _save_pruned(build(config).half(), tmp_path / "pruned")
     pack_checkpoint(tmp_path / "pruned", tmp_path / "packed", max_shard_size="30KB")
     AutoModelForCausalLM.from_pretrained(tmp_path / "packed").save_pretrained(tmp_path / "saved", max_shard_size="30KB")
     files = [
@@ -145,3 +151,38 @@ def test_shards_are_cut_alike_from_ten_blocks_on(tmp_path: Path) -> None:
     ]
     assert len(files[0]) > 4
     assert files[0] == files[1]
+
+
+# Generating
+
+
+@pytest.fixture(scope="module")
+def one_block(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of one block, as compiling takes seconds for each, as "pruned" and "packed"."""
+    folder = tmp_path_factory.mktemp("one-block")
+    config = LlamaConfig(
+        vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+    )
+    _save_pruned(build(config).half(), folder / "pruned")
+    pack_checkpoint(folder / "pruned", folder / "packed")
+    return folder
+
+
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="inductor needs a C++ compiler, as g++")
+def test_a_static_cache_is_compiled_as_one_graph_and_gives_the_same_text(
+    one_block: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # not what an earlier run has compiled
+    plain = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    packed = AutoModelForCausalLM.from_pretrained(one_block / "packed", dtype=torch.float32)
+    expected = packed.generate(TOKENS, **plain)
+    torch._dynamo.reset()
+    counters.clear()
+    compiling = CompileConfig(fullgraph=True, mode=None, backend="inductor")
+    compiling._compile_all_devices = True  # transformers compiles for GPUs only, unless told
+    found = packed.generate(TOKENS, cache_implementation="static", compile_config=compiling, **plain)
+    assert counters["stats"]["unique_graphs"] >= 1
+    assert not counters["graph_break"]
+    assert torch.equal(found, expected)
+    dense = AutoModelForCausalLM.from_pretrained(one_block / "pruned", dtype=torch.float32)
+    assert torch.equal(dense.generate(TOKENS, **plain), expected)
