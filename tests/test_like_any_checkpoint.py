@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import build, random_tokens, save_model
+from families import SENTENCES, build, random_tokens, save_model
 from helpers import assert_plain, edit_weights, weights
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
-from transformers import AutoModelForCausalLM, AutoTokenizer, CompileConfig, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, CompileConfig, LlamaConfig, PreTrainedModel, pipeline
 
 from macko_llm import checkpoint
+from macko_llm.demo.run import MODEL_FOLDER
 from macko_llm.errors import MackoError
 from macko_llm.linear import MackoLinear
 from macko_llm.models import prunable_linears
@@ -53,6 +54,68 @@ def _logits(model: PreTrainedModel, tokens: Tensor = TOKENS) -> Tensor:
 
 def _packed_layers(model: PreTrainedModel) -> list[MackoLinear]:
     return [module for module in model.modules() if isinstance(module, MackoLinear)]
+
+
+# Loading
+
+
+@pytest.mark.parametrize("dtype", [None, "auto", "float16", "bfloat16", "float32", "float64"])
+def test_every_dtype_is_that_of_the_dense_model(dtype: str | None, model: Path) -> None:
+    """Of all that is not packed, and of what the model computes."""
+    given = {} if dtype is None else {"dtype": dtype}
+    packed, dense = (AutoModelForCausalLM.from_pretrained(model / kind, **given) for kind in ("packed", "pruned"))
+    assert packed.dtype == dense.dtype
+    assert {parameter.dtype for parameter in packed.parameters()} == {dense.dtype}
+    stored = AutoModelForCausalLM.from_pretrained(model / "packed").dtype
+    assert {layer.packed.dtype for layer in _packed_layers(packed)} == {stored}
+    assert dense.dtype == (stored if dtype in (None, "auto") else getattr(torch, str(dtype)))
+    found, expected = _logits(packed), _logits(dense)
+    assert found.dtype == expected.dtype
+    assert (found - expected).abs().max() <= 8 * torch.finfo(expected.dtype).eps * expected.abs().max()
+
+
+def _nbytes(model: PreTrainedModel) -> int:
+    """Bytes of all parameters, packed as they are stored, and of all buffers that are not packed weights."""
+    for layer in _packed_layers(model):
+        layer.restore()
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+
+
+def _in_blocks(first: str, second: str) -> dict[str, str]:
+    rest = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")
+    return {**dict.fromkeys(rest, "cpu"), "model.layers.0": first, "model.layers.1": second}
+
+
+@pytest.mark.parametrize("shards", ["5GB", "40KB"])
+@pytest.mark.parametrize(
+    "device_map",
+    [{"": "disk"}, _in_blocks("disk", "cpu"), _in_blocks("cpu", "disk"), _in_blocks("disk", "disk")],
+    ids=["all", "first block", "last block", "blocks"],
+)
+def test_layers_on_disk_compute_the_same(device_map: dict[str, str], shards: str, model: Path, tmp_path: Path) -> None:
+    pack_checkpoint(model / "pruned", tmp_path / "packed", max_shard_size=shards)
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "packed", device_map=device_map, offload_folder=tmp_path / "offload"
+    )
+    assert any(parameter.is_meta for parameter in loaded.parameters())
+    for _ in range(2):  # each time they are read again
+        assert torch.equal(_logits(loaded), _logits(whole))
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    assert torch.equal(loaded.generate(TOKENS, **options), whole.generate(TOKENS, **options))
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_a_device_map_counts_packed_bytes_to_the_last(dtype: str, model: Path, tmp_path: Path) -> None:
+    options = {"dtype": dtype, "device_map": "auto", "offload_folder": tmp_path}
+    nbytes = _nbytes(AutoModelForCausalLM.from_pretrained(model / "packed", dtype=dtype))
+    fits = AutoModelForCausalLM.from_pretrained(model / "packed", max_memory={"cpu": nbytes}, **options)
+    assert not any(parameter.is_meta for parameter in fits.parameters())
+    one_byte_less = AutoModelForCausalLM.from_pretrained(model / "packed", max_memory={"cpu": nbytes - 1}, **options)
+    assert any(parameter.is_meta for parameter in one_byte_less.parameters())
+    assert torch.equal(_logits(one_byte_less), _logits(fits))
+    dense = AutoModelForCausalLM.from_pretrained(model / "pruned", max_memory={"cpu": nbytes}, **options)
+    assert any(parameter.is_meta for parameter in dense.parameters())  # packed is what fits
 
 
 # Packing on loading
@@ -186,3 +249,47 @@ def test_a_static_cache_is_compiled_as_one_graph_and_gives_the_same_text(
     assert torch.equal(found, expected)
     dense = AutoModelForCausalLM.from_pretrained(one_block / "pruned", dtype=torch.float32)
     assert torch.equal(dense.generate(TOKENS, **plain), expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"device_map": "auto"}, {"dtype": "float32"}], ids=str)
+def test_a_pipeline_writes_what_the_dense_model_writes(options: dict[str, str], model: Path) -> None:
+    texts = [
+        pipeline("text-generation", model=str(model / kind), **options)(
+            SENTENCES[:2], max_new_tokens=12, do_sample=False
+        )
+        for kind in ("packed", "pruned")
+    ]
+    assert texts[0] == texts[1]
+    assert all(text[0]["generated_text"].startswith(prompt) for text, prompt in zip(texts[0], SENTENCES, strict=False))
+
+
+@pytest.fixture(scope="module")
+def stories(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled model "packed" at 40 %, and as a "draft", at 60 %."""
+    folder = tmp_path_factory.mktemp("stories")
+    for name, sparsity in (("packed", 0.4), ("draft", 0.6)):
+        recipe = PruneRecipe(method="magnitude", sparsity=sparsity)
+        prune_checkpoint(MODEL_FOLDER, folder / f"{name}-pruned", recipe, device="cpu")
+        pack_checkpoint(folder / f"{name}-pruned", folder / name)
+    return folder
+
+
+@pytest.mark.parametrize(("target", "draft"), [("packed", "packed"), ("packed", "dense"), ("dense", "packed")])
+def test_a_draft_changes_nothing_of_the_text(target: str, draft: str, stories: Path) -> None:
+    """It is what greedy decoding writes alone, in fewer steps."""
+    folders = {
+        "target": {"packed": stories / "packed", "dense": MODEL_FOLDER}[target],
+        "draft": {"packed": stories / "draft", "dense": MODEL_FOLDER}[draft],
+    }
+    model, assistant = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in folders.values()
+    )
+    calls: list[int] = []
+    model.register_forward_pre_hook(lambda *_: calls.append(1))
+    inputs = AutoTokenizer.from_pretrained(MODEL_FOLDER)("Once upon a time", return_tensors="pt")
+    options = {"max_new_tokens": 40, "do_sample": False}
+    expected = model.generate(**inputs, **options)
+    alone = len(calls)
+    found = model.generate(**inputs, assistant_model=assistant, **options)
+    assert torch.equal(found, expected)
+    assert len(calls) - alone < alone  # the draft was right at times
