@@ -1,5 +1,6 @@
 """The "macko" quantization method of transformers: packed checkpoints load with plain `from_pretrained`."""
 
+import copy
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,7 @@ class MackoQuantizer(HfQuantizer):
     ) -> PreTrainedModel:
         if not self.pre_quantized:
             models.prunable_linears(model)  # refuses what cannot be packed before its weights are read
+            self.quantization_config = copy.copy(self.quantization_config)  # the caller's may serve for other models
             return model
         if not checkpoint_files:
             raise UsageError("A packed model loads from its safetensors files; pass from_pretrained its folder.")
@@ -151,7 +153,8 @@ class MackoQuantizer(HfQuantizer):
         names = [name for name, dtype in VALUE_DTYPES.items() if held == {dtype}]
         value_dtype = names[0] if names else self.quantization_config.value_dtype
         dtype = VALUE_DTYPES[value_dtype]
-        for name, linear in linears.items():
+        for name in list(linears):
+            linear = linears.pop(name)  # lets go of its dense weight before the next one is packed
             weight = linear.weight.detach().to(dtype)
             check_finite(all_finite(linear.weight), f"{name}.weight")
             if not all_finite(weight):

@@ -152,6 +152,17 @@ def test_a_float32_model_is_packed_in_the_dtype_that_is_asked_for(value_dtype: s
     assert (_logits(loaded) - _logits(dense)).abs().max() < 1e-3
 
 
+def test_a_config_that_is_given_stays_as_it_was(model: Path, tmp_path: Path) -> None:
+    """So that it may serve for several models."""
+    given = MackoConfig()
+    save_model(tmp_path / "dense", UNTIED)
+    prune_checkpoint(tmp_path / "dense", tmp_path / "pruned", PruneRecipe(method="magnitude"), device="cpu")
+    for folder in (model, tmp_path):
+        loaded = AutoModelForCausalLM.from_pretrained(folder / "pruned", quantization_config=given)
+        assert loaded.config.quantization_config.modules_to_not_convert == ["lm_head"]
+        assert vars(given) == vars(MackoConfig())
+
+
 def _refused(folder: Path, words: str, **options: object) -> None:
     with pytest.raises(MackoError, match=words) as caught:
         AutoModelForCausalLM.from_pretrained(folder, quantization_config=MackoConfig(), **options)
