@@ -115,9 +115,14 @@ class MackoLinear(nn.Module):
         return self._arranged is not None
 
     @property
+    def qweight(self) -> Tensor:
+        """What holds the values, under the name by which PEFT asks a quantized layer for its device."""
+        return self.weight_values if self.weight_layout is None else self.weight_layout
+
+    @property
     def device_type(self) -> str:
         """Where the weight lies, "cpu" or "cuda"."""
-        return (self.weight_values if self.weight_layout is None else self.weight_layout).device.type
+        return self.qweight.device.type
 
     def validate(self, name: str) -> None:
         """Check the canonical arrays, unless they are on the meta device: what is computed there reaches no kernel.

@@ -60,11 +60,11 @@ class PackedConfig:
     def entries(self) -> dict[str, Any]:
         """`quantization_config` for config.json."""
         return {
-            "quant_method": checkpoint.QUANT_METHOD,
-            "format_version": self.format_version,
             "delta_bits": self.delta_bits,
-            "value_dtype": self.value_dtype,
+            "format_version": self.format_version,
             "modules_to_not_convert": list(self.modules_to_not_convert or ()),
+            "quant_method": checkpoint.QUANT_METHOD,
+            "value_dtype": self.value_dtype,
         }
 
 

@@ -20,9 +20,9 @@ from macko_llm.dtypes import HEADERS, VALUE_DTYPES, VALUE_HEADERS
 from macko_llm.errors import CheckpointError, NonFiniteError, UsageError
 from macko_llm.format import MackoMatrix, all_finite, check_shape
 from macko_llm.layouts import canonical
+from macko_llm.model_card import model_card
 from macko_llm.packed_checkpoint import ARRAY_NAMES, PackedConfig, array_keys, read_matrix
 from macko_llm.progress import Progress, no_progress
-from macko_llm.recipe import title
 from macko_llm.shards import ShardWriter
 from macko_llm.stages import stage
 from macko_llm.streaming import TensorReader, wait
@@ -146,7 +146,7 @@ class PackedWriter:
         self._rounding += rounding
         self._bytes_dense += tensor.nbytes
         self._bytes_packed += sum(part.nbytes for part in stored.values())
-        for part_name, part in stored.items() if self._shards else ():
+        for part_name, part in sorted(stored.items()) if self._shards else ():  # as save_pretrained fills its shards
             self._shards.add(part_name, part)  # type: ignore[union-attr]
 
     def state(self) -> dict[str, Any]:
@@ -485,7 +485,7 @@ def _write_packed_surroundings(
     _forget_named_weights(config)
     dense = [name for name in all_linears if name not in packed]
     config["quantization_config"] = PackedConfig(report.value_dtype, dense).entries()
-    checkpoint.write_json(target / checkpoint.CONFIG_FILE, config)
+    checkpoint.write_json(target / checkpoint.CONFIG_FILE, dict(sorted(config.items())))  # as transformers sorts it
     checkpoint.copy_side_files(source, target)
     provenance = dict(before)
     provenance["pack"] = {
@@ -498,32 +498,11 @@ def _write_packed_surroundings(
         "versions": {"macko_llm": __version__, "torch": torch.__version__},
     }
     checkpoint.write_provenance(target, provenance)
-    (target / "README.md").write_text(_model_card(provenance, report), encoding="utf-8")
-
-
-def _model_card(provenance: dict[str, Any], report: PackReport) -> str:
-    pruned_by = title(provenance.get("prune", {}))
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [macko, pruned, sparse]
----
-# A pruned model in the MACKO sparse format
-
-{report.sparsity:.0%} of the weights of its decoder blocks are zero (pruned by {pruned_by}); the rest take
-{report.bytes_packed / 1e6:.1f} MB instead of {report.bytes_dense / 1e6:.1f} MB. `macko.json` says exactly how it was made.
-
-```sh
-pip install macko-llm
-macko generate PATH --prompt "Once upon a time"
-```
-
-```python
-import macko_llm
-
-model = macko_llm.load("PATH")
-# or: transformers.AutoModelForCausalLM.from_pretrained("PATH")
-```
-
-Where macko is not installed, transformers does not know the format and starts from random weights.
-"""
+    card = model_card(
+        provenance,
+        value_dtype=report.value_dtype,
+        sparsity=report.sparsity,
+        bytes_dense=report.bytes_dense,
+        bytes_packed=report.bytes_packed,
+    )
+    (target / "README.md").write_text(card, encoding="utf-8")

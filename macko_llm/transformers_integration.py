@@ -1,9 +1,11 @@
 """The "macko" quantization method of transformers: packed checkpoints load with plain `from_pretrained`."""
 
+import copy
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers import (
@@ -17,7 +19,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from macko_llm import checkpoint, models, packed_checkpoint
 from macko_llm.defaults import LAYOUT, TOKENS_AT_A_TIME
 from macko_llm.dtypes import VALUE_DTYPES
-from macko_llm.errors import UsageError
+from macko_llm.errors import NonFiniteError, UsageError
+from macko_llm.format import all_finite, check_finite
+from macko_llm.layouts import canonical
 from macko_llm.linear import MackoLinear, arrange_group
 from macko_llm.packed_checkpoint import ARRAY_NAMES, PackedConfig
 from macko_llm.refusals import check_layout, check_tokens_at_a_time
@@ -31,10 +35,12 @@ class MackoConfig(QuantizationConfigMixin):
     """`quantization_config` of a packed checkpoint (docs/format.md), and how it is held in memory.
 
     `from_pretrained(folder, quantization_config=MackoConfig(tokens=8))` takes `layout` and `tokens` from here, and all else
-    from the checkpoint. No file holds these two: what is stored is the same for all layouts.
+    from the checkpoint. No file holds these two: what is stored is the same for all layouts. Given for a pruned dense
+    checkpoint, it has its layers packed once they are loaded, as `macko pack` would.
 
     Args:
-        value_dtype, modules_to_not_convert, format_version, delta_bits: see `PackedConfig`.
+        value_dtype: see `PackedConfig`; of a dense checkpoint's layers, unless they are loaded in a 16-bit dtype, which stays.
+        modules_to_not_convert, format_version, delta_bits: see `PackedConfig`.
         layout: "sliced" (for one token at a time), "tiled" (for several) or "auto" (by `tokens`); of GPUs.
         tokens: that will mostly be multiplied at a time: the texts of a batch.
         unknown: keys of a later minor version, ignored.
@@ -82,7 +88,10 @@ def _stored(entries: Mapping[str, Any]) -> dict[str, Any]:
 
 @register_quantizer(checkpoint.QUANT_METHOD)
 class MackoQuantizer(HfQuantizer):
-    """Puts `MackoLinear` placeholders where the checkpoint holds packed matrices, and checks them once they are filled."""
+    """Puts `MackoLinear` placeholders where the checkpoint holds packed matrices, and checks them once they are filled.
+
+    The layers of a dense checkpoint are packed once they are loaded, where that makes them smaller.
+    """
 
     quantization_config: MackoConfig
 
@@ -90,7 +99,9 @@ class MackoQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
     ) -> PreTrainedModel:
         if not self.pre_quantized:
-            raise UsageError("Loading does not pack a dense model; make a packed checkpoint with `macko pack` first.")
+            models.prunable_linears(model)  # refuses what cannot be packed before its weights are read
+            self.quantization_config = copy.copy(self.quantization_config)  # the caller's may serve for other models
+            return model
         if not checkpoint_files:
             raise UsageError("A packed model loads from its safetensors files; pass from_pretrained its folder.")
         self._infos = infos = checkpoint.tensor_infos([Path(file) for file in checkpoint_files])
@@ -100,10 +111,22 @@ class MackoQuantizer(HfQuantizer):
         shapes = {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
         for name in packed_checkpoint.check_headers(shapes, infos, self.quantization_config.value_dtype):
             padded = infos[packed_checkpoint.array_keys(name)[0]].shape[0]
-            model.set_submodule(name, self._placeholder(linears[name], padded))
+            dtype = VALUE_DTYPES[self.quantization_config.value_dtype]
+            model.set_submodule(name, self._placeholder(linears[name], padded, dtype))
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        if self.pre_quantized:
+            self._check_filled(model)
+        else:
+            self._pack(model)
+        # Packed weights cannot be trained, and the gradients of all others would have to pass through them.
+        model.requires_grad_(False)
+        for group in layer_groups(model):
+            arrange_group(list(group.values()))
+        return model
+
+    def _check_filled(self, model: PreTrainedModel) -> None:
         places = set(map(str, getattr(model, "hf_device_map", {}).values()))
         if len(places) <= 1:  # dispatching to several makes new parameters, without transformers' mark
             packed_checkpoint.check_complete(self._not_stored(model))
@@ -111,8 +134,6 @@ class MackoQuantizer(HfQuantizer):
             dtype = self._dtypes.get(name, parameter.dtype)
             if parameter.dtype != dtype:  # a renamed tensor of a quantized model may be left as it was stored
                 parameter.data = parameter.data.to(dtype)
-        # Packed weights cannot be trained, and the gradients of all others would have to pass through them.
-        model.requires_grad_(False)
         for name, layer in _packed_layers(model).items():
             if not layer.weight_values.is_meta:
                 _keep_in_own_memory(layer)
@@ -122,9 +143,37 @@ class MackoQuantizer(HfQuantizer):
                 "disk",
             } & places:  # else `loading` fills it; offloaded arrays are validated before each product too
                 packed_checkpoint.read_matrix(name, (layer.out_features, layer.in_features), self._infos)
-        for group in layer_groups(model):
-            arrange_group(list(group.values()))
-        return model
+
+    def _pack(self, model: PreTrainedModel) -> None:
+        """Pack the layers of a dense model, one after the other, and say so in its config."""
+        linears = models.prunable_linears(model)
+        if any(linear.weight.is_meta for linear in linears.values()):
+            raise UsageError("An offloaded model is not packed on loading; pack it first with `macko pack`.")
+        held = {linear.weight.dtype for linear in linears.values()}
+        names = [name for name, dtype in VALUE_DTYPES.items() if held == {dtype}]
+        value_dtype = names[0] if names else self.quantization_config.value_dtype
+        dtype = VALUE_DTYPES[value_dtype]
+        for name in list(linears):
+            linear = linears.pop(name)  # lets go of its dense weight before the next one is packed
+            weight = linear.weight.detach().to(dtype)
+            check_finite(all_finite(linear.weight), f"{name}.weight")
+            if not all_finite(weight):
+                raise NonFiniteError(
+                    f"{name}.weight overflows {value_dtype}; load the model with dtype=torch.bfloat16."
+                )
+            matrix = canonical.pack_finite(weight)
+            if matrix.nbytes < weight.nbytes:
+                layer = self._placeholder(linear, len(matrix.values), dtype)
+                for array, tensor in zip(ARRAY_NAMES, (matrix.values, matrix.deltas, matrix.row_offsets), strict=True):
+                    setattr(layer, array, nn.Parameter(tensor, requires_grad=False))
+                layer.validate(name)
+                model.set_submodule(name, layer)
+        if not _packed_layers(model):
+            raise UsageError(
+                "No layer has enough zeros to be smaller packed; prune the model first with `macko prune`."
+            )
+        dense = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        self.quantization_config.__dict__.update(PackedConfig(value_dtype, dense).entries())
 
     def _not_stored(self, model: PreTrainedModel) -> Iterator[str]:
         """Parameters that transformers started from random values (it marks those that it read), or took in another shape."""
@@ -133,13 +182,13 @@ class MackoQuantizer(HfQuantizer):
             if random or parameter.shape != self._shapes.get(name, parameter.shape):
                 yield name
 
-    def _placeholder(self, linear: nn.Linear, padded: int) -> MackoLinear:
+    def _placeholder(self, linear: nn.Linear, padded: int, dtype: torch.dtype) -> MackoLinear:
         config = self.quantization_config
         layer = MackoLinear(
             linear.in_features,
             linear.out_features,
             padded,
-            dtype=VALUE_DTYPES[config.value_dtype],
+            dtype=dtype,
             device="meta",
             layout=config.layout,
             tokens=config.tokens,
@@ -153,8 +202,8 @@ class MackoQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Packed weights have no gradient."""
-        return False
+        """Adapters on packed layers are; transformers refuses to train a quantized model without any."""
+        return True
 
     @property
     def is_compileable(self) -> bool:

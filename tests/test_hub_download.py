@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -17,6 +18,8 @@ import pytest
 from families import save_model
 
 from macko_llm.packing import pack_checkpoint
+from macko_llm.pruning import prune_checkpoint
+from macko_llm.recipe import PruneRecipe
 
 COMMIT = "c" * 40
 OTHER_FORMS = ["original/model.safetensors", "onnx/config.json", "consolidated.00.safetensors", "pytorch_model.bin"]
@@ -33,7 +36,9 @@ class Hub:
 def hub(tmp_path: Path) -> Iterator[Hub]:
     """The model owner/name, whose one branch is "branch", with its weights in other forms besides."""
     folder = tmp_path / "model"
-    pack_checkpoint(save_model(tmp_path / "dense", "llama"), folder)
+    save_model(tmp_path / "dense", "llama")
+    prune_checkpoint(tmp_path / "dense", tmp_path / "pruned", PruneRecipe(method="magnitude"), device="cpu")
+    pack_checkpoint(tmp_path / "pruned", folder)
     for name in OTHER_FORMS:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("not needed")
@@ -44,7 +49,7 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
             path = urlsplit(self.path).path
             if "/owner/name/" in path:  # the client asks for more, which is nobody's
                 served.tokens.add(self.headers["Authorization"])
-            name = path.removeprefix(f"/owner/name/resolve/{COMMIT}/")
+            name = re.sub(f"^/owner/name/resolve/(?:{COMMIT}|branch)/", "", path)
             if path == "/api/models/owner/name/revision/branch":
                 self._send(json.dumps({"id": "owner/name", "sha": COMMIT, "siblings": []}).encode())
             elif path == f"/api/models/owner/name/tree/{COMMIT}":
@@ -57,7 +62,10 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
                 served.sent.add(name)
                 self._send(files[name])
             else:
-                self.send_error(404)
+                self.send_response(404)
+                self.send_header("Content-Length", "0")
+                self.send_header("X-Error-Code", "EntryNotFound")
+                self.end_headers()
 
         do_HEAD = do_GET  # noqa: N815
 
@@ -84,9 +92,13 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
     server.server_close()
 
 
-def _inspect(hub: Hub, cache: Path, *options: str, stderr: int = subprocess.PIPE) -> subprocess.Popen[str]:
+def _environment(hub: Hub, cache: Path) -> dict[str, str]:
     settings = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TQDM_"))}
-    settings |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(cache), "NO_PROXY": "127.0.0.1"}
+    return settings | {"HF_ENDPOINT": hub.url, "HF_HOME": str(cache), "NO_PROXY": "127.0.0.1"}
+
+
+def _inspect(hub: Hub, cache: Path, *options: str, stderr: int = subprocess.PIPE) -> subprocess.Popen[str]:
+    settings = _environment(hub, cache)
     call = [sys.executable, "-m", "macko_llm", "inspect", "owner/name", "--revision", "branch", "--json", *options]
     return subprocess.Popen(call, env=settings, stdout=subprocess.PIPE, stderr=stderr, text=True)
 
@@ -121,3 +133,29 @@ def test_a_terminal_shows_how_far_a_download_is(hub: Hub, tmp_path: Path) -> Non
     assert job.returncode == 0, shown
     assert json.loads(stdout)["valid"]
     assert b"Downloading" in shown
+
+
+FROM_PRETRAINED = """
+import macko_llm, sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained("owner/name", revision="branch")
+tokens = AutoTokenizer.from_pretrained("owner/name", revision="branch")("The fox", return_tensors="pt").input_ids
+print(sum(type(module).__name__ == "MackoLinear" for module in model.modules()))
+with torch.no_grad():
+    for name in ("owner/name@branch", sys.argv[1]):
+        print(torch.equal(model(tokens).logits, macko_llm.load(name, device="cpu")(tokens).logits))
+"""
+
+
+def test_plain_transformers_loads_a_branch_of_the_hub(hub: Hub, tmp_path: Path) -> None:
+    """A packed model by its hub id: that of the folder that was uploaded, and that of `macko_llm.load`."""
+    run = subprocess.run(
+        [sys.executable, "-c", FROM_PRETRAINED, str(tmp_path / "model")],
+        env=_environment(hub, tmp_path / "home"),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.stdout.split() == ["14", "True", "True"], run.stderr
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= hub.sent
+    assert not hub.sent & set(OTHER_FORMS)

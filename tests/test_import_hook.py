@@ -201,8 +201,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     names = ("macko_test_trigger", "macko_test_integration")
     for name in names:
         (tmp_path / f"{name}.py").write_text("")
-    monkeypatch.setattr(import_hook, "TRIGGER", names[0])
-    monkeypatch.setattr(import_hook, "INTEGRATION", names[1])
+    monkeypatch.setattr(import_hook, "INTEGRATIONS", {names[0]: names[1]})
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
     monkeypatch.setattr(sys, "dont_write_bytecode", True)

@@ -62,12 +62,13 @@ def test_a_model_of_16_bits_is_packed_as_the_two_commands_pack_it(
 ) -> None:
     at_once, in_two = _both(llamas / name, tmp_path, PruneRecipe(calibration=text, **RECIPE, **settings))
     record = json.loads(at_once["macko.json"])
-    # "auto" is the dtype that is packed, and the record names it.
+    # "auto" is the dtype that is packed, and the record names it; so does the recipe on the card.
     assert (record["prune"].pop("dtype"), record["pack"]["value_dtype"]) == (name, name)
     other = json.loads(in_two["macko.json"])
     assert other["prune"].pop("dtype") == "auto"
     assert record == other
-    assert {**at_once, "macko.json": b""} == {**in_two, "macko.json": b""}
+    card = in_two["README.md"].replace(b'dtype = "auto"', f'dtype = "{name}"'.encode())
+    assert {**at_once, "macko.json": b""} == {**in_two, "macko.json": b"", "README.md": card}
 
 
 @pytest.mark.parametrize(("dtype", "config"), [("auto", {}), ("auto", {"dtype": "bfloat16"}), ("bfloat16", {})])

@@ -317,7 +317,7 @@ def test_what_the_quantizer_says_of_itself(packed: Path) -> None:
     quantizer = AutoModelForCausalLM.from_pretrained(packed).hf_quantizer
     assert quantizer.is_serializable()
     assert quantizer.is_compileable
-    assert not quantizer.is_trainable
+    assert quantizer.is_trainable  # through adapters, tests/test_peft_integration.py
 
 
 # Errors reach the user through plain transformers too
@@ -346,12 +346,6 @@ def test_a_state_dict_in_place_of_files_is_refused(packed: Path) -> None:
             config=models.load_config(packed),
             state_dict=AutoModelForCausalLM.from_pretrained(packed).state_dict(),
         )
-    assert_plain(str(caught.value))
-
-
-def test_transformers_does_not_pack_a_dense_model_on_loading(packed: Path) -> None:
-    with pytest.raises(UsageError, match="with `macko pack` first") as caught:
-        AutoModelForCausalLM.from_pretrained(packed.parent / "pruned", quantization_config=MackoConfig())
     assert_plain(str(caught.value))
 
 
