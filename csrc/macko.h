@@ -21,7 +21,7 @@
 extern "C" {
 #endif
 
-#define MACKO_ABI_VERSION 5
+#define MACKO_ABI_VERSION 6
 
 typedef enum macko_status {
   MACKO_OK = 0,
@@ -122,6 +122,44 @@ MACKO_API macko_status macko_cpu_bitmap_unpack(const macko_bitmap* matrix,
 
 // y = x W^T + bias for a few tokens, accumulated in float32. A token with a NaN or an infinity has NaN in all of its y.
 MACKO_API macko_status macko_cpu_bitmap_spmv(const macko_bitmap* matrix,
+                                             const void* x,         // [tokens, cols] of x_dtype
+                                             const void* bias,      // [rows] of x_dtype, or null
+                                             void* y,               // out: [tokens, rows] of x_dtype
+                                             int32_t x_dtype,       // macko_dtype
+                                             int64_t tokens,        // rows of x
+                                             int32_t instructions,  // a macko_instructions that this CPU has
+                                             int32_t threads);      // at most this many threads, at least 1
+
+// The layout in which a CPU with AVX-512 multiplies at high sparsity (csrc/cpu/strips.h). The caller owns the arrays.
+// Chunks are 256 rows, the last one perhaps fewer, and strips 128 columns; both are rounded up.
+typedef struct macko_strips {
+  uint8_t* groups;        // [chunk_starts[chunks]][96] 32 columns of a strip, and 32 values
+  uint8_t* lengths;       // [chunks][strips][16] groups of each tile, falling
+  uint8_t* row_ids;       // [chunks][strips][256] rows of the chunk, in the order of the tiles' rows
+  int64_t* chunk_starts;  // [chunks + 1] the group at which each chunk begins
+  int32_t rows;
+  int32_t cols;
+  int32_t value_dtype;  // macko_dtype: a 16-bit one
+  int32_t smallest;     // the bits of the smallest magnitude of a value, 0x7f80 without values
+} macko_strips;
+
+// First half of making strips of a bitmap: all but the groups, of a matrix that has the numbers.
+MACKO_API macko_status macko_cpu_strips_plan(const macko_bitmap* bitmap, macko_strips* matrix,
+                                             int32_t threads);  // at most this many threads, at least 1
+
+// Second half: the groups.
+MACKO_API macko_status macko_cpu_strips_fill(const macko_bitmap* bitmap, macko_strips* matrix,
+                                             int32_t threads);  // at most this many threads, at least 1
+
+// The dense matrix of whole chunks and what follows the last of them.
+MACKO_API macko_status macko_cpu_strips_unpack(const macko_strips* matrix,
+                                               int64_t first_row,  // a multiple of 256
+                                               int64_t last_row,   // another, or all rows
+                                               uint16_t* weight,   // out: [last_row - first_row, cols], all is written
+                                               int32_t threads);   // at most this many threads, at least 1
+
+// y = x W^T + bias for a few tokens, accumulated in float32. A token with a NaN or an infinity has NaN in all of its y.
+MACKO_API macko_status macko_cpu_strips_spmv(const macko_strips* matrix,
                                              const void* x,         // [tokens, cols] of x_dtype
                                              const void* bias,      // [rows] of x_dtype, or null
                                              void* y,               // out: [tokens, rows] of x_dtype

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from macko_llm.defaults import LAYOUT, TOKENS_AT_A_TIME
 from macko_llm.errors import FormatError
 from macko_llm.format import ENTRY_ALIGNMENT, MackoMatrix
-from macko_llm.layouts import bitmap, choice, sliced, tiled
+from macko_llm.layouts import bitmap, choice, sliced, strips, tiled
 from macko_llm.layouts.canonical import Canonical, validate
 from macko_llm.layouts.layout import Layout
 from macko_llm.layouts.sliced import SlicedMatrix
@@ -271,7 +271,8 @@ def arrange_group(layers: Sequence[MackoLinear]) -> None:
     if all(layer.device_type == "cpu" for layer in layers):
         for layer in layers:
             if not layer.is_arranged:
-                layer._hold(bitmap.arrange(layer.matrix))
+                of_bits = bitmap.arrange(layer.matrix)
+                layer._hold(strips.arrange(of_bits) or of_bits)
         return
     if any(_layout_of(layer) == "tiled" for layer in layers):
         if len(layers) > 1:

@@ -17,7 +17,7 @@ from macko_llm.dtypes import CODES, VALUE_DTYPES
 from macko_llm.errors import MackoWarning, NativeError
 from macko_llm.format import MackoMatrix, check_entries, check_finite, padded_count
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 
 _INT32, _INT64, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 _SIGNATURES: dict[str, list[type]] = {
@@ -32,6 +32,10 @@ _SIGNATURES: dict[str, list[type]] = {
     "macko_cpu_bitmap_fill": [_POINTER, _POINTER, _POINTER, _POINTER, _INT32, _INT32],
     "macko_cpu_bitmap_unpack": [_POINTER, _POINTER, _INT32, _INT32],
     "macko_cpu_bitmap_spmv": [_POINTER, _POINTER, _POINTER, _POINTER, _INT32, _INT64, _INT32, _INT32],
+    "macko_cpu_strips_plan": [_POINTER, _POINTER, _INT32],
+    "macko_cpu_strips_fill": [_POINTER, _POINTER, _INT32],
+    "macko_cpu_strips_unpack": [_POINTER, _INT64, _INT64, _POINTER, _INT32],
+    "macko_cpu_strips_spmv": [_POINTER, _POINTER, _POINTER, _POINTER, _INT32, _INT64, _INT32, _INT32],
 }  # fmt: skip
 _CUDA_SIGNATURES: dict[str, list[type]] = {
     "macko_cuda_row_entries": [_POINTER, _INT64, _INT64, _POINTER, _INT32, _POINTER],
@@ -99,6 +103,15 @@ class BitmapStruct(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("values", "masks", "row_starts")),
+        *((name, ctypes.c_int32) for name in ("rows", "cols", "value_dtype", "smallest")),
+    )
+
+
+class StripsStruct(ctypes.Structure):
+    """`macko_strips` of csrc/macko.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("groups", "lengths", "row_ids", "chunk_starts")),
         *((name, ctypes.c_int32) for name in ("rows", "cols", "value_dtype", "smallest")),
     )
 
@@ -344,21 +357,51 @@ def cpu_bitmap_spmv(bitmap: BitmapStruct, x: torch.Tensor, bias: torch.Tensor | 
     Raises:
         NativeError: the bias has another shape or dtype, or an array is not contiguous.
     """
+    return _spmv_of("macko_cpu_bitmap_spmv", bitmap, x, bias)
+
+
+def cpu_strips_plan(bitmap: BitmapStruct, strips: StripsStruct) -> None:
+    """Plan the strips of a bitmap: all but their groups, where there is memory for it."""
+    _call("macko_cpu_strips_plan", address_of(bitmap), address_of(strips), torch.get_num_threads())
+
+
+def cpu_strips_fill(bitmap: BitmapStruct, strips: StripsStruct) -> None:
+    """Fill the groups of strips that were planned for a bitmap."""
+    _call("macko_cpu_strips_fill", address_of(bitmap), address_of(strips), torch.get_num_threads())
+
+
+def cpu_strips_unpack(strips: StripsStruct, first_row: int, weight: torch.Tensor) -> None:
+    """Fill a contiguous [some rows, cols] matrix of the values' dtype with what strips hold from `first_row` on.
+
+    First and last row are multiples of a chunk's, or the last one is the matrix's.
+    """
+    rows = first_row, first_row + len(weight)
+    _call("macko_cpu_strips_unpack", address_of(strips), *rows, _address(weight), torch.get_num_threads())
+
+
+def cpu_strips_spmv(strips: StripsStruct, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """As `cpu_bitmap_spmv`, for strips."""
+    return _spmv_of("macko_cpu_strips_spmv", strips, x, bias)
+
+
+def _spmv_of(
+    name: str, matrix: BitmapStruct | StripsStruct, x: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
     # Called for every layer of every token: nothing here that is not needed.
-    _check_bias(bias, x, bitmap.rows)
-    y = x.new_empty((*x.shape[:-1], bitmap.rows))
-    status = library().macko_cpu_bitmap_spmv(
-        address_of(bitmap),
+    _check_bias(bias, x, matrix.rows)
+    y = x.new_empty((*x.shape[:-1], matrix.rows))
+    status = getattr(library(), name)(
+        address_of(matrix),
         _address(x),
         None if bias is None else _address(bias),
         y.data_ptr(),
         CODES[x.dtype],
-        x.numel() // bitmap.cols,
+        x.numel() // matrix.cols,
         cpu_instructions(),
         torch.get_num_threads(),
     )
     if status != 0:
-        _raise("macko_cpu_bitmap_spmv", status)
+        _raise(name, status)
     return y
 
 

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from macko_llm import native
 from macko_llm.errors import NativeError
-from macko_llm.layouts import bitmap, canonical
+from macko_llm.layouts import bitmap, canonical, cpu_layout
 from macko_llm.layouts.bitmap import BitmapMatrix
 from macko_llm.linear import ARRAY_NAMES, MackoLinear
 
@@ -122,7 +122,7 @@ def test_full_words_of_rows_that_are_else_empty() -> None:
 
 @pytest.mark.parametrize("rows_at_a_time", [1, 4, 9, 100])
 def test_more_tokens_are_multiplied_with_dense_rows(rows_at_a_time: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bitmap, "_DENSE_ELEMENTS", rows_at_a_time * 100)
+    monkeypatch.setattr(cpu_layout, "DENSE_ELEMENTS", rows_at_a_time * 100)
     for dtype in HALVES:
         weight, bias = torch.randint(-4, 5, (9, 100)).to(dtype), torch.arange(9.0)
         x = torch.randint(-4, 5, (2, 16, 100)).float()

@@ -34,6 +34,14 @@ CompressKernels compress_kernels(int32_t instructions) {
   return portable_compress_kernels();
 }
 
+StripsKernels strips_kernels(int32_t instructions) {
+#ifdef MACKO_X86
+  if (instructions == MACKO_AVX512) return avx512_strips_kernels(x86_has_bf16());
+#endif
+  (void)instructions;
+  return portable_strips_kernels();
+}
+
 }  // namespace macko
 
 extern "C" int32_t macko_cpu_instructions(void) { return macko::best_instructions(); }

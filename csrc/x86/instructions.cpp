@@ -1,5 +1,6 @@
 // What this CPU can do, and the system lets it do.
 #include "cpu/bitmap.h"
+#include "cpu/strips.h"
 
 namespace macko {
 
@@ -13,8 +14,10 @@ int32_t x86_instructions() {
   return has_avx512 ? MACKO_AVX512 : MACKO_AVX2;
 }
 
+bool x86_has_bf16() { return __builtin_cpu_supports("avx512bf16"); }
+
 BitmapKernels x86_kernels(int32_t instructions) {
-  return instructions == MACKO_AVX512 ? avx512_kernels(__builtin_cpu_supports("avx512bf16")) : avx2_kernels();
+  return instructions == MACKO_AVX512 ? avx512_kernels(x86_has_bf16()) : avx2_kernels();
 }
 
 }  // namespace macko
