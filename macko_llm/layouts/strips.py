@@ -17,7 +17,7 @@ from macko_llm.layouts.bitmap import BitmapMatrix
 from macko_llm.layouts.cpu_layout import CpuLayout, define_ops
 from macko_llm.native import StripsStruct
 
-STRIPS_SPMV_MAX_TOKENS = {torch.bfloat16: 16, torch.float16: 16, torch.float32: 16}
+STRIPS_SPMV_MAX_TOKENS = {torch.bfloat16: 32, torch.float16: 64, torch.float32: 64}
 """Up to this many tokens of a dtype SpMV is faster than a dense product of unpacked rows (measured, docs/design.md)."""
 
 MAX_OVERHEAD = 1.05
