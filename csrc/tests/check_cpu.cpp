@@ -216,6 +216,26 @@ void check_bitmap_arrays(const Bitmap& bitmap, const std::vector<uint16_t>& weig
   check(bitmap.matrix.smallest == smallest, "the bitmap's smallest value is another");
 }
 
+// The strips of a bitmap.
+struct Strips {
+  Array<uint8_t> lengths, row_ids, groups;
+  Array<int64_t> chunk_starts;
+  macko_strips matrix;
+
+  Strips(const Bitmap& bitmap, int64_t rows, int64_t cols, int threads)
+      : lengths((rows + 255) / 256 * ((cols + 127) / 128) * 16),
+        row_ids((rows + 255) / 256 * ((cols + 127) / 128) * 256),
+        groups(0),
+        chunk_starts((rows + 255) / 256 + 1) {
+    const macko_bitmap& bits = bitmap.matrix;
+    matrix = {nullptr, lengths.get(), row_ids.get(), chunk_starts.get(), bits.rows, bits.cols, bits.value_dtype, -1};
+    check(macko_cpu_strips_plan(&bits, &matrix, threads) == MACKO_OK, "macko_cpu_strips_plan");
+    groups = Array<uint8_t>(chunk_starts[chunk_starts.size - 1] * 96);
+    matrix.groups = groups.get();
+    check(macko_cpu_strips_fill(&bits, &matrix, threads) == MACKO_OK, "macko_cpu_strips_fill");
+  }
+};
+
 int32_t largest_magnitude(const std::vector<uint16_t>& weight) {
   int32_t largest = 0;
   for (const uint16_t value : weight) largest = std::max<int32_t>(largest, value & 0x7fff);
@@ -271,6 +291,11 @@ void check_matrix(const std::vector<uint16_t>& weight, int64_t rows, int64_t col
   }
 
   const Bitmap bitmap(values, deltas, row_offsets, rows, cols, dtype, MACKO_PORTABLE, threads);
+  const Strips strips(bitmap, rows, cols, threads);
+  subject = shape;
+  const Array<uint16_t> back(rows * cols);
+  check(macko_cpu_strips_unpack(&strips.matrix, 0, rows, back.get(), threads) == MACKO_OK, "macko_cpu_strips_unpack");
+  check_same(back, positive, "the strips' dense matrix");
   for (int x_dtype = MACKO_FLOAT16; x_dtype <= MACKO_FLOAT32; ++x_dtype) {
     for (const int64_t tokens : token_counts) {
       const Numbers x = random_numbers(x_dtype, tokens * cols), some_bias = random_numbers(x_dtype, rows);
@@ -287,6 +312,13 @@ void check_matrix(const std::vector<uint16_t>& weight, int64_t rows, int64_t col
                     : macko_cpu_bitmap_spmv(&bitmap.matrix, x.get(), start, y.get(), x_dtype, tokens, set, threads);
         check(status == MACKO_OK, "SpMV refuses");
         expected_product.check_against(y);
+        if (set < 0) continue;
+        subject += ", strips";
+        const Numbers of_strips(x_dtype, tokens * rows);
+        check(macko_cpu_strips_spmv(&strips.matrix, x.get(), start, of_strips.get(), x_dtype, tokens, set, threads) ==
+                  MACKO_OK,
+              "SpMV refuses");
+        expected_product.check_against(of_strips);
       }
     }
   }
@@ -386,6 +418,7 @@ int main() {
     check_matrix({0x8000}, 1, 1, dtype, tokens, 4);
     for (const int64_t cols : {2, 7, 8, 31, 32, 33, 63, 64, 65, 172}) random(7, cols, 50, {1, 2, 3}, 2);
     random(9, 172, 50, tokens, 4);
+    for (const int64_t rows : {255, 256, 257, 530}) random(rows, 129, 10, {1, 2}, 2);  // chunks of strips
     for (const uint32_t kept : {1, 10, 90, 100}) random(5, 1001, kept, {1, 5}, 4);
     random(1100, 1210, 40, {1, 2}, 3);  // enough for threads of its own
     macko_cpu_use_openmp(reinterpret_cast<void*>(team_of_threads));
