@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from macko_llm.errors import MackoError, UsageError
-from macko_llm.refusals import check_device_of_ranks
+from macko_llm.refusals import check_device_of_processes
 
 Result = TypeVar("Result")
 
@@ -37,7 +37,7 @@ class Place:
     meeting: Path | None = None
 
     def share(self, count: int) -> slice:
-        """This process's part of so many rows or columns, a multiple of the size."""
+        """The part of so many rows or columns, a multiple of the size, that is this process's."""
         each = count // self.size
         return slice(self.rank * each, (self.rank + 1) * each)
 
@@ -85,7 +85,9 @@ def together(work: Callable[[], Result]) -> Result:
         error = refusal
     except Exception as failure:
         reason = ": ".join([type(failure).__name__, *str(failure).strip().splitlines()[:1]])
-        error = MackoError(f"Process {dist.get_rank()} of {dist.get_world_size()} failed ({reason}); see `macko doctor`.")
+        error = MackoError(
+            f"Process {dist.get_rank()} of {dist.get_world_size()} failed ({reason}); see `macko doctor`."
+        )
     for told in gathered(error):
         if told is not None:
             raise told
@@ -153,7 +155,7 @@ def is_sliced(model: nn.Module) -> bool:
 
 
 def _device(place: Place, device: str) -> torch.device:
-    check_device_of_ranks(device)
+    check_device_of_processes(device)
     gpus = torch.cuda.device_count()
     if device == "cpu" or (device == "auto" and not gpus):
         return torch.device("cpu")

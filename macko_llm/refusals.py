@@ -210,7 +210,7 @@ def check_shares(processes: int, counts: Sequence[object]) -> None:
         )
 
 
-def check_device_of_ranks(device: str) -> None:
+def check_device_of_processes(device: str) -> None:
     """Raise UsageError unless processes that share a model can each take a device of this kind."""
     if device not in ("auto", "cpu", "cuda"):
         raise UsageError(f"Each process takes a device of its own, and {device} is one; use --device cuda or cpu.")

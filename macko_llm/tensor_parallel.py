@@ -43,7 +43,7 @@ def load_slices(
     layout: str = LAYOUT,
     tokens: int = TOKENS_AT_A_TIME,
 ) -> PreTrainedModel:
-    """This process's part of a causal language model, dense or packed; what is not said here is as in `loading.load`.
+    """Load a process's part of a causal language model, dense or packed; `loading.load` says more of arguments and errors.
 
     Beside its slices, a process has one whole matrix at a time in memory.
 
