@@ -91,7 +91,7 @@ def together(work: Callable[[], Result]) -> Result:
     for told in gathered(error):
         if told is not None:
             raise told
-    return result  # type: ignore[no-any-return]
+    return result
 
 
 def gathered(value: Result) -> list[Result]:
@@ -120,6 +120,7 @@ class SummedLinear(nn.Module):
     def __init__(self, part: nn.Module, bias: Tensor | None, share: slice | None = None) -> None:
         super().__init__()
         self.part = part
+        self.bias: Tensor | None
         self.register_buffer("bias", bias, persistent=False)
         self.share = share
 

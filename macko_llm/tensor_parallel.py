@@ -27,8 +27,8 @@ from macko_llm.streaming import TensorReader, wait
 from macko_llm.transformers_integration import MackoConfig, layer_groups
 
 _ROWS, _COLUMNS = "colwise", "rowwise"
-_GATHERED_ROWS = ("colwise_gather_output", "colwise_rep")
-_SPLIT_COLUMNS = ("rowwise_split_input", "rowwise_rep")
+_OF_ROWS = (_ROWS, "colwise_gather_output", "colwise_rep")
+_OF_COLUMNS = (_COLUMNS, "rowwise_split_input", "rowwise_rep")
 _WHOLE = ("embedding_rowwise", "embedding_colwise", "replicated_with_grad_allreduce", "mla_kv_a_proj", "replicate")
 """Styles of modules that give the same where every process has all of them."""
 
@@ -89,26 +89,22 @@ def _styles(model: PreTrainedModel, processes: int) -> dict[str, str]:
     if not plan:
         raise UsageError(f"transformers has no plan by which processes share a {kind}; use one process.")
     config = model.config.get_text_config(decoder=True)
-    shared = [getattr(config, "num_attention_heads", None), getattr(config, "num_key_value_heads", None)]
+    counts = [getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads")]
     styles = {}
-    tensors = [name for name, _ in model.named_parameters()]
-    for name in (*dict(model.named_modules()), *tensors):
+    for name, thing in (*model.named_modules(), *model.named_parameters()):
         style = plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", name))
         if style is None or style in _WHOLE:
             continue
-        module = None if name in tensors else model.get_submodule(name)
-        if not (isinstance(module, MackoLinear) or (module is not None and models.is_plain_linear(module))):
+        linear: Any = thing if isinstance(thing, MackoLinear) or models.is_plain_linear(thing) else None
+        if linear is None or style not in (*_OF_ROWS, *_OF_COLUMNS):
             raise UsageError(f"{name} of a {kind} would be shared as {style}, which is not supported; use one process.")
-        if style == _ROWS:
-            shared.append(module.out_features)
-        elif style == _COLUMNS:
-            shared.append(module.in_features)
-        elif style not in (*_GATHERED_ROWS, *_SPLIT_COLUMNS):
-            raise UsageError(f"{name} of a {kind} would be shared as {style}, which is not supported; use one process.")
-        elif (module.out_features if style in _GATHERED_ROWS else module.in_features) % processes:
-            continue  # whole everywhere, it gives the same
+        count = linear.out_features if style in _OF_ROWS else linear.in_features
+        if style in (_ROWS, _COLUMNS):
+            counts.append(count)
+        elif count % processes:
+            continue  # its input and output are whole, so it may be, too
         styles[name] = style
-    check_shares(processes, shared)
+    check_shares(processes, counts)
     return styles
 
 
@@ -134,12 +130,12 @@ class _Source:
 def _fill(model: PreTrainedModel, styles: dict[str, str], place: Place, source: _Source) -> None:
     """Close all gaps; what is to be sliced gives way to its slice as soon as it has been read."""
     for group in layer_groups(model):
+        parts: list[MackoLinear] = []
         for name, layer in group.items():
             source.fill(layer)
             layer.validate(name)
-            if name in styles:
-                group[name] = _put_slice(model, name, styles[name], place)
-        arrange_group(list(group.values()))
+            parts.append(_put_slice(model, name, styles[name], place) if name in styles else layer)
+        arrange_group(parts)
     later = [name for name in styles if isinstance(model.get_submodule(name), nn.Linear)]
     to_slice = {id(model.get_submodule(name)) for name in later}
     for module in model.modules():
@@ -153,7 +149,7 @@ def _fill(model: PreTrainedModel, styles: dict[str, str], place: Place, source: 
 def _put_slice(model: PreTrainedModel, name: str, style: str, place: Place) -> Any:
     """Put what a process computes of a linear layer into the layer's place; the slice itself."""
     linear: Any = model.get_submodule(name)
-    if style in (_ROWS, *_GATHERED_ROWS):
+    if style in _OF_ROWS:
         rows = place.share(linear.out_features)
         bias = None if linear.bias is None else linear.bias[rows].clone()
         if isinstance(linear, MackoLinear):
@@ -182,5 +178,5 @@ def _dense(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     rows, cols = weight.shape
     part = nn.Linear(cols, rows, bias=False, device="meta")
     part.weight = nn.Parameter(weight, requires_grad=False)
-    part.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+    part.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
     return part

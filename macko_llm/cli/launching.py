@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
 import typer
 
@@ -103,10 +103,11 @@ def _listen(pipes: list[Connection], on_text: OnText | None) -> Any:
     """Hear all processes out."""
     talking, result = list(pipes), None
     while talking:
-        for pipe in multiprocessing.connection.wait(talking):
-            rank = pipes.index(pipe)  # type: ignore[arg-type]
+        for ready in multiprocessing.connection.wait(talking):
+            pipe = cast("Connection", ready)
+            rank = pipes.index(pipe)
             try:
-                kind, content = pipe.recv()  # type: ignore[union-attr]
+                kind, content = pipe.recv()
             except EOFError:
                 raise MackoError(
                     f"Process {rank} of {len(pipes)} was ended from outside, perhaps for want of memory; free some, or use "
@@ -119,7 +120,7 @@ def _listen(pipes: list[Connection], on_text: OnText | None) -> Any:
             elif kind == "error":
                 raise content
             elif kind == "result":
-                talking.remove(pipe)  # type: ignore[arg-type]
+                talking.remove(pipe)
                 result = content if rank == 0 else result
     return result
 
