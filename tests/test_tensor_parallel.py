@@ -50,6 +50,7 @@ LLAMA = LlamaConfig(
 """Every linear layer of a block has a bias, the summed ones too, and the head is the embeddings."""
 MODELS = ("llama", "qwen2", "phi3", "biases", "dense", "mixed")
 """Packed but for "dense"; of "mixed", q and down are dense. The plan of phi3 gathers and splits."""
+PACKED_LAYERS = {"phi3": 8, "dense": 0, "mixed": 10}
 PROMPT = "Once upon a time"
 NEW_TOKENS = 24
 WRONG_CALL = 2
@@ -58,16 +59,19 @@ WRONG_CALL = 2
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
+
+    def pack(name: str, source: Path, **recipe: Any) -> None:
+        prune_checkpoint(source, folder / f"{name}-pruned", PruneRecipe(method="magnitude", sparsity=0.5, **recipe))
+        pack_checkpoint(folder / f"{name}-pruned", folder / name)
+
     for name in ("llama", "qwen2", "phi3", "opt"):
-        save_model(folder / f"{name}-dense", name, torch.float16)
-        pack_checkpoint(folder / f"{name}-dense", folder / name)
-    pack_checkpoint(folder / "llama-dense", folder / "mixed", ignore=["q_proj", "down_proj"])
-    (folder / "llama-dense").rename(folder / "dense")
+        pack(name, save_model(folder / f"{name}-dense", name, torch.float16))
     build(LLAMA).half().save_pretrained(folder / "biases-dense")
     make_tokenizer().save_pretrained(folder / "biases-dense")
-    pack_checkpoint(folder / "biases-dense", folder / "biases")
-    prune_checkpoint(MODEL_FOLDER, folder / "demo-dense", PruneRecipe(method="magnitude", sparsity=0.5))
-    pack_checkpoint(folder / "demo-dense", folder / "demo")
+    pack("biases", folder / "biases-dense")
+    pack("mixed", folder / "llama-dense", ignore=["q_proj", "down_proj"])
+    pack("demo", MODEL_FOLDER)
+    (folder / "llama-dense").rename(folder / "dense")
     return folder
 
 
@@ -110,7 +114,9 @@ def answers(folder: Path) -> dict[str, list[Answer]]:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_two_processes_compute_what_one_does(name: str, folder: Path, answers: dict[str, list[Answer]]) -> None:
-    alone = _answer(macko_llm.load(folder / name, dtype="float32", device="cpu"), folder / name)
+    model = macko_llm.load(folder / name, dtype="float32", device="cpu")
+    assert len(_packed(model)) == PACKED_LAYERS.get(name, 14)
+    alone = _answer(model, folder / name)
     assert len(answers[name]) == 2
     for answer in answers[name]:
         torch.testing.assert_close(answer.logits, alone.logits, rtol=1e-4, atol=1e-4)
@@ -174,7 +180,7 @@ def test_a_tied_head_is_a_view_of_the_embeddings(folder: Path) -> None:
         assert head.data_ptr() == embeddings[rank * head.shape[0] :].data_ptr()
 
 
-def test_a_head_that_cannot_be_shared_is_whole_everywhere(folder: Path, tmp_path: Path) -> None:
+def test_a_head_that_cannot_be_shared_is_whole_everywhere(tmp_path: Path) -> None:
     config = LlamaConfig(**{**LLAMA.to_dict(), "vocab_size": VOCABULARY + 1})
     build(config).save_pretrained(tmp_path)
     model: Any = load_slices(tmp_path, Place(1, 2, 1), CPU)
