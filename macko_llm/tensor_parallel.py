@@ -76,6 +76,8 @@ def load_slices(
     with models.plain_errors(folder, device), torch.no_grad(), TensorReader(device) as reader:
         move_buffers(model, device)
         _fill(model, styles, place, _Source(gaps, device, reader))
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # where the whole matrices were
     return model
 
 
