@@ -189,7 +189,8 @@ def check_processes(count: int, folder: Path) -> None:
     if count < 1:
         raise UsageError(f"{count} processes can do nothing; use --tensor-parallel 1 or more.")
     config = checkpoint.read_config(folder)
-    config = config.get("text_config") or config
+    of_text = config.get("text_config")
+    config = of_text if isinstance(of_text, dict) else config
     check_shares(count, [config.get("num_attention_heads"), config.get("num_key_value_heads")])
 
 
