@@ -3,6 +3,8 @@
 `MACKO_CUDA` in the environment decides: `auto` (the default) compiles them wherever an nvcc is to be had, `on` fails without
 one, `off` builds for the CPU alone. Where the machine has no nvcc, a Linux build fetches NVIDIA's compiler wheels into its
 isolated environment; nothing of them is left after the build, because the CUDA runtime is linked statically.
+
+On Linux, auditwheel then names the wheel for the oldest systems that the library runs on.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
@@ -44,17 +47,19 @@ COMPILER_WHEELS = tuple(
     f"{name}==13.0.*"
     for name in ("nvidia-cuda-nvcc", "nvidia-cuda-crt", "nvidia-cuda-cccl", "nvidia-cuda-runtime", "nvidia-nvvm")
 )
+TAGGER = "auditwheel>=6.8"  # whose repair, where it has nothing to repair, needs no patchelf
 OLDEST_CUDA = (12, 8)  # the first release that knows every architecture in csrc/CMakeLists.txt
 USUAL_TOOLKIT = Path("/usr/local/cuda")
 
 
 def get_requires_for_build_wheel(config_settings: ConfigSettings | None = None) -> list[str]:
-    """What pip installs before `build_wheel`: scikit-build-core's own needs, and a CUDA compiler if one must be fetched."""
-    return [*scikit.get_requires_for_build_wheel(config_settings), *required_compiler()]
+    """What pip installs before `build_wheel`: scikit-build-core's own needs, auditwheel on Linux, and a CUDA compiler if need be."""
+    tagger = (TAGGER,) if sys.platform == "linux" else ()
+    return [*scikit.get_requires_for_build_wheel(config_settings), *tagger, *required_compiler()]
 
 
 def get_requires_for_build_editable(config_settings: ConfigSettings | None = None) -> list[str]:
-    """What pip installs before `build_editable`; see `get_requires_for_build_wheel`."""
+    """What pip installs before `build_editable`: as before `build_wheel`, but for auditwheel."""
     return [*scikit.get_requires_for_build_editable(config_settings), *required_compiler()]
 
 
@@ -63,7 +68,8 @@ def build_wheel(
 ) -> str:
     """Build a wheel into `wheel_directory` and return its name."""
     with _cuda_decided(config_settings) as settings:
-        return scikit.build_wheel(wheel_directory, settings, metadata_directory)
+        name = scikit.build_wheel(wheel_directory, settings, metadata_directory)
+    return name_for_linux(Path(wheel_directory, name)) if sys.platform == "linux" else name
 
 
 def build_editable(
@@ -130,6 +136,23 @@ def wheel_nvcc() -> Path | None:
         return None
     nvcc = Path(str(wheel.locate_file("nvidia/cu13/bin/nvcc")))
     return nvcc if nvcc.is_file() else None
+
+
+def name_for_linux(wheel: Path) -> str:
+    """Name a wheel for all systems that its library's symbols allow (manylinux, musllinux), and return the name.
+
+    Where auditwheel is missing, or finds a library that other systems lack, the name stays that of this machine alone.
+    """
+    with tempfile.TemporaryDirectory(dir=wheel.parent) as folder:
+        command = [sys.executable, "-m", "auditwheel", "repair", "--patcher", "none", "--wheel-dir", folder, str(wheel)]
+        answer = subprocess.run(command, capture_output=True, text=True, check=False)
+        named = next(Path(folder).glob("*.whl"), None)
+        if answer.returncode != 0 or named is None:
+            reason = (answer.stderr.strip().splitlines() or ["no reason given"])[-1]
+            _log(f"{wheel.name} is for this machine and its like alone: {reason}")
+            return wheel.name
+        wheel.unlink()
+        return named.rename(wheel.parent / named.name).name
 
 
 @contextmanager
