@@ -53,7 +53,7 @@ USUAL_TOOLKIT = Path("/usr/local/cuda")
 
 
 def get_requires_for_build_wheel(config_settings: ConfigSettings | None = None) -> list[str]:
-    """What pip installs before `build_wheel`: scikit-build-core's own needs, auditwheel on Linux, and a CUDA compiler if need be."""
+    """What pip installs before `build_wheel`: scikit-build-core's own needs, auditwheel on Linux, perhaps a CUDA compiler."""
     tagger = (TAGGER,) if sys.platform == "linux" else ()
     return [*scikit.get_requires_for_build_wheel(config_settings), *tagger, *required_compiler()]
 
