@@ -9,6 +9,7 @@ On Linux, auditwheel then names the wheel for the oldest systems that the librar
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import re
@@ -17,10 +18,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 
+import scikit_build_core
 from scikit_build_core import build as scikit
 from scikit_build_core.build import (
     build_sdist,
@@ -159,6 +161,7 @@ def name_for_linux(wheel: Path) -> str:
 def _cuda_decided(config_settings: ConfigSettings | None) -> Iterator[ConfigSettings]:
     """scikit-build-core's settings with the decision in them, and the environment that nvcc needs while it compiles."""
     theirs = config_settings or {}
+    _keep_what_is_compiled(theirs.get("build-dir"))
     nvcc = None if switch() == "off" else system_nvcc() or wheel_nvcc()
     if nvcc is None:
         if switch() == "on":
@@ -190,10 +193,25 @@ def _libraries_found(nvcc: Path) -> Iterator[None]:
             os.environ["NVCC_PREPEND_FLAGS"] = before
 
 
+def _caches(build_dir: list[str] | str | None) -> list[Path]:
+    return [*Path().glob("build/*/CMakeCache.txt")] if build_dir is None else [Path(str(build_dir), "CMakeCache.txt")]
+
+
+def _keep_what_is_compiled(build_dir: list[str] | str | None) -> None:
+    # scikit-build-core starts over in each isolated environment, because the last one's tools are gone. Where they are the
+    # machine's, they are not, and ninja knows what to compile again.
+    for cache in filter(Path.is_file, _caches(build_dir)):
+        information = cache.with_name(".skbuild-info.json")
+        tools = re.findall(r"^CMAKE_(?:COMMAND|MAKE_PROGRAM|\w+_COMPILER):\w+=(.+)$", cache.read_text(), re.MULTILINE)
+        if information.is_file() and all(Path(tool).is_file() for tool in tools):
+            here = os.fspath(Path(scikit_build_core.__file__).resolve().parent)
+            with suppress(ValueError):  # a build that was interrupted
+                information.write_text(json.dumps({**json.loads(information.read_text()), "skbuild_path": here}))
+
+
 def _forget_other_compilers(nvcc: Path, build_dir: list[str] | str | None) -> None:
     # CMake answers a changed compiler by dropping every setting that it was given: the build would go on without CUDA.
-    usual = Path().glob("build/*/CMakeCache.txt")
-    for cache in usual if build_dir is None else [Path(str(build_dir), "CMakeCache.txt")]:
+    for cache in _caches(build_dir):
         named = cache.is_file() and re.search(r"^CMAKE_CUDA_COMPILER:\w+=(.*)$", cache.read_text(), re.MULTILINE)
         if named and named[1] != str(nvcc):
             shutil.rmtree(cache.parent / "CMakeFiles", ignore_errors=True)

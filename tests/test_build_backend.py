@@ -1,6 +1,7 @@
 """The build backend: which compiler it takes, what it fetches, and what the library that it builds holds."""
 
 import ctypes
+import json
 import os
 import platform
 import re
@@ -299,6 +300,26 @@ class TestBuilding:
             assert "\nmacko_llm.pth," in f"\n{wheel.read(record).decode()}"  # what uninstalling removes
         assert line.count("\n") == 1
         assert line.startswith("import ")  # only such lines are run
+
+    def test_a_new_isolated_environment_compiles_again_only_where_the_tools_are_gone(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        monkeypatch.setenv("MACKO_CUDA", "off")
+        build = tmp_path / "build"
+
+        def compiled() -> int:
+            macko_build.build_wheel(str(tmp_path), {"build-dir": str(build)})
+            return (build / "CMakeFiles" / "macko.dir" / "cpu" / "pack.cpp.o").stat().st_mtime_ns
+
+        first = compiled()
+        information = build / ".skbuild-info.json"
+        elsewhere = {**json.loads(information.read_text()), "skbuild_path": "/nowhere/scikit_build_core"}
+        information.write_text(json.dumps(elsewhere))
+        assert compiled() == first
+        information.write_text(json.dumps(elsewhere))
+        cache = build / "CMakeCache.txt"
+        cache.write_text(re.sub("(?m)^(CMAKE_MAKE_PROGRAM:.*)=.*$", r"\1=/nowhere/ninja", cache.read_text()))
+        assert compiled() > first
 
     def test_a_broken_compiler_is_an_error_that_names_the_way_out(
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
