@@ -8,7 +8,7 @@ INSTALLED := .venv/.installed-$(MACKO_CUDA)
 # Variables, not --constraint, so that they hold where pip builds macko, too: the first with pip up to 25.2, then the second.
 PINNED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
 
-.PHONY: help demo build test test-sanitize test-aarch64 lint test-gpu bench lock clean
+.PHONY: help demo build test test-sanitize test-aarch64 lint test-gpu bench wheel lock clean
 
 help:
 	@echo "make demo           prune, pack, evaluate and generate with the bundled model"
@@ -19,6 +19,7 @@ help:
 	@echo "make build          build the native library and install macko into .venv"
 	@echo "make test-gpu       run the tests that need a GPU"
 	@echo "make bench          measure sizes, perplexities and speeds of the bundled model"
+	@echo "make wheel          build a wheel into dist/ and try it in a new environment, its library in other Pythons, too"
 	@echo "make lock           set up .venv anew with the newest packages and pin them in constraints.txt"
 
 demo: $(INSTALLED)
@@ -42,6 +43,12 @@ test-gpu: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/macko bench quality
 
+# WHEEL_PYTHON=other-env/bin/python tries it with the dependencies of another environment.
+wheel: $(INSTALLED)
+	rm -f dist/*.whl
+	$(PINNED) $(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
+	$(BIN)/python -m tools.try_wheel dist/*.whl $(WHEEL_PYTHON)
+
 lint: $(INSTALLED)
 	$(BIN)/pre-commit run --all-files --show-diff-on-failure
 
@@ -57,7 +64,7 @@ lock:
 	touch $(INSTALLED)
 
 clean:
-	rm -rf .venv build
+	rm -rf .venv build dist
 
 $(INSTALLED): pyproject.toml constraints.txt $(shell find csrc -type f) $(wildcard build_backend/*.py build_backend/*.pth)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

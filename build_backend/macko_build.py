@@ -3,21 +3,26 @@
 `MACKO_CUDA` in the environment decides: `auto` (the default) compiles them wherever an nvcc is to be had, `on` fails without
 one, `off` builds for the CPU alone. Where the machine has no nvcc, a Linux build fetches NVIDIA's compiler wheels into its
 isolated environment; nothing of them is left after the build, because the CUDA runtime is linked statically.
+
+On Linux, auditwheel then names the wheel for the oldest systems that the library runs on.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 
+import scikit_build_core
 from scikit_build_core import build as scikit
 from scikit_build_core.build import (
     build_sdist,
@@ -44,17 +49,19 @@ COMPILER_WHEELS = tuple(
     f"{name}==13.0.*"
     for name in ("nvidia-cuda-nvcc", "nvidia-cuda-crt", "nvidia-cuda-cccl", "nvidia-cuda-runtime", "nvidia-nvvm")
 )
+TAGGER = "auditwheel>=6.8"  # whose repair, where it has nothing to repair, needs no patchelf
 OLDEST_CUDA = (12, 8)  # the first release that knows every architecture in csrc/CMakeLists.txt
 USUAL_TOOLKIT = Path("/usr/local/cuda")
 
 
 def get_requires_for_build_wheel(config_settings: ConfigSettings | None = None) -> list[str]:
-    """What pip installs before `build_wheel`: scikit-build-core's own needs, and a CUDA compiler if one must be fetched."""
-    return [*scikit.get_requires_for_build_wheel(config_settings), *required_compiler()]
+    """What pip installs before `build_wheel`: scikit-build-core's own needs, auditwheel on Linux, perhaps a CUDA compiler."""
+    tagger = (TAGGER,) if sys.platform == "linux" else ()
+    return [*scikit.get_requires_for_build_wheel(config_settings), *tagger, *required_compiler()]
 
 
 def get_requires_for_build_editable(config_settings: ConfigSettings | None = None) -> list[str]:
-    """What pip installs before `build_editable`; see `get_requires_for_build_wheel`."""
+    """What pip installs before `build_editable`: as before `build_wheel`, but for auditwheel."""
     return [*scikit.get_requires_for_build_editable(config_settings), *required_compiler()]
 
 
@@ -63,7 +70,8 @@ def build_wheel(
 ) -> str:
     """Build a wheel into `wheel_directory` and return its name."""
     with _cuda_decided(config_settings) as settings:
-        return scikit.build_wheel(wheel_directory, settings, metadata_directory)
+        name = scikit.build_wheel(wheel_directory, settings, metadata_directory)
+    return name_for_linux(Path(wheel_directory, name)) if sys.platform == "linux" else name
 
 
 def build_editable(
@@ -132,10 +140,28 @@ def wheel_nvcc() -> Path | None:
     return nvcc if nvcc.is_file() else None
 
 
+def name_for_linux(wheel: Path) -> str:
+    """Name a wheel for all systems that its library's symbols allow (manylinux, musllinux), and return the name.
+
+    Where auditwheel is missing, or finds a library that other systems lack, the name stays that of this machine alone.
+    """
+    with tempfile.TemporaryDirectory(dir=wheel.parent) as folder:
+        command = [sys.executable, "-m", "auditwheel", "repair", "--patcher", "none", "--wheel-dir", folder, str(wheel)]
+        answer = subprocess.run(command, capture_output=True, text=True, check=False)
+        named = next(Path(folder).glob("*.whl"), None)
+        if answer.returncode != 0 or named is None:
+            reason = (answer.stderr.strip().splitlines() or ["no reason given"])[-1]
+            _log(f"{wheel.name} is for this machine and its like alone: {reason}")
+            return wheel.name
+        wheel.unlink()
+        return named.rename(wheel.parent / named.name).name
+
+
 @contextmanager
 def _cuda_decided(config_settings: ConfigSettings | None) -> Iterator[ConfigSettings]:
     """scikit-build-core's settings with the decision in them, and the environment that nvcc needs while it compiles."""
     theirs = config_settings or {}
+    _keep_what_is_compiled(theirs.get("build-dir"))
     nvcc = None if switch() == "off" else system_nvcc() or wheel_nvcc()
     if nvcc is None:
         if switch() == "on":
@@ -167,10 +193,25 @@ def _libraries_found(nvcc: Path) -> Iterator[None]:
             os.environ["NVCC_PREPEND_FLAGS"] = before
 
 
+def _caches(build_dir: list[str] | str | None) -> list[Path]:
+    return [*Path().glob("build/*/CMakeCache.txt")] if build_dir is None else [Path(str(build_dir), "CMakeCache.txt")]
+
+
+def _keep_what_is_compiled(build_dir: list[str] | str | None) -> None:
+    # scikit-build-core starts over in each isolated environment, because the last one's tools are gone. Where they are the
+    # machine's, they are not, and ninja knows what to compile again.
+    for cache in filter(Path.is_file, _caches(build_dir)):
+        information = cache.with_name(".skbuild-info.json")
+        tools = re.findall(r"^CMAKE_(?:COMMAND|MAKE_PROGRAM|\w+_COMPILER):\w+=(.+)$", cache.read_text(), re.MULTILINE)
+        if information.is_file() and all(Path(tool).is_file() for tool in tools):
+            here = os.fspath(Path(scikit_build_core.__file__).resolve().parent)
+            with suppress(ValueError):  # a build that was interrupted
+                information.write_text(json.dumps({**json.loads(information.read_text()), "skbuild_path": here}))
+
+
 def _forget_other_compilers(nvcc: Path, build_dir: list[str] | str | None) -> None:
     # CMake answers a changed compiler by dropping every setting that it was given: the build would go on without CUDA.
-    usual = Path().glob("build/*/CMakeCache.txt")
-    for cache in usual if build_dir is None else [Path(str(build_dir), "CMakeCache.txt")]:
+    for cache in _caches(build_dir):
         named = cache.is_file() and re.search(r"^CMAKE_CUDA_COMPILER:\w+=(.*)$", cache.read_text(), re.MULTILINE)
         if named and named[1] != str(nvcc):
             shutil.rmtree(cache.parent / "CMakeFiles", ignore_errors=True)

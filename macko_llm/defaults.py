@@ -52,3 +52,9 @@ MAX_SHARD_SIZE = "5GB"
 
 BENCHMARK_CONTEXT = 32
 """Tokens of the prompt behind which decoding is timed."""
+
+NO_KERNELS_REMEDY = (
+    "update the GPU's driver, or build macko with a CUDA toolkit that suits driver and GPU: "
+    "`CUDA_HOME=/usr/local/cuda-12.8 MACKO_CUDA=on pip install .` in the project's folder"
+)
+"""What to do where the CUDA kernels do not run on a GPU."""

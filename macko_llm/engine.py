@@ -10,7 +10,9 @@ from transformers import PreTrainedModel
 from macko_llm.engines.eager import EagerEngine
 from macko_llm.engines.fixed import FixedEngine
 from macko_llm.engines.fused_step import FusedStep
+from macko_llm.engines.parallel import ParallelEngine
 from macko_llm.engines.transformers_step import TransformersStep
+from macko_llm.ranks import is_sliced
 from macko_llm.sampling import Sampling
 
 
@@ -50,6 +52,8 @@ def make_engine(model: PreTrainedModel, *, max_tokens: int, sampling: Sampling) 
         max_tokens: most positions that will be asked for, the longest prompt and its new tokens.
         sampling: how each token is chosen, from fp32 logits.
     """
+    if is_sliced(model):
+        return ParallelEngine(model, max_tokens=max_tokens, sampling=sampling)
     if model.device.type == "cuda":
         return FixedEngine(model, max_tokens=max_tokens, sampling=sampling, kinds=(FusedStep, TransformersStep))
     return EagerEngine(model, max_tokens=max_tokens, sampling=sampling)

@@ -63,7 +63,7 @@ def load(
     if torch_device.type in ("cpu", "cuda") and stored_as in (None, checkpoint.QUANT_METHOD):
         model = models.load_empty(folder, dtype=dtype, trust_remote_code=trust_remote_code, quantization_config=held)
         if torch_device.type == "cpu" and dtype == "bfloat16":
-            _hold_bfloat16(model)
+            hold_bfloat16(model)
         gaps = find_gaps(model, folder)
         if gaps is not None:
             with models.plain_errors(folder, torch_device), torch.no_grad():
@@ -74,7 +74,7 @@ def load(
     )
 
 
-def _hold_bfloat16(model: PreTrainedModel) -> None:
+def hold_bfloat16(model: PreTrainedModel) -> None:
     """Have the packed layers of a model without weights read their values as bfloat16: none of float16's becomes zero."""
     for layer in model.modules():
         if isinstance(layer, MackoLinear):

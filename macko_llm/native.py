@@ -13,6 +13,7 @@ from typing import NoReturn, Protocol
 import torch
 from torch.nn import functional as F
 
+from macko_llm.defaults import NO_KERNELS_REMEDY
 from macko_llm.dtypes import CODES, VALUE_DTYPES
 from macko_llm.errors import MackoWarning, NativeError
 from macko_llm.format import MackoMatrix, check_entries, check_finite, padded_count
@@ -211,7 +212,7 @@ def _probe(index: int) -> bool:
     if reason is not None and has_cuda():
         warnings.warn(
             f"The CUDA kernels do not run on GPU {index} ({reason}), so plain torch takes over, right but slow; "
-            "`macko doctor` says more.",
+            f"{NO_KERNELS_REMEDY}.",
             MackoWarning,
             stacklevel=3,
         )

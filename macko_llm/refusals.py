@@ -4,6 +4,7 @@ Importing those takes seconds, so commands ask here before they do. The library 
 """
 
 import importlib.util
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -177,6 +178,44 @@ def check_device(device: str) -> None:
     """Raise UsageError if no device can have this name; whether there is one, torch knows (`models.resolve_device`)."""
     if not re.fullmatch(r"[a-z]+(:\d+)?", device, re.ASCII):
         raise no_device(device)
+
+
+def check_processes(count: int, folder: Path) -> None:
+    """Refuse a number of processes to share a model, by what its config.json says of its attention.
+
+    Raises:
+        UsageError: it is below 1, or the heads cannot be shared evenly.
+        CheckpointError: config.json is broken.
+    """
+    if count < 1:
+        raise UsageError(f"{count} processes can do nothing; use --tensor-parallel 1 or more.")
+    config = checkpoint.read_config(folder)
+    of_text = config.get("text_config")
+    config = of_text if isinstance(of_text, dict) else config
+    check_shares(count, [config.get("num_attention_heads"), config.get("num_key_value_heads")])
+
+
+def check_shares(processes: int, counts: Sequence[object]) -> None:
+    """Raise UsageError unless so many processes can share each of these counts of heads or neurons evenly.
+
+    Args:
+        processes: at least 1.
+        counts: numbers or lists of numbers; what a config says in another way is passed by.
+    """
+    numbers = [n for count in counts for n in (count if isinstance(count, list | tuple) else [count])]
+    common = math.gcd(*(n for n in numbers if isinstance(n, int))) or processes
+    if common % processes:
+        *few, most = [n for n in range(1, common + 1) if common % n == 0]
+        allowed = f"{', '.join(map(str, few))} or {most} processes" if few else "one process"
+        raise UsageError(
+            f"{processes} processes cannot share the model's attention heads and widths evenly; use {allowed}."
+        )
+
+
+def check_device_of_processes(device: str) -> None:
+    """Raise UsageError unless processes that share a model can each take a device of this kind."""
+    if device not in ("auto", "cpu", "cuda"):
+        raise UsageError(f"Each process takes a device of its own, and {device} is one; use --device cuda or cpu.")
 
 
 def no_device(device: str) -> UsageError:

@@ -1,7 +1,9 @@
 """The build backend: which compiler it takes, what it fetches, and what the library that it builds holds."""
 
 import ctypes
+import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -9,6 +11,7 @@ import sys
 import sysconfig
 import zipfile
 from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -97,6 +100,12 @@ def test_off_fetches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_platforms_with_compiler_wheels(system: str, machine: str, published: bool) -> None:
     assert macko_build.wheels_exist(system, machine) is published
+
+
+def test_auditwheel_is_fetched_for_what_is_given_to_others() -> None:
+    fetched_for_wheels = [name for name in macko_build.get_requires_for_build_wheel() if "auditwheel" in name]
+    assert len(fetched_for_wheels) == (sys.platform == "linux")
+    assert not [name for name in macko_build.get_requires_for_build_editable() if "auditwheel" in name]
 
 
 def test_without_wheels_auto_builds_for_the_cpu_and_on_fails(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,6 +204,61 @@ def test_on_without_any_compiler_is_an_error(monkeypatch: pytest.MonkeyPatch, tm
         macko_build.build_wheel(str(tmp_path))
 
 
+def needed_glibc(library: bytes) -> tuple[int, int]:
+    """The newest glibc whose symbols a library asks for."""
+    return max((int(major), int(minor)) for major, minor in re.findall(rb"\0GLIBC_(\d+)\.(\d+)", library))
+
+
+@pytest.mark.skipif(
+    not LINUX_WITH_WHEELS or platform.libc_ver()[0] != "glibc", reason="manylinux is for Linux with glibc"
+)
+@pytest.mark.skipif(find_spec("auditwheel") is None, reason="install the extra `dev`")
+class TestNaming:
+    """The platform in a wheel's name, of a wheel that holds a small library."""
+
+    PLATFORM = f"linux_{platform.machine()}"
+
+    def wheel(self, folder: Path, *link: str) -> Path:
+        """A wheel as scikit-build-core makes it: for this platform, with a library that was linked so."""
+        (folder / "small.c").write_text("double cos(double); double small(double x) { return cos(x); }\n")
+        command = ["cc", "-shared", "-fPIC", "small.c", "-o", "small.so", *link, "-lm"]
+        subprocess.run(command, cwd=folder, check=True, env={**os.environ, "PATH": MACHINES_PATH})
+        path = folder / f"small-1-py3-none-{self.PLATFORM}.whl"
+        with zipfile.ZipFile(path, "w") as wheel:
+            wheel.write(folder / "small.so", "small/small.so")
+            wheel.writestr("small-1.dist-info/METADATA", "Metadata-Version: 2.1\nName: small\nVersion: 1\n")
+            tag = f"Wheel-Version: 1.0\nRoot-Is-Purelib: false\nTag: py3-none-{self.PLATFORM}\n"
+            wheel.writestr("small-1.dist-info/WHEEL", tag)
+            wheel.writestr("small-1.dist-info/RECORD", "small/small.so,,\n")  # where auditwheel looks for libraries
+        return path
+
+    def test_a_wheel_is_named_for_the_glibc_that_its_library_needs(self, tmp_path: Path) -> None:
+        name = macko_build.name_for_linux(self.wheel(tmp_path))
+        (wheel,) = tmp_path.glob("*.whl")
+        assert wheel.name == name
+        with zipfile.ZipFile(wheel) as content:
+            library = content.read("small/small.so")
+            tags = re.findall(r"^Tag: py3-none-(.*)$", content.read("small-1.dist-info/WHEEL").decode(), re.MULTILINE)
+        assert library == (tmp_path / "small.so").read_bytes()
+        assert {*tags} == {*name.removeprefix("small-1-py3-none-").removesuffix(".whl").split(".")}
+        named = [(int(major), int(minor)) for major, minor in re.findall(r"manylinux_(\d+)_(\d+)_", name)]
+        assert min(named) >= needed_glibc(library)
+        assert self.PLATFORM not in tags
+
+    def test_a_library_of_this_machine_alone_keeps_the_wheel_to_it(
+        self, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        source = tmp_path / "local.c"
+        source.write_text("int local;\n")
+        command = ["cc", "-shared", "-fPIC", str(source), "-o", str(tmp_path / "liblocal.so")]
+        subprocess.run(command, check=True, env={**os.environ, "PATH": MACHINES_PATH})
+        wheel = self.wheel(tmp_path, "-Wl,--no-as-needed", "-L.", "-llocal")
+        before = wheel.read_bytes()
+        assert macko_build.name_for_linux(wheel) == wheel.name
+        assert [path.read_bytes() for path in tmp_path.glob("*.whl")] == [before]
+        assert f"{wheel.name} is for this machine and its like alone: " in capfd.readouterr().out
+
+
 @pytest.mark.skipif(shutil.which("cmake") is None or shutil.which("ninja") is None, reason="needs cmake and ninja")
 class TestBuilding:
     """Builds of this project, each in a folder of its own."""
@@ -236,6 +300,26 @@ class TestBuilding:
             assert "\nmacko_llm.pth," in f"\n{wheel.read(record).decode()}"  # what uninstalling removes
         assert line.count("\n") == 1
         assert line.startswith("import ")  # only such lines are run
+
+    def test_a_new_isolated_environment_compiles_again_only_where_the_tools_are_gone(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        monkeypatch.setenv("MACKO_CUDA", "off")
+        build = tmp_path / "build"
+
+        def compiled() -> int:
+            macko_build.build_wheel(str(tmp_path), {"build-dir": str(build)})
+            return (build / "CMakeFiles" / "macko.dir" / "cpu" / "pack.cpp.o").stat().st_mtime_ns
+
+        first = compiled()
+        information = build / ".skbuild-info.json"
+        elsewhere = {**json.loads(information.read_text()), "skbuild_path": "/nowhere/scikit_build_core"}
+        information.write_text(json.dumps(elsewhere))
+        assert compiled() == first
+        information.write_text(json.dumps(elsewhere))
+        cache = build / "CMakeCache.txt"
+        cache.write_text(re.sub("(?m)^(CMAKE_MAKE_PROGRAM:.*)=.*$", r"\1=/nowhere/ninja", cache.read_text()))
+        assert compiled() > first
 
     def test_a_broken_compiler_is_an_error_that_names_the_way_out(
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]

@@ -487,6 +487,16 @@ def test_the_doctor_says_how_to_get_cuda_kernels() -> None:
     assert gpu_advice([gpu], []) == []  # a missing library is advice enough
 
 
+def test_the_doctor_says_what_to_do_about_an_old_driver() -> None:
+    reason = "its driver knows CUDA up to 12.4, and macko was built with CUDA 13.0"
+    (advice,) = gpu_advice([{"name": "Tesla M1", "kernels_fail": reason}], ["cpu", "cuda"])
+    assert advice == (
+        f"The CUDA kernels do not run on Tesla M1 ({reason}), so packed models run there in plain torch, right but slow; "
+        "update the GPU's driver, or build macko with a CUDA toolkit that suits driver and GPU: "
+        "`CUDA_HOME=/usr/local/cuda-12.8 MACKO_CUDA=on pip install .` in the project's folder."
+    )
+
+
 @pytest.mark.parametrize(
     ("kernels", "reason", "words"),
     [

@@ -1,6 +1,7 @@
 """The native library and its wrapper: a library that cannot serve, and calls that it refuses, each end in a plain sentence."""
 
 import ctypes
+import os
 import re
 import shutil
 import subprocess
@@ -293,6 +294,31 @@ def test_a_library_without_cuda(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 # Whether the CUDA kernels run
 
 
+@pytest.mark.skipif(
+    sys.platform != "linux" or shutil.which("cc") is None, reason="needs Linux and a C compiler named cc"
+)
+def test_a_driver_that_is_too_old_is_told_with_both_releases(tmp_path: Path) -> None:
+    """The library's own CUDA runtime asks the driver, which here is one that can only say that it is of CUDA 11.8."""
+    if not native.has_cuda():
+        pytest.skip("the library was built without CUDA kernels")
+    (tmp_path / "driver.c").write_text("int cuDriverGetVersion(int *version) { *version = 11080; return 0; }\n")
+    driver = tmp_path / "libcuda.so.1"
+    subprocess.run(["cc", "-shared", "-fPIC", str(tmp_path / "driver.c"), "-o", str(driver)], check=True)
+    ask = (
+        "import ctypes, sys; library = ctypes.CDLL(sys.argv[1]); library.macko_cuda_error.restype = ctypes.c_char_p; "
+        "data = ctypes.create_string_buffer(16); one = ctypes.c_int64(1); "
+        "print(library.macko_cuda_row_entries(data, one, one, data, 0, None), library.macko_cuda_error().decode())"
+    )
+    answer = subprocess.run(
+        [sys.executable, "-c", ask, str(native.library_path())],
+        env={**os.environ, "LD_LIBRARY_PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert re.fullmatch(r"4 its driver knows CUDA up to 11\.8, and macko was built with CUDA 1[2-9]\.\d+\n", answer)
+
+
 @pytest.fixture
 def gpu_0(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """A GPU of which only the errors are known that its kernels will give; no errors, no GPU is touched."""
@@ -305,14 +331,19 @@ def gpu_0(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 
 def test_a_gpu_on_which_the_kernels_fail_gets_one_warning_and_plain_torch(gpu_0: list[str]) -> None:
-    gpu_0.append("CUDA driver version is insufficient for CUDA runtime version")
+    gpu_0.append("its driver knows CUDA up to 12.4, and macko was built with CUDA 13.0")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         found = [native.runs_on(torch.device("cuda", 0)) for _ in range(2)]
     assert found == [False, False]
     (said,) = caught
     assert said.category is MackoWarning
-    assert re.search(r"do not run on GPU 0 \(CUDA driver version is insufficient .* plain torch", str(said.message))
+    assert str(said.message) == (
+        "The CUDA kernels do not run on GPU 0 (its driver knows CUDA up to 12.4, and macko was built with CUDA 13.0), so "
+        "plain torch takes over, right but slow; update the GPU's driver, or build macko with a CUDA toolkit that suits "
+        "driver and GPU: "
+        "`CUDA_HOME=/usr/local/cuda-12.8 MACKO_CUDA=on pip install .` in the project's folder."
+    )
 
 
 @pytest.mark.usefixtures("gpu_0")

@@ -16,11 +16,14 @@ constexpr int64_t kMaxGpuSide = int64_t{1} << 30;  // rows and columns that kern
 
 inline thread_local const char* last_cuda_error = "no CUDA call has failed";
 
+// What went wrong, and of a driver that is too old, what it lacks. It stays until this thread asks again.
+const char* text_of(cudaError_t error);
+
 // Keeps the text of an error for macko_cuda_error.
 inline macko_status status_of(cudaError_t error) {
   if (error == cudaSuccess) return MACKO_OK;
   cudaGetLastError();  // else the next launch would be blamed for it
-  last_cuda_error = cudaGetErrorString(error);
+  last_cuda_error = text_of(error);
   return MACKO_CUDA_FAILED;
 }
 

@@ -1,4 +1,6 @@
 // Packing on the GPU, in two passes over the matrix with a warp for each row: count the entries, then write them.
+#include <cstdio>
+
 #include "cuda/gap_walk.cuh"
 #include "cuda/launch.h"
 #include "cuda/warp.cuh"
@@ -87,6 +89,19 @@ __global__ void __launch_bounds__(kBlockThreads)            // a warp for each r
 }
 
 }  // namespace
+
+const char* text_of(cudaError_t error) {
+  static thread_local char text[96];
+  int driver = 0, library = 0;  // 1000 times the major and 10 times the minor number
+  if (error != cudaErrorInsufficientDriver || cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0 ||
+      cudaRuntimeGetVersion(&library) != cudaSuccess) {
+    return cudaGetErrorString(error);
+  }
+  std::snprintf(text, sizeof text, "its driver knows CUDA up to %d.%d, and macko was built with CUDA %d.%d",
+                driver / 1000, driver % 1000 / 10, library / 1000, library % 1000 / 10);
+  return text;
+}
+
 }  // namespace macko
 
 extern "C" const char* macko_cuda_error(void) { return macko::last_cuda_error; }

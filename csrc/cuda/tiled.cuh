@@ -84,7 +84,12 @@ struct LaneOfWord {
   uint32_t shift, below;
 
   __device__ __forceinline__ LaneOfWord()
-      : word(lane_index() / kUnitsOfWord), shift(kUnit * (lane_index() % kUnitsOfWord)), below((1u << shift) - 1u) {}
+      : word(lane_index() / kUnitsOfWord), shift(kUnit * (lane_index() % kUnitsOfWord)), below((1u << shift) - 1u) {
+    // Through shuffles, or compilers work them out anew where they are used.
+    word = __shfl_sync(kAllLanes, word, lane_index());
+    shift = __shfl_sync(kAllLanes, shift, lane_index());
+    below = __shfl_sync(kAllLanes, below, lane_index());
+  }
 };
 
 // Where a word's mask and offset lie, in bytes behind the record's begin.

@@ -31,7 +31,7 @@ struct RecordRing {
   uint32_t from = 0, to = 0;  // where the record to fetch begins and ends, in kRecordAlignment bytes
 
   __device__ __forceinline__ RecordRing(const macko_tiled& matrix, int64_t first, int count, uint32_t slots_of_warp,
-                                        uint32_t barriers_of_warp)
+                                        uint32_t barriers_of_warp, bool initializes = true)
       : records(static_cast<const uint8_t*>(matrix.records)),
         next(matrix.starts + first + 1),
         left(count),
@@ -43,7 +43,7 @@ struct RecordRing {
       to = next[0];
     }
 #if __CUDA_ARCH__ >= 900
-    if (is_elected()) {
+    if (initializes && is_elected()) {
 #pragma unroll
       for (int i = 0; i < Slots; i++) {
         asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barriers + i * 8) : "memory");

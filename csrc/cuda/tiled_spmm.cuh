@@ -299,6 +299,7 @@ __global__ void __launch_bounds__(Config::Threads, Config::Blocks)
 struct SpmmGpu {
   int multiprocessors = 0;  // 0 is not known yet
   int block_shared_bytes = 0;
+  int major = 0;  // of its capability
 };
 inline cudaError_t ask_gpu(int device, SpmmGpu* gpu) {
   static SpmmGpu known[kMaxGpus];  // written with the same values by every thread that finds nothing
@@ -308,9 +309,12 @@ inline cudaError_t ask_gpu(int device, SpmmGpu* gpu) {
   }
   cudaError_t error = cudaDeviceGetAttribute(&gpu->block_shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (error != cudaSuccess) return error;
+  error = cudaDeviceGetAttribute(&gpu->major, cudaDevAttrComputeCapabilityMajor, device);
+  if (error != cudaSuccess) return error;
   error = cudaDeviceGetAttribute(&gpu->multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (error == cudaSuccess && device < kMaxGpus) {
     known[device].block_shared_bytes = gpu->block_shared_bytes;
+    known[device].major = gpu->major;
     known[device].multiprocessors = gpu->multiprocessors;
   }
   return error;
@@ -394,6 +398,12 @@ cudaError_t launch_spmm(SpmmCall call, int64_t tokens) {
   SpmmGpu gpu;
   const cudaError_t unknown = ask_gpu(call.device, &gpu);
   if (unknown != cudaSuccess) return unknown;
+#ifdef MACKO_SM90A
+  if (gpu.major == 9 && tokens > 16) {
+    const auto launch = std::is_same_v<T, __half> ? launch_groups_fp16 : launch_groups_bf16;
+    return launch(call, gpu.multiprocessors, tokens);
+  }
+#endif
   while (tokens > 0) {
     const int now = static_cast<int>(std::min<int64_t>(tokens, 32));
     const cudaError_t error = now > 16  ? launch_spmm_some<T, 4>(call, gpu, now)

@@ -51,7 +51,7 @@ def plain_errors(command: Callable[Arguments, Result]) -> Callable[Arguments, Re
             _say("; ".join(["Interrupted", *(notes(interrupt) or ["nothing unfinished was left behind."])]), kwargs)
             raise typer.Exit(SIGNAL_EXIT_CODE + number) from None
         except Exception as error:
-            if os.environ.get(DEBUG_VARIABLE, "") not in ("", "0"):
+            if wants_traceback():
                 raise
             _say(_sentence(error), kwargs)
             for note in notes(error):
@@ -59,6 +59,11 @@ def plain_errors(command: Callable[Arguments, Result]) -> Callable[Arguments, Re
             raise typer.Exit(error.exit_code if isinstance(error, MackoError) else 1) from None
 
     return run
+
+
+def wants_traceback() -> bool:
+    """Whether MACKO_DEBUG asks for more than a sentence."""
+    return os.environ.get(DEBUG_VARIABLE, "") not in ("", "0")
 
 
 def _say(sentence: str, options: Mapping[str, object]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import macko_llm
 from macko_llm.cli.console import plain_errors, print_json
 from macko_llm.cli.options import JsonOption
+from macko_llm.defaults import NO_KERNELS_REMEDY
 from macko_llm.errors import NativeError
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "typer", "safetensors", "rich")
@@ -88,7 +89,7 @@ def gpu_advice(gpus: list[dict[str, Any]], kernels: list[str]) -> list[str]:
         ]
     return [
         f"The CUDA kernels do not run on {gpu['name']} ({gpu['kernels_fail']}), so packed models run there in plain torch, "
-        "right but slow; update the GPU's driver, or build for it with `MACKO_CUDA=on pip install .` in the project's folder."
+        f"right but slow; {NO_KERNELS_REMEDY}."
         for gpu in gpus
         if gpu["kernels_fail"]
     ]

@@ -1,14 +1,22 @@
 """`macko generate`."""
 
+import functools
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from macko_llm.cli.console import megabytes, plain_errors, print_json
+from macko_llm.cli.launching import (
+    OnText,
+    first_process_speaks,
+    in_processes,
+    place_of_torchrun,
+    processes_of_torchrun,
+)
 from macko_llm.cli.options import (
     DeviceOption,
     DtypeOption,
@@ -22,8 +30,17 @@ from macko_llm.cli.surroundings import with_hub, with_threads
 from macko_llm.defaults import LAYOUT, MAX_NEW_TOKENS, TEMPERATURE
 from macko_llm.errors import UsageError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from macko_llm.generation import Generation
+    from macko_llm.ranks import Place
+    from macko_llm.sampling import Sampling
+
 
 @plain_errors
+@first_process_speaks
 @with_hub
 @with_threads
 def generate(
@@ -65,6 +82,12 @@ def generate(
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     layout: LayoutOption = LAYOUT,
+    tensor_parallel: Annotated[
+        int | None,
+        typer.Option(
+            "--tensor-parallel", metavar="N", help="Share the model among N processes, on a GPU each or on the CPU."
+        ),
+    ] = None,
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -83,6 +106,8 @@ def generate(
 
         macko generate ./packed -f one.txt -f two.txt -f three.txt --layout tiled
 
+        macko generate ./packed --prompt "Once upon a time" --tensor-parallel 2
+
         cat question.txt | macko generate ./packed --prompt -
     """
     from macko_llm import refusals
@@ -100,44 +125,37 @@ def generate(
     refusals.check_dtype(dtype)
     refusals.check_device(device)
     refusals.check_layout(layout)
-    texts = _read_prompts(prompt or (), prompt_file or ())
+    processes = _count_processes(tensor_parallel)
+    if processes > 1:
+        refusals.check_device_of_processes(device)
+    speaks = not processes_of_torchrun() or place_of_torchrun().rank == 0
+    texts = _read_prompts(prompt or (), prompt_file or ()) if speaks else []
     folder = refusals.find_model(model)
+    refusals.check_processes(processes, folder)
     if layout != LAYOUT:
         refusals.require_packed(folder)
-
-    from macko_llm import generation, models  # takes seconds, which a wrong call need not wait for
-    from macko_llm.loading import load
-    from macko_llm.text import encode_prompt
-
-    refusals.check_layout(layout, models.resolve_device(device).type)
-    config = models.load_config(folder, trust_remote_code=trust_remote_code)
-    tokenizer = models.load_tokenizer(folder, trust_remote_code=trust_remote_code)
-    prompts = [encode_prompt(tokenizer, text, chat=chat, system_prompt=system_prompt) for text in texts]
-    generation.check_prompts(prompts, max_new_tokens, config)
-    loaded = load(
-        folder,
+    job = _Job(
+        folder=folder,
+        texts=texts,
+        chat=chat,
+        system_prompt=system_prompt,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        stop=stop or (),
         dtype=dtype,
         device=device,
-        trust_remote_code=trust_remote_code,
         layout=layout,
-        tokens=len(prompts),
+        trust_remote_code=trust_remote_code,
     )
-    if len(prompts) == 1:
-        made = [
-            generation.generate(
-                loaded,
-                tokenizer,
-                prompts[0],
-                max_new_tokens=max_new_tokens,
-                sampling=sampling,
-                stop=stop or (),
-                on_text=None if as_json else _print_piece,
-            )
-        ]
+    on_text = None if as_json else _print_piece
+    if processes_of_torchrun():
+        made = _share(place_of_torchrun(), job, on_text if speaks else None)
+    elif processes > 1:
+        made = in_processes(processes, _share, job, on_text=on_text)
     else:
-        made = generation.generate_batch(
-            loaded, tokenizer, prompts, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop or ()
-        )
+        made = _continue(job, on_text)
+    if not speaks:
+        return
     if as_json:
         print_json(asdict(made[0]) if len(made) == 1 else [asdict(one) for one in made])
         return
@@ -146,6 +164,8 @@ def generate(
     else:
         for number, one in enumerate(made, 1):
             print(f"--- prompt {number} ---\n{one.text}")
+    from macko_llm import generation
+
     prefill = sum(one.prefill_tokens_per_second for one in made)
     speed = generation.batch_tokens_per_second(made)
     decode = f"{speed:.1f} tokens/s" if speed is not None else "one token" if len(made) == 1 else "one token each"
@@ -156,6 +176,84 @@ def generate(
         f"decode: {sum(one.new_tokens for one in made)} tokens, {decode}{memory}",
         file=sys.stderr,
     )
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What there is to do; goes to other processes, so it holds neither torch nor transformers."""
+
+    folder: Path
+    texts: Sequence[str]
+    chat: bool
+    system_prompt: str | None
+    max_new_tokens: int
+    sampling: "Sampling"
+    stop: Sequence[str]
+    dtype: str
+    device: str
+    layout: str
+    trust_remote_code: bool
+
+
+def _continue(job: _Job, on_text: OnText | None) -> "list[Generation]":
+    """Do it in this process."""
+    from macko_llm import models, refusals  # takes seconds, which a wrong call need not wait for
+    from macko_llm.loading import load
+
+    refusals.check_layout(job.layout, models.resolve_device(job.device).type)
+    return _write(job, *_prepare(job, functools.partial(load, job.folder, device=job.device)), on_text)
+
+
+def _share(place: "Place", job: _Job, on_text: OnText | None) -> "list[Generation]":
+    """Do it in one of several processes that share the model; all return the same."""
+    from macko_llm import ranks
+    from macko_llm.tensor_parallel import load_slices
+
+    with ranks.joined(place, job.device) as device:
+        job = replace(job, texts=ranks.gathered(job.texts)[0])
+        load = functools.partial(load_slices, job.folder, place, device)
+        made = _write(job, *ranks.together(lambda: _prepare(job, load)), on_text)
+        peaks = [peak for peak in ranks.gathered(made[0].peak_memory_bytes) if peak is not None]
+    return [replace(one, peak_memory_bytes=sum(peaks) or None) for one in made]
+
+
+def _prepare(
+    job: _Job, load: "Callable[..., PreTrainedModel]"
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase, list[Tensor]]":
+    from macko_llm import generation, models
+    from macko_llm.text import encode_prompt
+
+    config = models.load_config(job.folder, trust_remote_code=job.trust_remote_code)
+    tokenizer = models.load_tokenizer(job.folder, trust_remote_code=job.trust_remote_code)
+    prompts = [encode_prompt(tokenizer, text, chat=job.chat, system_prompt=job.system_prompt) for text in job.texts]
+    generation.check_prompts(prompts, job.max_new_tokens, config)
+    model = load(dtype=job.dtype, trust_remote_code=job.trust_remote_code, layout=job.layout, tokens=len(prompts))
+    return model, tokenizer, prompts
+
+
+def _write(
+    job: _Job,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: "list[Tensor]",
+    on_text: OnText | None,
+) -> "list[Generation]":
+    from macko_llm import generation
+
+    options: dict[str, Any] = {"max_new_tokens": job.max_new_tokens, "sampling": job.sampling, "stop": job.stop}
+    if len(prompts) > 1:
+        return generation.generate_batch(model, tokenizer, prompts, **options)
+    return [generation.generate(model, tokenizer, prompts[0], **options, on_text=on_text)]
+
+
+def _count_processes(asked: int | None) -> int:
+    """How many share the model."""
+    started = processes_of_torchrun()
+    if started and asked not in (None, started):
+        raise UsageError(
+            f"torchrun has started {started} processes, and --tensor-parallel asks for {asked}; leave that out."
+        )
+    return started or (1 if asked is None else asked)
 
 
 def _read_prompts(prompts: Sequence[str], files: Sequence[Path]) -> list[str]:

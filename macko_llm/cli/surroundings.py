@@ -68,6 +68,15 @@ def with_threads(command: Callable[Arguments, Result]) -> Callable[..., Result]:
     return _extended(run, command, {"threads": _ThreadsOption})
 
 
+@contextmanager
+def shared_threads(processes: int) -> Iterator[None]:
+    """While this lasts, new processes have an equal share each of the CPU threads that this one has."""
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    count = int(threads) if threads.isdecimal() else usable_cpus()
+    with _environment({"OMP_NUM_THREADS": str(max(1, count // processes))}):
+        yield
+
+
 def usable_cpus() -> int:
     """CPUs that this process may use: of its affinity and of its container's limit the fewer."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

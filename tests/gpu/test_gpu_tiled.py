@@ -21,13 +21,13 @@ from macko_llm.errors import FormatError, NativeError
 from macko_llm.format import MackoMatrix
 from macko_llm.layouts import canonical, sliced, tiled
 from macko_llm.layouts.sliced import SlicedMatrix
-from macko_llm.layouts.tiled import TILED_SPMM_MAX_TOKENS, TiledMatrix
+from macko_llm.layouts.tiled import TiledMatrix
 from macko_llm.layouts.tiled_plan import MAX_COLS, choose_strips
 from macko_llm.linear import MackoLinear, arrange_group
 
 pytestmark = pytest.mark.usefixtures("kernels", "full_precision_sums", "tensor_cores")
 
-TOKENS = [1, 2, 7, 8, 9, 16, 17, 31, 32, 33, 64]
+TOKENS = [1, 2, 7, 8, 9, 16, 17, 31, 32, 33, 64, 65, 100, 128, 129]
 SHAPES = [(1, 1), (8, 64), (7, 63), (172, 172), (129, 1000)]
 
 
@@ -70,7 +70,7 @@ def assert_products(matrix: TiledMatrix, weight: Tensor, tokens: int, *, seed: i
         exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
         dense = F.linear(x, weight, bias).double()
         assert (y.double() - exact).norm() <= 1.2 * (dense - exact).norm()
-        if tokens <= TILED_SPMM_MAX_TOKENS:
+        if tokens <= matrix.few_tokens(weight.dtype):
             assert torch.equal(matrix.linear(x, bias), y)
         else:
             assert torch.equal(matrix.linear(x, bias).double(), dense)
@@ -100,7 +100,7 @@ def test_layout_of_named_matrices(name: str, dtype: torch.dtype) -> None:
     sparsity=st.sampled_from([0.0, 0.1, 0.5, 0.9, 0.999, 1.0]),
     dtype=st.sampled_from(HALVES),
     share=st.floats(0, 1),
-    tokens=st.integers(1, 40),
+    tokens=st.integers(1, 140),
     uneven=st.booleans(),
     seed=st.integers(0, 2**32),
 )
@@ -218,7 +218,7 @@ def test_strips_of_every_height_multiply() -> None:
     for tiles in range(1, 9):
         weight = random_matrix(24 * tiles - 3, 172, 0.5, torch.float16).sign()
         matrix = tile(weight, 3)
-        for tokens in (1, 8, 9, 16, 17, 32):
+        for tokens in (1, 8, 9, 16, 17, 32, 33, 70):
             x = whole_numbers(tokens, 172)
             y = spmm(x.to(GPU, torch.float16), matrix, None)
             assert torch.equal(y.double().cpu(), x.double() @ weight.double().T)
@@ -236,7 +236,7 @@ def test_the_same_bits_each_time(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("tokens", [1, 2, 8, 9, 17, 32, 40])
+@pytest.mark.parametrize("tokens", [1, 2, 8, 9, 17, 32, 40, 65, 128])
 def test_a_token_that_is_not_finite_spoils_its_whole_product_and_no_other(tokens: int, value: float) -> None:
     """In empty rows too, and in those of a tile that no column of x reaches."""
     for rows, cols in ((70, 172), (33, 1024)):
@@ -276,7 +276,7 @@ def test_results_are_not_written_beyond_their_end() -> None:
     for rows in (1, 7, 8, 9, 61):
         weight = random_matrix(rows, 172, 0.5, torch.float16).sign()
         matrix = tile(weight)
-        for tokens in (1, 3, 9, 17, 33):
+        for tokens in (1, 3, 9, 17, 33, 70):
             x, size = whole_numbers(tokens, 172), tokens * rows
             around = torch.full((size + 128,), -7.0, dtype=torch.float16, device=GPU)
             native.cuda_tiled_spmm(matrix, x.to(GPU, torch.float16), None, around[64:-64].view(tokens, rows))

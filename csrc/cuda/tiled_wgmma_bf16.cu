@@ -1,0 +1,8 @@
+// SpMM of many tokens on bfloat16, on Hopper. A file a dtype, so that they compile side by side.
+#include "cuda/tiled_wgmma.cuh"
+
+namespace macko {
+cudaError_t launch_groups_bf16(const SpmmCall& call, int multiprocessors, int64_t tokens) {
+  return launch_groups<__nv_bfloat16>(call, multiprocessors, tokens);
+}
+}  // namespace macko
