@@ -37,6 +37,7 @@ COMMANDS = [
     "pack",
     "unpack",
     "generate",
+    "chat",
     "eval-perplexity",
     "inspect",
     "doctor",

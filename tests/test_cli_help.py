@@ -28,6 +28,7 @@ COMMANDS = [
             "pack",
             "unpack",
             "generate",
+            "chat",
             "eval-perplexity",
             "inspect",
             "doctor",

@@ -95,6 +95,17 @@ def _unwinding_signals() -> Iterator[None]:
 
 
 @contextmanager
+def until_interrupted() -> Iterator[None]:
+    """Ctrl-C ends what is done inside, and nothing more; other signals go on."""
+    try:
+        yield
+    except _SignalReceivedError:
+        raise
+    except KeyboardInterrupt:
+        pass
+
+
+@contextmanager
 def written_output() -> Iterator[None]:
     """Whatever is printed inside is written to stdout; where it cannot be, one sentence says so, and `typer.Exit` is raised.
 
