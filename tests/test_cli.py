@@ -39,6 +39,7 @@ COMMANDS = [
     "generate",
     "chat",
     "eval-perplexity",
+    "compare",
     "inspect",
     "doctor",
     "demo",

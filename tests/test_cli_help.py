@@ -30,6 +30,7 @@ COMMANDS = [
             "generate",
             "chat",
             "eval-perplexity",
+            "compare",
             "inspect",
             "doctor",
             "demo",

@@ -220,6 +220,18 @@ def _column_groups(widths: Sequence[int], names: int, limit: int) -> list[list[i
     return groups
 
 
+def bar(share: float, width: int) -> str:
+    """A picture of a share in [0, 1], `width` characters; in eighths where the output's encoding has them."""
+    eighths = round(min(max(share, 0.0), 1.0) * width * 8) if math.isfinite(share) else 0
+    whole, rest = divmod(eighths, 8)
+    drawn = "█" * whole + " ▏▎▍▌▋▊▉"[rest].strip()
+    try:
+        drawn.encode(getattr(sys.stdout, "encoding", None) or "ascii")
+    except UnicodeEncodeError:
+        drawn = "#" * round(eighths / 8)
+    return drawn.ljust(width)
+
+
 def megabytes(count: int) -> str:
     """Bytes as people read them, decimal units."""
     for limit, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):

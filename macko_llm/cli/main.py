@@ -14,6 +14,7 @@ from macko_llm.cli.bench_decode import decode
 from macko_llm.cli.bench_quality import quality
 from macko_llm.cli.bench_spmv import spmv
 from macko_llm.cli.chat import chat
+from macko_llm.cli.compare import compare
 from macko_llm.cli.console import print_error, print_json, written_output
 from macko_llm.cli.demo import demo
 from macko_llm.cli.doctor import doctor
@@ -96,6 +97,7 @@ app.command(cls=PlainCommand)(unpack)
 app.command(cls=PlainCommand)(generate)
 app.command(cls=PlainCommand)(chat)
 app.command("eval-perplexity", cls=PlainCommand)(eval_perplexity)
+app.command(cls=PlainCommand)(compare)
 app.command(cls=PlainCommand)(inspect)
 app.command(cls=PlainCommand)(doctor)
 app.command(cls=PlainCommand)(demo)
