@@ -158,6 +158,33 @@ def test_pack_says_what_stays_dense(tmp_path: Path) -> None:
     assert "All layers stay dense, because packing would make them larger; prune the model first" in said
 
 
+def test_a_dry_run_of_pack_weighs_each_kind_of_layer_as_packing_does() -> None:
+    content = macko_json("pack", "pruned", "--dry-run")
+    assert (content["output"], content["dry_run"]) == (None, True)
+    kinds = content["kinds"]
+    projections = [f"self_attn.{name}_proj" for name in "qkvo"] + [
+        f"mlp.{name}_proj" for name in ("gate", "up", "down")
+    ]
+    assert list(kinds) == projections
+    dense, packed = weights(Path("pruned")), weights(Path("packed"))
+    for kind, found in kinds.items():
+        tensors = [tensor for name, tensor in dense.items() if name.endswith(f"{kind}.weight")]
+        assert found["layers"] == len(tensors) == 2
+        assert found["bytes_dense"] == sum(tensor.nbytes for tensor in tensors)
+        assert found["bytes_packed"] == sum(tensor.nbytes for name, tensor in packed.items() if f".{kind}." in name)
+        assert found["sparsity"] == torch.cat([(tensor == 0).float().flatten() for tensor in tensors]).mean().item()
+    table = macko("pack", "pruned", "--dry-run").stdout
+    assert re.search(r"mlp\.up_proj +2 +40\.96 kB +26\.89 kB +1\.52x +50\.0%", table)
+    rest = sum(tensor.nbytes for name, tensor in dense.items() if not name.endswith("_proj.weight"))
+    assert re.search(rf"all other tensors +{megabytes(rest)} +{megabytes(rest)} +1\.00x", table)
+    whole = [megabytes(sum(tensor.nbytes for tensor in tensors.values())) for tensors in (dense, packed)]
+    assert re.search(rf"total +14 +{whole[0]} +{whole[1]} +1\.\d\dx +50\.0%", table)
+    assert table.splitlines()[-1].startswith(f"Would pack {whole[0]} into {whole[1]} (")
+    assert macko("pack", "pruned", exit_code=2).stderr == (
+        "macko: There is no folder to write; give -o OUT, or --dry-run to see only how large it would be.\n"
+    )
+
+
 def test_inspect() -> None:
     content = macko_json("inspect", "packed")
     assert content["valid"] is True
