@@ -15,10 +15,11 @@ from macko_llm.cli.options import (
     ShardSizeOption,
     TrustOption,
     expanded_path,
+    value_dtypes,
 )
 from macko_llm.cli.reports import pack_report_json, print_kinds
 from macko_llm.cli.surroundings import with_hub, with_threads
-from macko_llm.defaults import MAX_SHARD_SIZE, VALUE_DTYPE_NAMES
+from macko_llm.defaults import MAX_SHARD_SIZE
 from macko_llm.errors import UsageError
 
 if TYPE_CHECKING:
@@ -27,10 +28,6 @@ if TYPE_CHECKING:
 
 NAMES_LISTED = 8
 """A large model has hundreds of layers; --json names them all."""
-
-
-def _dtypes() -> list[str]:
-    return [*VALUE_DTYPE_NAMES]
 
 
 @plain_errors
@@ -49,7 +46,7 @@ def pack(
         typer.Option(
             "--dtype",
             metavar="DTYPE",
-            autocompletion=_dtypes,
+            autocompletion=value_dtypes,
             help="float16 or bfloat16. [default: the checkpoint's, float16 for float32]",
         ),
     ] = None,
