@@ -210,6 +210,12 @@ def test_an_error_is_json_too_where_json_is_wanted(call: str, exit_code: int) ->
         ("macko tune x --dtype b", ["bfloat16"]),
         ("macko pack x --dtype f", ["float16"]),
         ("macko inspect x --re", ["--revision"]),
+        ("macko prune x --pattern ", ["unstructured", "2:4", "4:8"]),
+        ("macko chat x --layout ", ["auto", "sliced", "tiled"]),
+        ("macko compare x --device c", ["cpu", "cuda"]),
+        ("macko bench decode --config llama2", ["llama2-7b", "llama2-70b"]),
+        ("macko bench spmv --dtype ", ["float16", "bfloat16"]),
+        ("macko c", ["chat", "compare"]),
         ("macko bench ", ["quality", "spmv", "decode"]),
     ],
 )
@@ -220,6 +226,26 @@ def test_shells_complete_values(words: str, completions: list[str], tmp_path: Pa
     said = subprocess.run(call, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert set(completions) <= set(said.stdout.split()), said
     assert all(word.startswith(words.split(" ")[-1]) for word in said.stdout.split())
+
+
+def test_installed_completion_completes_in_a_shell(tmp_path: Path) -> None:
+    """What --install-completion writes for bash, sourced by a bash that knows nothing else of macko."""
+    program = tmp_path / "bin" / "macko"
+    program.parent.mkdir()
+    program.write_text(f"#!{sys.executable}\nfrom macko_llm.cli.main import main\nmain()\n")
+    program.chmod(0o755)
+    environment = {**os.environ, "HOME": str(tmp_path), "PATH": f"{program.parent}:{os.environ['PATH']}"}
+    script = """macko --install-completion >/dev/null || exit 1
+. ~/.bash_completions/macko.sh
+COMP_WORDS=(macko generate x --dtype b)
+COMP_CWORD=4
+$(complete -p macko | sed 's/.*-F \\([^ ]*\\).*/\\1/') macko
+echo "${COMPREPLY[@]}"
+"""
+    call = ["bash", "--norc", "-c", script]
+    environment["PYTHONPATH"] = os.pathsep.join(entry for entry in sys.path if entry)
+    said = subprocess.run(call, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert said.stdout.split() == ["bfloat16"], said
 
 
 def test_options_are_called_what_they_are_called() -> None:
