@@ -116,7 +116,7 @@ def _small_world(models: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
         yield
 
 
-@pytest.mark.parametrize("example", _examples(), ids=str)
+@pytest.mark.parametrize("example", list(_examples()), ids=str)
 def test_an_example_of_the_help_runs(
     example: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
