@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from macko_llm.errors import FormatError
+from macko_llm.errors import FormatError, UsageError
 from macko_llm.format import MackoMatrix
 from macko_llm.layouts import canonical
 from macko_llm.packed_checkpoint import ARRAY_NAMES
@@ -39,7 +39,7 @@ class Parts:
         self, name: str, loader: Callable[..., Any], rows: int, cols: int, own_cols: int, dtype: torch.dtype
     ) -> None:
         self._name = name
-        self._loader = loader
+        self._loader: Callable[..., Any] | None = loader
         self._rows = rows
         self._cols = cols
         self._own_cols = own_cols
@@ -58,7 +58,10 @@ class Parts:
 
         Raises:
             FormatError: the arrays are not valid, or do not fit the layer.
+            UsageError: the layer was taken already.
         """
+        if self._loader is None:
+            raise UsageError(f"{self._name} is loaded and arranged already; start vLLM again to load other weights.")
         arrays = self._waiting.setdefault(shard, {})
         arrays[array] = tensor
         if DENSE_NAME in arrays:
@@ -72,8 +75,8 @@ class Parts:
         del self._waiting[shard]
         self._place(matrix, shard)
 
-    def matrix(self) -> MackoMatrix:
-        """All that this rank holds, [rows, own columns].
+    def take(self) -> MackoMatrix:
+        """All that this rank holds, [rows, own columns], and keep nothing of it: vLLM keeps the loaders of a layer for good.
 
         Raises:
             FormatError: the checkpoint lacks some of it, or holds some of it twice.
@@ -81,6 +84,7 @@ class Parts:
         parts = [self._placed[first] for first in sorted(self._placed)]
         if self._waiting or sum(part.shape[0] for part in parts) != self._rows:
             raise self._not_once()
+        self._placed, self._loader = {}, None
         return parts[0] if len(parts) == 1 else stack_rows(parts)
 
     def _place(self, matrix: MackoMatrix, shard: tuple[Any, ...]) -> None:
@@ -106,6 +110,7 @@ class Parts:
         """Which of all `total` rows or columns of a member each of this rank's is, [held]; -1 where it is none of them."""
         numbers = Parameter(torch.full((held,), -1, device="cpu"), requires_grad=False)
         setattr(numbers, dimension, 0)
+        assert self._loader is not None
         self._loader(numbers, torch.arange(total, device="cpu"), *shard)
         return numbers.data
 

@@ -120,7 +120,7 @@ class MackoLinearMethod(LinearMethodBase):
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Arrange what has come for the device, in the layout that suits as many tokens as there may be sequences."""
-        linear = MackoLinear.from_matrix(layer.macko_parts.matrix())
+        linear = MackoLinear.from_matrix(layer.macko_parts.take())
         linear.tokens = self._tokens
         linear.arrange()
         description, arrays = describe(linear.packed)

@@ -4,7 +4,9 @@ The arrays go through the weight loaders as vLLM's models call them; of each ran
 the rows and columns that the rank must hold, which are counted here.
 """
 
+import gc
 import random
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,7 +21,7 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers import linear as vllm_linear
 
 from macko_llm import format as spec
-from macko_llm.errors import FormatError
+from macko_llm.errors import FormatError, UsageError
 from macko_llm.format import MackoMatrix
 from macko_llm.packed_checkpoint import ARRAY_NAMES
 from macko_llm.vllm_plugin.quantization import MackoVllmConfig
@@ -172,7 +174,7 @@ def test_what_a_rank_holds_is_what_packing_its_dense_rows_gives(be_rank: Callabl
     for shard, weight in enumerate((gate, up)):
         for name, array in arrays_of(spec.pack(weight)).items():
             getattr(layer, name).weight_loader(getattr(layer, name), array, shard)
-    held = layer.macko_parts.matrix()
+    held = layer.macko_parts.take()
     expected = spec.pack(torch.cat([gate[24:], up[24:]]))
     for array, of_packing in zip(arrays_of(held).values(), arrays_of(expected).values(), strict=True):
         assert torch.equal(array, of_packing)
@@ -216,3 +218,20 @@ def test_a_matrix_of_another_height_is_refused(be_rank: Callable) -> None:
     be_rank(0, 1)
     with pytest.raises(FormatError, match=rf"{PARENT}\.fc is 24 x {COLS} in the checkpoint"):
         load_members(a_layer(), {None: sparse(24)})
+
+
+def test_what_vllm_keeps_of_a_loaded_layer_keeps_neither_arrays_nor_the_layer_and_loads_no_more(
+    be_rank: Callable,
+) -> None:
+    be_rank(0, 1)
+    layer = a_layer()
+    kept = layer.weight_values
+    load_members(layer, {None: sparse(40)})
+    gc.collect()
+    assert not [thing for thing in gc.get_objects() if issubclass(type(thing), MackoMatrix)]
+    alive = weakref.ref(layer)
+    del layer
+    gc.collect()
+    assert alive() is None
+    with pytest.raises(UsageError, match=rf"{PARENT}\.fc is loaded and arranged already"):
+        kept.weight_loader(kept, torch.zeros(8, dtype=torch.float16))

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 pytest.importorskip("vllm.version", reason="needs vLLM: make test-vllm")
 
 from helpers import copy_model, edit_weights, weights
-from vllm.config import set_current_vllm_config
+from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import (
     cleanup_dist_env_and_memory,
     init_distributed_environment,
@@ -30,7 +30,7 @@ MEMBERS = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_pr
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A tensor-parallel group of this process alone."""
-    with set_current_vllm_config(EngineArgs(load_format="dummy", enforce_eager=True).create_engine_config()):
+    with set_current_vllm_config(VllmConfig()):
         meeting_place = f"file://{tmp_path_factory.mktemp('group') / 'meeting'}"
         init_distributed_environment(1, 0, meeting_place, 0, "gloo")
         initialize_model_parallel(1)
