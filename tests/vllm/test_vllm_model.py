@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 pytest.importorskip("vllm.version", reason="needs vLLM: make test-vllm")
 
+from families import FAMILIES, save_model
 from helpers import copy_model, edit_weights, weights
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import (
@@ -23,6 +24,9 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.model_loader import get_model
 
 from macko_llm.errors import FormatError
+from macko_llm.packing import pack_checkpoint
+from macko_llm.pruning import prune_checkpoint
+from macko_llm.recipe import PruneRecipe
 
 MEMBERS = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 
@@ -38,9 +42,9 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     cleanup_dist_env_and_memory()
 
 
-def load(folder: Path, **arguments: object) -> nn.Module:
-    arguments = {"dtype": "float32", "max_model_len": 128, "enforce_eager": True, **arguments}
-    config = EngineArgs(model=str(folder), **arguments).create_engine_config()
+def load(folder: Path) -> nn.Module:
+    arguments = EngineArgs(model=str(folder), dtype="float32", max_model_len=32, enforce_eager=True)
+    config = arguments.create_engine_config()
     with set_current_vllm_config(config):
         return get_model(vllm_config=config)
 
@@ -81,6 +85,27 @@ def test_each_layer_multiplies_as_the_dense_model_s_and_all_else_is_vllm_s(folde
     assert len(methods["MackoLinearMethod"]) == 4 * 4 - 1  # one down_proj is stored dense
     assert methods["UnquantizedLinearMethod"] == ["model.layers.2.mlp.down_proj"]
     assert methods["UnquantizedEmbeddingMethod"] == ["model.embed_tokens", "lm_head"]
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_layers_of_every_family_multiply_as_vllm_s_dense_ones(family: str, tmp_path: Path) -> None:
+    save_model(tmp_path / "dense", family, torch.float16)
+    prune_checkpoint(tmp_path / "dense", tmp_path / "pruned", PruneRecipe(method="magnitude"), device="cpu")
+    pack_checkpoint(tmp_path / "pruned", tmp_path / "packed", device="cpu")
+    of_dense = dict(load(tmp_path / "pruned").named_modules())
+    packed = {
+        name: layer
+        for name, layer in load(tmp_path / "packed").named_modules()
+        if type(getattr(layer, "quant_method", None)).__name__ == "MackoLinearMethod"
+    }
+    assert len(packed) == (12 if family == "gemma3" else 8)  # four a block: all that pruning touched
+    for name, layer in packed.items():
+        x, dense = torch.randn(5, layer.input_size), of_dense[name]
+        with torch.inference_mode():
+            y = layer.quant_method.apply(layer, x, layer.bias)
+            expected = dense.quant_method.apply(dense, x, dense.bias)
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.usefixtures("alone")
