@@ -68,6 +68,10 @@ class Parts:
             matrix: MackoMatrix = canonical.pack(tensor.to(self._dtype))
         elif len(arrays) == len(ARRAY_NAMES):
             values, deltas, row_offsets = (arrays[name] for name in ARRAY_NAMES)
+            if values.dtype != self._dtype:
+                raise FormatError(
+                    f"{self._name} holds {values.dtype} values, and its config.json says {self._dtype}; download it again."
+                )
             matrix = MackoMatrix(values, deltas, row_offsets, (len(row_offsets) - 1, self._cols))
             canonical.validate(matrix, self._name)
         else:

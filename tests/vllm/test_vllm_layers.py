@@ -214,6 +214,12 @@ def test_arrays_that_are_not_valid_are_refused(be_rank: Callable) -> None:
         load(a_layer(), [(name, array, ()) for name, array in stored.items()])
 
 
+def test_values_of_another_dtype_than_the_config_s_are_refused(be_rank: Callable) -> None:
+    be_rank(0, 1)
+    with pytest.raises(FormatError, match=rf"{PARENT}\.fc holds torch\.bfloat16 values"):
+        load_members(a_layer(), {None: sparse(40).bfloat16()})
+
+
 def test_a_matrix_of_another_height_is_refused(be_rank: Callable) -> None:
     be_rank(0, 1)
     with pytest.raises(FormatError, match=rf"{PARENT}\.fc is 24 x {COLS} in the checkpoint"):
