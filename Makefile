@@ -8,7 +8,7 @@ INSTALLED := .venv/.installed-$(MACKO_CUDA)
 # Variables, not --constraint, so that they hold where pip builds macko, too: the first with pip up to 25.2, then the second.
 PINNED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
 
-.PHONY: help demo build test test-sanitize test-aarch64 lint test-gpu bench wheel lock clean
+.PHONY: help demo build test test-sanitize test-aarch64 lint test-gpu test-vllm bench wheel lock clean
 
 help:
 	@echo "make demo           prune, pack, evaluate and generate with the bundled model"
@@ -18,6 +18,7 @@ help:
 	@echo "make lint           check style, types, imports and formatting"
 	@echo "make build          build the native library and install macko into .venv"
 	@echo "make test-gpu       run the tests that need a GPU"
+	@echo "make test-vllm      run the tests that need vLLM, in an environment of their own of about 10 GB"
 	@echo "make bench          measure sizes, perplexities and speeds of the bundled model"
 	@echo "make wheel          build a wheel into dist/ and try it in a new environment, its library in other Pythons, too"
 	@echo "make lock           set up .venv anew with the newest packages and pin them in constraints.txt"
@@ -39,6 +40,12 @@ test-aarch64:
 
 test-gpu: $(INSTALLED)
 	$(BIN)/python -m pytest tests/gpu
+
+# vLLM asks for a torch of its own, so nothing is pinned here.
+test-vllm:
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --editable '.[vllm]' pytest
+	.venv-vllm/bin/python -m pytest tests/vllm
 
 bench: $(INSTALLED)
 	$(BIN)/macko bench quality
@@ -64,7 +71,7 @@ lock:
 	touch $(INSTALLED)
 
 clean:
-	rm -rf .venv build dist
+	rm -rf .venv .venv-vllm build dist
 
 $(INSTALLED): pyproject.toml constraints.txt $(shell find csrc -type f) $(wildcard build_backend/*.py build_backend/*.pth)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

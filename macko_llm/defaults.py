@@ -15,6 +15,9 @@ MAX_ENTRIES = 2**31 - 1 - ENTRY_ALIGNMENT
 MAX_NEW_TOKENS = 128
 """Tokens that a generation adds at most."""
 
+CHAT_NEW_TOKENS = 512
+"""Tokens of an answer in a conversation at most, where those are no more than half of the model's positions."""
+
 TEMPERATURE = 0.0
 """Greedy."""
 

@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
@@ -82,6 +82,16 @@ class Rounding:
 
 
 @dataclass(frozen=True)
+class KindReport:
+    """All layers of one place in a block, or several of them put together: how many, their sizes, their share of zeros."""
+
+    layers: int
+    bytes_dense: int
+    bytes_packed: int
+    sparsity: float
+
+
+@dataclass(frozen=True)
 class PackReport:
     """A packed checkpoint: `layers` are the linears of its blocks, byte counts and rounding are of all tensors."""
 
@@ -99,9 +109,34 @@ class PackReport:
         return sum(layer.sparsity * layer.rows * layer.cols for layer in self.layers.values()) / max(elements, 1)
 
     @property
+    def kinds(self) -> dict[str, KindReport]:
+        """The layers by what they are in a block: "self_attn.q_proj", and "mlp.experts.*.up_proj" of all experts."""
+        groups: dict[str, list[LayerReport]] = {}
+        for name, layer in self.layers.items():
+            groups.setdefault(_kind(name), []).append(layer)
+        return {kind: _kind_report(layers) for kind, layers in groups.items()}
+
+    @property
     def kept_dense(self) -> list[str]:
         """Layers that packing would have made larger."""
         return [name for name, layer in self.layers.items() if not layer.packed]
+
+
+def _kind(name: str) -> str:
+    """A layer's name behind its block's number, without other numbers."""
+    parts = name.split(".")
+    block = next((place for place, part in enumerate(parts) if part.isdigit()), -1)
+    return ".".join("*" if part.isdigit() else part for part in parts[block + 1 :])
+
+
+def _kind_report(layers: Sequence[LayerReport]) -> KindReport:
+    elements = sum(layer.rows * layer.cols for layer in layers)
+    return KindReport(
+        layers=len(layers),
+        bytes_dense=sum(layer.bytes_dense for layer in layers),
+        bytes_packed=sum(layer.bytes_packed for layer in layers),
+        sparsity=sum(layer.sparsity * layer.rows * layer.cols for layer in layers) / elements,
+    )
 
 
 class PackedWriter:

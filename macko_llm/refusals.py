@@ -236,6 +236,14 @@ def check_counts(context: int, new_tokens: int, batch: int) -> None:
             raise UsageError(f"There is nothing to measure with {option} {count}; use 1 or more.")
 
 
+def check_comparison(models: Sequence[str], new_tokens: int) -> None:
+    """Raise UsageError unless there are models to compare, and tokens between which time passes."""
+    if len(models) < 2:
+        raise UsageError("One model compares to nothing; name two or more.")
+    if new_tokens < 2:
+        raise UsageError(f"{new_tokens} new tokens have no speed; use --new-tokens 2 or more.")
+
+
 def check_folder(folder: Path | None) -> None:
     """Raise UsageError unless a temporary folder can be made in this one, or in the system's usual one."""
     if folder is not None and not folder.is_dir():

@@ -1,10 +1,12 @@
-"""Parts of a packed matrix, packed again: what each of several devices holds of it."""
+"""Parts of packed matrices, packed again: what each of several devices holds of them."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from macko_llm.errors import UsageError
-from macko_llm.format import DELTA_BITS, MAX_DELTA, MackoMatrix, padded_count
+from macko_llm.format import DELTA_BITS, MAX_DELTA, MackoMatrix, check_entries, padded_count
 from macko_llm.layouts import canonical
 
 
@@ -51,6 +53,40 @@ def slice_columns(matrix: MackoMatrix, start: int, stop: int) -> MackoMatrix:
     if not 0 <= start < stop <= cols:
         raise UsageError(f"Columns {start}:{stop} are not in a matrix of {cols}; take at least one from 0:{cols}.")
     return canonical.pack_finite(canonical.unpack(matrix)[:, start:stop].contiguous())
+
+
+def stack_rows(matrices: Sequence[MackoMatrix]) -> MackoMatrix:
+    """Matrices one below the other, bytes for bytes what packing the dense matrix of them gives. Nothing is unpacked.
+
+    Args:
+        matrices: valid, at least one, of one dtype and device and with as many columns; see `slice_rows` for those that no
+            writer would produce.
+
+    Returns:
+        [their rows, cols], in memory of its own.
+
+    Raises:
+        UsageError: their columns, dtypes or devices differ.
+        FormatError: together they have too many entries.
+    """
+    kinds = {(matrix.shape[1], matrix.values.dtype, matrix.values.device) for matrix in matrices}
+    if len(kinds) != 1:
+        raise UsageError("Only packed matrices of one width, dtype and device can be stacked; convert them first.")
+    counts = [int(matrix.row_offsets[-1]) for matrix in matrices]
+    rows, cols, entries = sum(matrix.shape[0] for matrix in matrices), matrices[0].shape[1], sum(counts)
+    check_entries(rows, cols, entries)
+    values = matrices[0].values.new_zeros(padded_count(entries))
+    nibbles = matrices[0].deltas.new_zeros(len(values))
+    row_offsets = matrices[0].row_offsets.new_zeros(rows + 1)
+    entry = row = 0
+    for matrix, count in zip(matrices, counts, strict=True):
+        values[entry : entry + count] = matrix.values[:count]
+        nibbles[entry : entry + count] = torch.stack(
+            [matrix.deltas & MAX_DELTA, matrix.deltas >> DELTA_BITS], 1
+        ).flatten()[:count]
+        row_offsets[row + 1 : row + matrix.shape[0] + 1] = matrix.row_offsets[1:] + entry
+        entry, row = entry + count, row + matrix.shape[0]
+    return MackoMatrix(values, nibbles[0::2] | (nibbles[1::2] << DELTA_BITS), row_offsets, (rows, cols))
 
 
 def _slice_deltas(deltas: Tensor, first: int, end: int) -> Tensor:

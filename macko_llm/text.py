@@ -29,19 +29,30 @@ def encode_prompt(
         UsageError: a system prompt without chat, no chat template or one that refuses the roles, an empty prompt where
             there is no BOS, lone surrogates, as which Python reads bytes that are not UTF-8.
     """
-    for given in (prompt, system_prompt or ""):
-        try:
-            given.encode()
-        except UnicodeEncodeError as error:
-            raise UsageError("The prompt holds bytes that are not UTF-8 text; convert it first.") from error
     if chat:
-        text = _render_chat(tokenizer, prompt, system_prompt)
-    elif system_prompt is not None:
+        return encode_text(tokenizer, _render_chat(tokenizer, prompt, system_prompt), special_tokens=False)
+    if system_prompt is not None:
         raise UsageError("A system prompt belongs to a chat; add --chat, or write it into the prompt.")
-    else:
-        text = prompt
-    # A template writes its own BOS. verbose=False: the length is checked against the model, with a better sentence.
-    ids = list(tokenizer(text, add_special_tokens=not chat, verbose=False)["input_ids"])
+    return encode_text(tokenizer, prompt)
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, *, special_tokens: bool = True) -> Tensor:
+    """Token ids of a text, [1, n] int64 on the CPU; of an empty one the BOS token.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        text: what to encode.
+        special_tokens: add the tokenizer's own (BOS); a chat template has written them already.
+
+    Raises:
+        UsageError: an empty text where there is no BOS, lone surrogates.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError("The prompt holds bytes that are not UTF-8 text; convert it first.") from error
+    # verbose=False: the length is checked against the model, with a better sentence.
+    ids = list(tokenizer(text, add_special_tokens=special_tokens, verbose=False)["input_ids"])
     if not ids:
         if tokenizer.bos_token_id is None:
             raise UsageError("The prompt is empty and the tokenizer has no BOS token to start from; give some text.")

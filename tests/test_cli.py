@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import torch
 import transformers
 import typer
+import typer.main
 from datasets import Dataset
 from families import MAX_POSITIONS, SENTENCES, save_model
 from helpers import assert_plain, copy_model, quiet_transformers, weights
@@ -37,8 +39,10 @@ COMMANDS = [
     "pack",
     "unpack",
     "generate",
+    "chat",
     "eval",
     "eval-perplexity",
+    "compare",
     "inspect",
     "doctor",
     "demo",
@@ -155,6 +159,33 @@ def test_pack_says_what_stays_dense(tmp_path: Path) -> None:
     assert content["kept_dense"] == list(content["layers"])
     said = macko("pack", "dense", "-o", tmp_path / "packed", "--overwrite").stdout
     assert "All layers stay dense, because packing would make them larger; prune the model first" in said
+
+
+def test_a_dry_run_of_pack_weighs_each_kind_of_layer_as_packing_does() -> None:
+    content = macko_json("pack", "pruned", "--dry-run")
+    assert (content["output"], content["dry_run"]) == (None, True)
+    kinds = content["kinds"]
+    projections = [f"self_attn.{name}_proj" for name in "qkvo"] + [
+        f"mlp.{name}_proj" for name in ("gate", "up", "down")
+    ]
+    assert list(kinds) == projections
+    dense, packed = weights(Path("pruned")), weights(Path("packed"))
+    for kind, found in kinds.items():
+        tensors = [tensor for name, tensor in dense.items() if name.endswith(f"{kind}.weight")]
+        assert found["layers"] == len(tensors) == 2
+        assert found["bytes_dense"] == sum(tensor.nbytes for tensor in tensors)
+        assert found["bytes_packed"] == sum(tensor.nbytes for name, tensor in packed.items() if f".{kind}." in name)
+        assert found["sparsity"] == torch.cat([(tensor == 0).float().flatten() for tensor in tensors]).mean().item()
+    table = macko("pack", "pruned", "--dry-run").stdout
+    assert re.search(r"mlp\.up_proj +2 +40\.96 kB +26\.89 kB +1\.52x +50\.0%", table)
+    rest = sum(tensor.nbytes for name, tensor in dense.items() if not name.endswith("_proj.weight"))
+    assert re.search(rf"all other tensors +{megabytes(rest)} +{megabytes(rest)} +1\.00x", table)
+    whole = [megabytes(sum(tensor.nbytes for tensor in tensors.values())) for tensors in (dense, packed)]
+    assert re.search(rf"total +14 +{whole[0]} +{whole[1]} +1\.\d\dx +50\.0%", table)
+    assert table.splitlines()[-1].startswith(f"Would pack {whole[0]} into {whole[1]} (")
+    assert macko("pack", "pruned", exit_code=2).stderr == (
+        "macko: There is no folder to write; give -o OUT, or --dry-run to see only how large it would be.\n"
+    )
 
 
 def test_inspect() -> None:
@@ -428,6 +459,79 @@ def test_flags_override_the_recipe_and_the_recipe_the_defaults(tmp_path: Path) -
     both = _planned("--recipe", file, "--sparsity", 0.6, "--method", "wanda", "--nsamples", 9, "--dtype", "float32")
     assert both == {**defaults, "sparsity": 0.6, "seed": 7, "nsamples": 9, "dtype": "float32"}
     assert _planned("--pattern", "2:4")["sparsity"] == 0.5
+
+
+FLAGS: dict[str, tuple[list[object], object]] = {
+    "method": (["--method", "ria"], "ria"),
+    "sparsity": (["--sparsity", 0.25], 0.25),
+    "pattern": (["--pattern", "2:4"], "2:4"),
+    "update": (["--update", "admm"], "admm"),
+    "allocation": (["--allocation", "owl"], "owl"),
+    "targets": (["--targets", "up_proj", "--targets", "down_proj"], ["up_proj", "down_proj"]),
+    "ignore": (["--ignore", "up_proj"], ["up_proj"]),
+    "layers": (
+        ["--layers", "down_proj=0.4", "--layers", "re:.*(?=up_proj).* = 0"],
+        [["down_proj", 0.4], ["re:.*(?=up_proj).*", 0.0]],
+    ),
+    "calibration": (["--calibration", "text.txt"], "text.txt"),
+    "split": (["--calibration", "dataset", "--split", "test"], "test"),
+    "text_column": (["--calibration", "dataset", "--text-column", "body"], "body"),
+    "chat_template": (["--calibration", "text.txt", "--chat-template"], True),
+    "nsamples": (["--nsamples", 3], 3),
+    "seqlen": (["--seqlen", 12], 12),
+    "seed": (["--seed", 5], 5),
+    "dtype": (["--dtype", "bfloat16"], "bfloat16"),
+}
+
+
+def test_every_setting_of_a_recipe_is_a_flag_of_that_name(folder: Path) -> None:
+    settings = {field.name for field in fields(PruneRecipe)}
+    command = typer.main.get_command(app).commands["prune"]  # type: ignore[attr-defined]
+    flags = {parameter.opts[0].removeprefix("--").replace("-", "_") for parameter in command.params}
+    assert settings <= flags
+    assert set(FLAGS) == settings
+    template = folder / "dense" / "chat_template.jinja"
+    template.write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    try:
+        for name, (call, value) in FLAGS.items():
+            assert getattr(PruneRecipe(), name) != value
+            assert _planned(*call)[name] == value, name
+    finally:
+        template.unlink()
+
+
+def test_what_was_used_is_what_macko_json_says(tmp_path: Path) -> None:
+    """Flags win over the file, a table of layers as a whole."""
+    file = tmp_path / "recipe.toml"
+    file.write_text(
+        'method = "magnitude"\nsparsity = 0.3\nseed = 7\nignore = ["o_proj"]\n[layers]\ndown_proj = 0.8\nup_proj = 0.7\n'
+    )
+    more = ["--sparsity", 0.6, "--layers", "up_proj=0.4", "--method", "wanda", *calibrated()]
+    for name, flags, used, shares in (
+        ("by-file", [], {"method": "magnitude", "sparsity": 0.3}, {"down_proj": 0.8, "up_proj": 0.7}),
+        ("by-flags", more, {"method": "wanda", "sparsity": 0.6, "nsamples": 4, "seed": 7}, {"up_proj": 0.4}),
+    ):
+        macko("prune", "dense", "-o", tmp_path / name, "--recipe", file, *flags)
+        record = json.loads((tmp_path / name / "macko.json").read_text())["prune"]
+        assert {**record, **used, "ignore": ["o_proj"], "layer_sparsities": shares} == record
+        layers = {"q_proj": used["sparsity"], "o_proj": 0.0, **shares}
+        for weight, tensor in weights(tmp_path / name).items():
+            share = next((share for layer, share in layers.items() if weight.endswith(f"{layer}.weight")), None)
+            if share is not None:
+                assert (tensor == 0).float().mean().item() == pytest.approx(share, abs=0.02), weight
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("down_proj", "'down_proj' gives layers no sparsity; write for example --layers"),
+        ("down_proj=much", "'much' is not a sparsity"),
+        ("down_proj=1", "outside [0, 1)"),
+        ("=0.5", "The name of a layer is empty"),
+    ],
+)
+def test_layers_that_make_no_sense(given: str, words: str) -> None:
+    assert words in macko("prune", "dense", "-o", "unused", "--layers", given, exit_code=2).stderr
 
 
 def test_recipes_that_cannot_be_used(tmp_path: Path) -> None:

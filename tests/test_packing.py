@@ -21,7 +21,16 @@ from macko_llm import checkpoint, generation, models, outputs, packing
 from macko_llm.cli.main import app
 from macko_llm.errors import CheckpointError, NonFiniteError, UsageError
 from macko_llm.linear import ARRAY_NAMES, MackoLinear
-from macko_llm.packing import PackedWriter, Rounding, inspect_checkpoint, pack_checkpoint, unpack_checkpoint
+from macko_llm.packing import (
+    KindReport,
+    LayerReport,
+    PackedWriter,
+    PackReport,
+    Rounding,
+    inspect_checkpoint,
+    pack_checkpoint,
+    unpack_checkpoint,
+)
 from macko_llm.pruning import prune_checkpoint
 from macko_llm.recipe import PruneRecipe
 from macko_llm.shards import ShardWriter
@@ -310,6 +319,23 @@ def test_a_dry_run_reports_the_same_and_writes_nothing(llama: Path) -> None:
     dry = pack_checkpoint(llama / "pruned", None)
     assert {path: path.stat().st_mtime_ns for path in llama.rglob("*")} == before
     assert replace(dry, seconds=0) == replace(inspect_checkpoint(llama / "packed"), seconds=0)
+
+
+def test_layers_of_a_kind_are_those_of_one_place_in_all_blocks() -> None:
+    def layer(rows: int, sparsity: float) -> LayerReport:
+        return LayerReport(rows, 10, sparsity, 0, 20 * rows, 11 * rows, True)
+
+    layers = {
+        "model.layers.0.mlp.experts.0.up_proj": layer(1, 0.2),
+        "model.layers.0.mlp.experts.1.up_proj": layer(3, 0.6),
+        "model.layers.10.mlp.experts.0.up_proj": layer(4, 0.5),
+        "model.decoder.layers.3.fc1": layer(2, 0.7),
+        "lm_head": layer(5, 0.0),
+    }
+    kinds = PackReport("float16", 0, 0, layers, 0.0).kinds
+    assert list(kinds) == ["mlp.experts.*.up_proj", "fc1", "lm_head"]
+    assert kinds["mlp.experts.*.up_proj"] == KindReport(3, 160, 88, pytest.approx((0.2 + 3 * 0.6 + 4 * 0.5) / 8))
+    assert kinds["lm_head"] == KindReport(1, 100, 55, 0.0)
 
 
 def _folder_bytes(folder: Path) -> dict[str, bytes]:

@@ -1,14 +1,16 @@
 """Slices of packed matrices, against packing the slice of the dense matrix with the specification in plain torch."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from macko_llm import format as spec
-from macko_llm.errors import UsageError
+from macko_llm.errors import FormatError, UsageError
 from macko_llm.format import MackoMatrix
-from macko_llm.slicing import slice_columns, slice_rows
+from macko_llm.slicing import slice_columns, slice_rows, stack_rows
 
 
 @st.composite
@@ -50,6 +52,28 @@ def test_columns_are_the_bytes_that_packing_those_columns_gives(weight: torch.Te
     sliced = slice_columns(spec.pack(weight), start, stop)
     assert same_bytes(sliced, spec.pack(weight[:, start:stop]))
     spec.validate(sliced)
+
+
+@given(matrices(), st.lists(st.integers(0, 9), max_size=4))
+@settings(max_examples=300, deadline=None)
+def test_stacked_matrices_are_the_bytes_that_packing_the_stacked_rows_gives(
+    weight: torch.Tensor, cuts: list[int]
+) -> None:
+    ends = sorted(min(cut, len(weight)) for cut in cuts)
+    parts = [spec.pack(weight[start:stop]) for start, stop in pairwise([0, *ends, len(weight)])]
+    stacked = stack_rows(parts)
+    assert same_bytes(stacked, spec.pack(weight))
+    spec.validate(stacked)
+
+
+def test_matrices_that_do_not_stack_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix = spec.pack(torch.ones(2, 4, dtype=torch.float16))
+    for other in (torch.ones(2, 5, dtype=torch.float16), torch.ones(2, 4, dtype=torch.bfloat16)):
+        with pytest.raises(UsageError, match="one width, dtype and device"):
+            stack_rows([matrix, spec.pack(other)])
+    monkeypatch.setattr(spec, "MAX_ENTRIES", 15)
+    with pytest.raises(FormatError, match="a 4 x 4 matrix with 16 entries"):
+        stack_rows([matrix, matrix])
 
 
 def test_arrays_that_no_writer_would_produce_are_sliced_to_valid_ones_of_the_same_matrix() -> None:

@@ -225,32 +225,41 @@ __global__ void __launch_bounds__(Config::Threads, Config::Blocks)
       columns.advance(slot, done + 1 < count);
       if (Config::Strips > 1 && !has_strip) continue;
       const uint32_t record = ring.wait(slot, round), values = record + strip.count * kHeadBytes;
+      const auto multiply_half = [&](const uint4(&eights)[Config::Eights], int pair, int half, auto tiles) {
+        constexpr int kTiles = decltype(tiles)::value;
+        const HalfHead<kTiles> head(record + pair * 2 * kHeadBytes, half, own);
 #pragma unroll
-      for (int half = 0; half < 2; half++) {
-        uint4 eights[Config::Eights];
+        for (int step = 0; step < 2; step++) {
+          uint32_t low[2] = {0, 0}, high[2] = {0, 0};
 #pragma unroll
-        for (int e = 0; e < Config::Eights; e++) eights[e] = columns.half(slot, e, half);
-        const auto multiply_tiles = [&](int pair, auto tiles) {
-          constexpr int kTiles = decltype(tiles)::value;
-          const HalfHead<kTiles> head(record + pair * 2 * kHeadBytes, half, own);
+          for (int tile = 0; tile < kTiles; tile++) head.expand(tile, step, values, own, low[tile], high[tile]);
 #pragma unroll
-          for (int step = 0; step < 2; step++) {
-            uint32_t low[2] = {0, 0}, high[2] = {0, 0};
-#pragma unroll
-            for (int tile = 0; tile < kTiles; tile++) head.expand(tile, step, values, own, low[tile], high[tile]);
-#pragma unroll
-            for (int e = 0; e < Config::Eights; e++) {
-              multiply_step<T>(sums[e][pair], low, high, step ? eights[e].z : eights[e].x,
-                               step ? eights[e].w : eights[e].y);
-            }
+          for (int e = 0; e < Config::Eights; e++) {
+            multiply_step<T>(sums[e][pair], low, high, step ? eights[e].z : eights[e].x,
+                             step ? eights[e].w : eights[e].y);
           }
-        };
+        }
+      };
+      // Both halves of a pair at once, where x is in registers and those suffice.
+      constexpr int kHalves = Config::Shared || Config::Tiles > 4 ? 1 : 2;
+#pragma unroll
+      for (int first = 0; first < 2; first += kHalves) {
+        uint4 eights[kHalves][Config::Eights];
+#pragma unroll
+        for (int h = 0; h < kHalves; h++) {
+#pragma unroll
+          for (int e = 0; e < Config::Eights; e++) eights[h][e] = columns.half(slot, e, first + h);
+        }
 #pragma unroll
         for (int pair = 0; pair < Config::Pairs; pair++) {
+          const auto multiply_tiles = [&](auto tiles) {
+#pragma unroll
+            for (int h = 0; h < kHalves; h++) multiply_half(eights[h], pair, first + h, tiles);
+          };
           if (2 * pair + 1 < strip.count) {
-            multiply_tiles(pair, std::integral_constant<int, 2>());
+            multiply_tiles(std::integral_constant<int, 2>());
           } else if (2 * pair < strip.count) {
-            multiply_tiles(pair, std::integral_constant<int, 1>());
+            multiply_tiles(std::integral_constant<int, 1>());
           }
         }
       }
@@ -369,7 +378,7 @@ cudaError_t launch_spmm_some(const SpmmCall& call, const SpmmGpu& gpu, int token
     using Two = SpmmConfig<1, 12, 4, 2, 2, 2, false>;
     using Low = SpmmConfig<1, 8, 4, 2, 2, 3, false>;
     using Middle = SpmmConfig<3, 8, 6, 2, 2, 1, true>;
-    using High = SpmmConfig<3, 6, 8, 2, 2, 1, true>;
+    using High = SpmmConfig<3, 5, 8, 2, 2, 1, true>;
     if (one && fits(One())) return launch(One());
     if (one && fits(OneHigh())) return launch(OneHigh());
     if (two && fits(Two())) return launch(Two());

@@ -74,7 +74,14 @@ struct GroupConfig {
   // A panel of x: of 8 columns each [Tokens][8], first those of a half, then those of the other in other banks.
   static constexpr int EightBytes = Tokens * 16, HalfBytes = 4 * EightBytes + 64;
   static constexpr int PanelBytes = 2 * HalfBytes;
-  static constexpr int PanelSlots = 2;
+  static constexpr int PanelTokens = PartWarps * 4;  // tokens of a panel that the warps of a part load at once
+  static constexpr int Loads = (Tokens + PanelTokens - 1) / PanelTokens;
+
+  // Whether a warp expands the next panel while tensor cores are at this one, for which fewer warps have registers:
+  // slower than to wait for them, unless that takes long.
+  static constexpr bool Ahead = Tokens == 128;
+  static constexpr int PanelSlots = Ahead ? 3 : 2;
+  static constexpr int Buffers = Ahead || Pairs > 1 ? 2 : 1;  // of expanded tiles
 
   // Records and panels, then the sums in their place.
   static constexpr int64_t shared_bytes(int64_t record_bytes) {
@@ -88,8 +95,7 @@ struct GroupConfig {
 // tokens, behind the last token that one again, for products that nobody asks for.
 template <typename T, typename Config>
 struct GroupColumns {
-  static constexpr int kApart = Config::PartWarps * 4;  // tokens from a load of a warp to its next
-  static constexpr int kLoads = (Config::Tokens + kApart - 1) / kApart;
+  static constexpr int kApart = Config::PanelTokens, kLoads = Config::Loads;
 
   const T* rows[kLoads];
   int column, last_column;
@@ -192,48 +198,50 @@ __global__ void __cluster_dims__(Config::Ranks) __launch_bounds__(Config::Thread
   columns.load();
   columns.store(0);
   columns.load();
-  int slot = 0;
+  uint32_t a[Config::Buffers][kSteps][4];
+  int panel_slot = 0;
   uint32_t round = 0;
 #pragma unroll 1
-  for (int done = 0; done < count; done++) {
-    asm volatile("bar.sync %0, %1;" ::"r"(part + 1), "n"(Config::PartWarps * kWarpSize) : "memory");
-    if (done > 0) ring.fetch(slot == 0 ? kRing - 1 : slot - 1);
-    columns.store((done + 1) % 2);
-    columns.load();
-    uint32_t record = 0;
-    if (strip.count > 0) record = ring.wait(slot, round);
-    uint32_t values = record + strip.count * kHeadBytes;
-    asm volatile("" : "+r"(values));
-    const uint64_t panel = kDescription | ((columns_at + done % 2 * Config::PanelBytes) & 0x3ffffu) >> 4;
+  for (int done = 0; done < count; round++) {
 #pragma unroll
-    for (int k = 0; k < Config::Pairs; k++) {
-      const int pair = k * Config::WarpsOfStrip + sub;
-      const int tiles = strip.count - 2 * pair;
-      const uint32_t head = record + pair * 2 * kHeadBytes;
-      uint32_t a[kSteps][4];
-      if (tiles > 1) {
-        expand_pair<2>(head, values, own, a);
-      } else {
+    for (int slot = 0; slot < kRing; slot++, done++) {
+      if (slot > 0 && done >= count) break;
+      asm volatile("bar.sync %0, %1;" ::"r"(part + 1), "n"(Config::PartWarps * kWarpSize) : "memory");
+      if (done > 0) ring.fetch((slot + kRing - 1) % kRing);
+      const uint64_t panel = kDescription | ((columns_at + panel_slot * Config::PanelBytes) & 0x3ffffu) >> 4;
+      panel_slot = panel_slot + 1 == Config::PanelSlots ? 0 : panel_slot + 1;
+      columns.store(panel_slot);
+      columns.load();
+      uint32_t record = 0;
+      if (strip.count > 0) record = ring.wait(slot, round);
+      const uint32_t values = record + strip.count * kHeadBytes;
 #pragma unroll
-        for (int i = 0; i < kSteps * 4; i++) a[i / 4][i % 4] = 0;
-        if (tiles > 0) expand_pair<1>(head, values, own, a);
+      for (int k = 0; k < Config::Pairs; k++) {
+        const int pair = k * Config::WarpsOfStrip + sub,
+                  buffer = ((Config::Ahead ? slot * Config::Pairs : 0) + k) % Config::Buffers;
+        const int tiles = strip.count - 2 * pair;
+        const uint32_t head = record + pair * 2 * kHeadBytes;
+        if (tiles > 1) {
+          expand_pair<2>(head, values, own, a[buffer]);
+        } else {
+#pragma unroll
+          for (int i = 0; i < kSteps * 4; i++) a[buffer][i / 4][i % 4] = 0;
+          if (tiles > 0) expand_pair<1>(head, values, own, a[buffer]);
+        }
+        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+        for (int step = 0; step < kSteps; step++) {
+          constexpr int kStepBytes = 2 * Config::EightBytes;
+          multiply_group<T, Config::Tokens>(sums[k], a[buffer][step],
+                                            panel + (step / 2 * Config::HalfBytes + step % 2 * kStepBytes) / 16);
+        }
+        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+        asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Config::Buffers - 1) : "memory");
       }
-      asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-#pragma unroll
-      for (int step = 0; step < kSteps; step++) {
-        constexpr int kStepBytes = 2 * Config::EightBytes;
-        multiply_group<T, Config::Tokens>(sums[k], a[step],
-                                          panel + (step / 2 * Config::HalfBytes + step % 2 * kStepBytes) / 16);
-      }
-      asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-      asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
-    }
-    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-    if (++slot == kRing) {
-      slot = 0;
-      round++;
+      if (!Config::Ahead) asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
     }
   }
+  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 
   // [parts][strips][tokens][rows], where the records were.
   __syncthreads();
@@ -311,14 +319,14 @@ cudaError_t launch_groups_some(const SpmmCall& call, int multiprocessors, int to
   const int of_each = (matrix.strips + multiprocessors - 1) / multiprocessors;  // strips of a multiprocessor
   constexpr bool kMany = Tokens == 128;
   if (of_each == 1) {
-    if (tiles <= 4) return launch_groups_config<T, GroupConfig<2, 2, 4, 4, Tokens, 2>>(call, tokens);
-    if (tiles <= 6) return launch_groups_config<T, GroupConfig<2, 2, kMany ? 2 : 4, 6, Tokens, 2>>(call, tokens);
+    if (tiles <= 4) return launch_groups_config<T, GroupConfig<2, 2, kMany ? 3 : 4, 4, Tokens, 2>>(call, tokens);
+    if (tiles <= 6) return launch_groups_config<T, GroupConfig<2, 2, kMany ? 2 : 3, 6, Tokens, 2>>(call, tokens);
   }
   if (of_each == 2 && tiles <= 4) {
     return launch_groups_config<T, GroupConfig<4, 2, kMany ? 1 : 2, 4, Tokens, 2>>(call, tokens);
   }
   if (tiles <= 4) {
-    return launch_groups_config<T, GroupConfig<kMany ? 3 : 6, 2, 2, 4, Tokens, kMany ? 1 : 2>>(call, tokens);
+    return launch_groups_config<T, GroupConfig<6, 2, kMany ? 1 : 2, 4, Tokens, 2>>(call, tokens);
   }
   return launch_groups_config<T, GroupConfig<3, 4, kMany ? 1 : 2, 8, Tokens, 1>>(call, tokens);
 }

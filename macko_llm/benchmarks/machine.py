@@ -50,11 +50,16 @@ class Machine:
         return f"{device}, torch {self.torch}"
 
 
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or "cpu"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
 def describe_machine(device: torch.device) -> Machine:
     """The facts, the read bandwidth measured."""
     on_gpu = device.type == "cuda"
     return Machine(
-        device=torch.cuda.get_device_name(device) if on_gpu else str(device),
+        device=device_name(device),
         driver=_driver_version() if on_gpu else None,
         cuda=torch.version.cuda,
         torch=torch.__version__,

@@ -12,6 +12,7 @@ from macko_llm.errors import UsageError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from macko_llm.benchmarks.compare import CompareReport
     from macko_llm.benchmarks.spmv import Case, SpmvReport
 
 PANELS_A_ROW = 3
@@ -72,6 +73,33 @@ def plot_spmv(report: SpmvReport, path: Path) -> None:
     figure.legend(
         handles, labels, loc="outside lower center", ncols=min(len(labels), 2 + 2 * columns), frameon=False, fontsize=9
     )
+    figure.savefig(path)
+
+
+def plot_compare(report: CompareReport, path: Path) -> None:
+    """Write a PNG: a panel each for size, perplexity and speed, and in it a bar a model with its ratio to the first."""
+    from matplotlib.figure import Figure
+
+    titles = {
+        "bytes_on_disk": ("MB on disk", 1e-6),
+        "bytes_in_memory": ("MB in memory", 1e-6),
+        "perplexity": ("perplexity", 1.0),
+        "tokens_per_second": ("tokens/s", 1.0),
+    }
+    count = len(report.models)
+    figure = Figure(figsize=(3.2 * len(titles), 0.5 * count + 1.6), dpi=150, layout="constrained")
+    panels = figure.subplots(1, len(titles), sharey=True)
+    for panel, (metric, (title, unit)) in zip(panels, titles.items(), strict=True):
+        bars = panel.barh(range(count), [getattr(one, metric) * unit for one in report.models])
+        ratios = [one.ratios[metric] for one in report.models]
+        panel.bar_label(bars, ["" if ratio is None else f"{ratio:.2f}x" for ratio in ratios], padding=3, fontsize=8)
+        panel.set_title(title, fontsize=10)
+        panel.margins(x=0.25)
+        for side in ("top", "right"):
+            panel.spines[side].set_visible(False)
+    panels[0].set_yticks(range(count), [one.model for one in report.models])
+    panels[0].invert_yaxis()  # the first stands at the top
+    figure.suptitle(f"{report.device}: perplexity on {report.dataset}, windows of {report.seqlen} tokens", fontsize=11)
     figure.savefig(path)
 
 

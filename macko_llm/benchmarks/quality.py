@@ -1,12 +1,16 @@
 """The whole chain on one model: what pruning costs in perplexity and what packing gives back in bytes and speed."""
 
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from macko_llm import calibration, checkpoint, generation, models, outputs, packing, perplexity
+from macko_llm.benchmarks.machine import device_name
 from macko_llm.loading import load
 from macko_llm.progress import Progress, no_progress
 from macko_llm.pruning.pipeline import prune_checkpoint
@@ -110,12 +114,7 @@ def measure_chain(
     def measure(name: str, folder: Path, sparsity: float) -> None:
         loaded = load(folder, device=device)
         report = perplexity.evaluate(loaded, windows, dataset=dataset, progress=progress)
-        progress(f"generating with {name}", 0, SPEED_RUNS)
-        speeds = []
-        for run in range(SPEED_RUNS):
-            made = generation.generate(loaded, tokenizer, ids, max_new_tokens=SPEED_TOKENS, stop_ids=())
-            speeds.append(made.tokens_per_second or 0.0)
-            progress(f"generating with {name}", run + 1, SPEED_RUNS)
+        speed = decode_speed(loaded, tokenizer, ids, SPEED_TOKENS, name=name, progress=progress)
         measurements.append(
             Measurement(
                 name=name,
@@ -123,7 +122,7 @@ def measure_chain(
                 bytes_on_disk=checkpoint.folder_bytes(folder),
                 bytes_in_memory=models.memory_bytes(loaded),
                 perplexity=report.perplexity,
-                tokens_per_second=statistics.median(speeds),
+                tokens_per_second=speed,
             )
         )
 
@@ -146,8 +145,6 @@ def measure_chain(
             packed = workdir / f"packed-{percent}"
             report = packing.pack_checkpoint(workdir / f"wanda-{percent}", packed, overwrite=True, progress=progress)
             measure(f"packed {percent}%", packed, report.sparsity)
-    used_device = models.resolve_device(device)
-    device_name = torch.cuda.get_device_name(used_device) if used_device.type == "cuda" else str(used_device)
     return QualityReport(
         model=str(model),
         recipe=recipe,
@@ -155,7 +152,27 @@ def measure_chain(
         split=calibration.used_split(dataset, "test", split),
         seqlen=windows.seqlen,
         windows=len(windows.batches),
-        device=device_name,
+        device=device_name(models.resolve_device(device)),
         threads=torch.get_num_threads(),
         measurements=measurements,
     )
+
+
+def decode_speed(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: Tensor | Sequence[int],
+    new_tokens: int,
+    *,
+    name: str,
+    progress: Progress = no_progress,
+) -> float:
+    """Tokens per second after the first, the median of SPEED_RUNS greedy runs of `new_tokens` tokens, one text at a time."""
+    what = f"generating with {name}"
+    progress(what, 0, SPEED_RUNS)
+    speeds = []
+    for run in range(SPEED_RUNS):
+        made = generation.generate(model, tokenizer, prompt_ids, max_new_tokens=new_tokens, stop_ids=())
+        speeds.append(made.tokens_per_second or 0.0)
+        progress(what, run + 1, SPEED_RUNS)
+    return statistics.median(speeds)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from macko_llm.cli.console import gigabytes_per_second, megabytes, plain_errors, print_json, print_table, progress_bars
-from macko_llm.cli.options import DeviceOption, DtypeOption, JsonOption, parse_list, parse_sparsity
+from macko_llm.cli.options import DeviceOption, DtypeOption, JsonOption, parse_list, parse_sparsity, shapes
 from macko_llm.cli.reports import note_on_cpu
 from macko_llm.cli.surroundings import with_hub, with_threads
 from macko_llm.defaults import BENCHMARK_CONTEXT, MAX_NEW_TOKENS
@@ -46,6 +46,7 @@ def decode(
         str | None,
         typer.Option(
             metavar="SHAPE",
+            autocompletion=shapes,
             help="In place of a MODEL: llama2-7b, llama2-70b, llama3-8b, tinyllama-1.1b or tiny, random weights.",
         ),
     ] = None,

@@ -15,6 +15,7 @@ from macko_llm.cli.options import (
     expanded_path,
     methods,
     places,
+    shapes,
     updates,
 )
 from macko_llm.cli.surroundings import with_hub, with_threads
@@ -38,6 +39,7 @@ def prune(
         str | None,
         typer.Option(
             metavar="SHAPE",
+            autocompletion=shapes,
             help="In place of a MODEL: llama2-7b, llama2-70b, llama3-8b, tinyllama-1.1b or tiny, random weights.",
         ),
     ] = None,

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from macko_llm.cli.console import gigabytes_per_second, megabytes, plain_errors, print_json, print_table, progress_bars
-from macko_llm.cli.options import DeviceOption, JsonOption, LayoutOption, expanded_path, parse_list, parse_sparsity
+from macko_llm.cli.options import (
+    DeviceOption,
+    JsonOption,
+    LayoutOption,
+    expanded_path,
+    parse_list,
+    parse_sparsity,
+    value_dtypes,
+)
 from macko_llm.cli.reports import note_on_cpu
 from macko_llm.cli.surroundings import with_threads
 from macko_llm.defaults import LAYOUT, MAX_ENTRIES
@@ -70,7 +78,10 @@ def spmv(
         typer.Option(metavar="COUNT,...", help="Rows of the input. [default: 1,2,4,8,16,32 on a GPU, 1 on a CPU]"),
     ] = None,
     dtype: Annotated[
-        list[str] | None, typer.Option(metavar="DTYPE,...", help="float16, bfloat16 or both. [default: float16]")
+        list[str] | None,
+        typer.Option(
+            metavar="DTYPE,...", autocompletion=value_dtypes, help="float16, bfloat16 or both. [default: float16]"
+        ),
     ] = None,
     device: DeviceOption = "auto",
     layout: LayoutOption = LAYOUT,

@@ -29,8 +29,6 @@ SIGNAL_EXIT_CODE = 128
 SECONDS_BETWEEN_LINES = 10.0
 NAME_WIDTH = 20
 """Columns that the names in a table get at least."""
-PIPE_WIDTH = 160
-"""Columns of a table that is not printed to a terminal, wide enough never to cut a name."""
 _OUTPUT_ERRORS = {errno.EPIPE, errno.ENOSPC, errno.EFBIG, errno.EBADF}
 """What writing to stdout may fail with; the library's own files raise errors that name them."""
 
@@ -97,6 +95,17 @@ def _unwinding_signals() -> Iterator[None]:
         for number, handler in before.items():
             if handler == signal.SIG_DFL:
                 signal.signal(number, handler)
+
+
+@contextmanager
+def until_interrupted() -> Iterator[None]:
+    """Ctrl-C ends what is done inside, and nothing more; other signals go on."""
+    try:
+        yield
+    except _SignalReceivedError:
+        raise
+    except KeyboardInterrupt:
+        pass
 
 
 @contextmanager
@@ -181,17 +190,20 @@ def print_json(content: dict[str, Any] | list[Any]) -> None:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, names: int = 1) -> None:
-    """A table on stdout; the first column is text, the others are numbers.
+    """A table on stdout; the first column is text, the others are numbers. Nothing is cut.
 
-    Nothing is cut. Where a terminal is too narrow for all columns, as many as fit come first, and the others below, behind
-    the first `names` columns, which say what a row is about.
+    Where a terminal is too narrow for all columns, as many as fit come first, and the others below, behind the first `names`
+    columns, which say what a row is about. What is no terminal gets plain text, a line a row, however wide.
     """
+    if not sys.stdout.isatty():
+        _print_plain_table(title, [columns, *rows])
+        return
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
     widths = [max(len(row[i]) for row in [columns, *rows]) + 3 for i in range(len(columns))]
-    terminal = Console().width if sys.stdout.isatty() else max(PIPE_WIDTH, sum(widths) + 1)
+    terminal = Console().width
     widths[0] = min(widths[0], NAME_WIDTH + 3)  # longer names are folded where they must be
     for number, part in enumerate(_column_groups(widths, names, terminal)):
         table = Table(title=title or None if number == 0 else None, title_justify="left", box=box.SIMPLE_HEAD)
@@ -203,6 +215,15 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
         Console(width=max(terminal, sum(widths[column] for column in part) + 1)).print(table)
 
 
+def _print_plain_table(title: str, lines: Sequence[Sequence[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    if title:
+        print(title)
+    for first, *numbers in lines:
+        cells = [first.ljust(widths[0]), *map(str.rjust, numbers, widths[1:])]
+        print("  ".join(cells).rstrip())
+
+
 def _column_groups(widths: Sequence[int], names: int, limit: int) -> list[list[int]]:
     """The numbers of the columns of each table, of which all begin with the first ones."""
     first = list(range(names))
@@ -212,6 +233,18 @@ def _column_groups(widths: Sequence[int], names: int, limit: int) -> list[list[i
             groups.append([*first])
         groups[-1].append(column)
     return groups
+
+
+def bar(share: float, width: int) -> str:
+    """A picture of a share in [0, 1], `width` characters; in eighths where the output's encoding has them."""
+    eighths = round(min(max(share, 0.0), 1.0) * width * 8) if math.isfinite(share) else 0
+    whole, rest = divmod(eighths, 8)
+    drawn = "█" * whole + " ▏▎▍▌▋▊▉"[rest].strip()
+    try:
+        drawn.encode(getattr(sys.stdout, "encoding", None) or "ascii")
+    except UnicodeEncodeError:
+        drawn = "#" * round(eighths / 8)
+    return drawn.ljust(width)
 
 
 def megabytes(count: int) -> str:

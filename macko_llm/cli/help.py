@@ -38,14 +38,14 @@ class PlainCommand(typer.core.TyperCommand):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.help = _examples_as_block(self.help or "")
+        self.help = examples_as_block(self.help or "")
 
     def get_params(self, ctx: Any) -> list[Any]:
         """See click's `Command.get_params`."""
         return with_plain_words(super().get_params(ctx))
 
 
-def _examples_as_block(help_text: str) -> str:
+def examples_as_block(help_text: str) -> str:
     """Make of the examples a block that Markdown takes as it is, line by line."""
     prose, heading, examples = help_text.partition("Examples:\n")
     if not heading:

@@ -13,13 +13,15 @@ from macko_llm.cli import bench_prune
 from macko_llm.cli.bench_decode import decode
 from macko_llm.cli.bench_quality import quality
 from macko_llm.cli.bench_spmv import spmv
+from macko_llm.cli.chat import chat
+from macko_llm.cli.compare import compare
 from macko_llm.cli.console import print_error, print_json, written_output
 from macko_llm.cli.demo import demo
 from macko_llm.cli.doctor import doctor
 from macko_llm.cli.eval import evaluate
 from macko_llm.cli.eval_perplexity import eval_perplexity
 from macko_llm.cli.generate import generate
-from macko_llm.cli.help import PlainCommand, with_plain_words
+from macko_llm.cli.help import PlainCommand, examples_as_block, with_plain_words
 from macko_llm.cli.inspect import inspect
 from macko_llm.cli.pack import pack
 from macko_llm.cli.prune import prune
@@ -30,6 +32,10 @@ from macko_llm.errors import UsageError
 
 class PlainGroup(typer.core.TyperGroup):
     """Says a wrong call in one sentence too, where typer would draw a box around it."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.help = examples_as_block(self.help or "")
 
     def get_params(self, ctx: Any) -> list[Any]:
         """See click's `Command.get_params`."""
@@ -66,8 +72,18 @@ class PlainGroup(typer.core.TyperGroup):
 app = typer.Typer(
     name="macko",
     cls=PlainGroup,
-    help="Prune language models without structure, store them sparse, run them faster and smaller than dense on NVIDIA GPUs, "
-    "and smaller on CPUs.",
+    help="""Prune language models without structure, store them sparse, and run them faster and smaller than dense, on NVIDIA
+    GPUs and on CPUs with AVX2 or AVX-512.
+
+    Examples:
+        macko demo
+
+        macko prune meta-llama/Llama-2-7b-hf -o pruned
+
+        macko pack ./pruned -o packed
+
+        macko generate ./packed --prompt "Once upon a time"
+    """,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="markdown",
@@ -94,13 +110,22 @@ app.command(cls=PlainCommand)(tune)
 app.command(cls=PlainCommand)(pack)
 app.command(cls=PlainCommand)(unpack)
 app.command(cls=PlainCommand)(generate)
+app.command(cls=PlainCommand)(chat)
 app.command("eval", cls=PlainCommand)(evaluate)
 app.command("eval-perplexity", cls=PlainCommand)(eval_perplexity)
+app.command(cls=PlainCommand)(compare)
 app.command(cls=PlainCommand)(inspect)
 app.command(cls=PlainCommand)(doctor)
 app.command(cls=PlainCommand)(demo)
 bench = typer.Typer(
-    cls=PlainGroup, help="Measure: sizes and perplexities, whole models token by token, single products, pruning."
+    cls=PlainGroup,
+    help="""Measure: sizes and perplexities, whole models token by token, single products, pruning.
+
+    Examples:
+        macko bench quality
+
+        macko bench decode --config llama2-7b
+    """,
 )
 bench.command(cls=PlainCommand)(quality)
 bench.command(cls=PlainCommand)(spmv)

@@ -7,9 +7,9 @@ from typing import Annotated, TypeVar
 
 import typer
 
-from macko_llm.defaults import HIDDEN_STATE_PLACES, LAYOUTS, MODEL_DTYPE_NAMES
+from macko_llm.defaults import HIDDEN_STATE_PLACES, LAYOUTS, MODEL_DTYPE_NAMES, VALUE_DTYPE_NAMES
 from macko_llm.errors import UsageError
-from macko_llm.recipe import ALLOCATIONS, METHODS, UPDATES
+from macko_llm.recipe import ALLOCATIONS, METHODS, UNSTRUCTURED, UPDATES
 
 Value = TypeVar("Value")
 
@@ -42,6 +42,23 @@ def updates() -> list[str]:
 def allocations() -> list[str]:
     """What shells complete for --allocation."""
     return [*ALLOCATIONS]
+
+
+def patterns() -> list[str]:
+    """What shells complete for --pattern."""
+    return [UNSTRUCTURED, "2:4", "4:8"]
+
+
+def value_dtypes() -> list[str]:
+    """What shells complete for the --dtype of packed values."""
+    return [*VALUE_DTYPE_NAMES]
+
+
+def shapes() -> list[str]:
+    """What shells complete for --config."""
+    from macko_llm.benchmarks.shapes import SHAPES
+
+    return [*SHAPES]
 
 
 def places() -> list[str]:
@@ -120,3 +137,18 @@ def parse_sparsity(text: str) -> float:
     if not 0 <= sparsity < 1:
         raise UsageError(f"The sparsity {text} is outside [0, 1); 0.5 makes half of the weights zero.")
     return sparsity
+
+
+def parse_layers(texts: Sequence[str] | None) -> list[tuple[str, float]] | None:
+    """Patterns of layers with the sparsity of each, from texts such as "*.down_proj=0.4"; None where there are none.
+
+    Raises:
+        UsageError: a text without a pattern or a share of zeros.
+    """
+    pairs = []
+    for text in texts or ():
+        pattern, equals, share = text.rpartition("=")  # a regular expression may hold more of them
+        if not equals:
+            raise UsageError(f'{text!r} gives layers no sparsity; write for example --layers "*.down_proj=0.4".')
+        pairs.append((pattern.strip(), parse_sparsity(share.strip())))
+    return pairs or None

@@ -1,5 +1,7 @@
 """`macko pack`."""
 
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -9,25 +11,23 @@ from macko_llm.cli.options import (
     DenseArgument,
     DeviceOption,
     JsonOption,
-    OutputOption,
     OverwriteOption,
     ShardSizeOption,
     TrustOption,
+    expanded_path,
+    value_dtypes,
 )
-from macko_llm.cli.reports import pack_report_json, print_layers
+from macko_llm.cli.reports import pack_report_json, print_kinds
 from macko_llm.cli.surroundings import with_hub, with_threads
-from macko_llm.defaults import MAX_SHARD_SIZE, VALUE_DTYPE_NAMES
+from macko_llm.defaults import MAX_SHARD_SIZE
+from macko_llm.errors import UsageError
 
 if TYPE_CHECKING:
     from macko_llm.packing import PackReport
 
 
 NAMES_LISTED = 8
-"""A large model has hundreds of layers; --json and --dry-run name them all."""
-
-
-def _dtypes() -> list[str]:
-    return [*VALUE_DTYPE_NAMES]
+"""A large model has hundreds of layers; --json names them all."""
 
 
 @plain_errors
@@ -35,13 +35,18 @@ def _dtypes() -> list[str]:
 @with_threads
 def pack(
     model: DenseArgument,
-    output: OutputOption,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="OUT", parser=expanded_path, help="Folder to write; --dry-run needs none."
+        ),
+    ] = None,
     dtype: Annotated[
         str | None,
         typer.Option(
             "--dtype",
             metavar="DTYPE",
-            autocompletion=_dtypes,
+            autocompletion=value_dtypes,
             help="float16 or bfloat16. [default: the checkpoint's, float16 for float32]",
         ),
     ] = None,
@@ -49,7 +54,9 @@ def pack(
     device: DeviceOption = "auto",
     trust_remote_code: TrustOption = False,
     overwrite: OverwriteOption = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say how large the result would be.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say how large the result would be, by kind of layer.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Store a pruned model in the MACKO sparse format.
@@ -61,10 +68,12 @@ def pack(
 
         macko pack ./pruned -o packed --dtype bfloat16 --max-shard-size 2GB
 
-        macko pack ./pruned -o packed --dry-run
+        macko pack ./pruned --dry-run
     """
     from macko_llm import checkpoint, refusals
 
+    if output is None and not dry_run:
+        raise UsageError("There is no folder to write; give -o OUT, or --dry-run to see only how large it would be.")
     refusals.check_device(device)
     folder = checkpoint.locate(model)
     refusals.check_pack(folder, output, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite)
@@ -83,12 +92,16 @@ def pack(
             progress=progress,
         )
     if as_json:
-        print_json({"output": str(output), "dry_run": dry_run, **pack_report_json(report)})
+        where = None if output is None else str(output)
+        kinds = {"kinds": {name: asdict(kind) for name, kind in report.kinds.items()}} if dry_run else {}
+        print_json({"output": where, "dry_run": dry_run, **pack_report_json(report), **kinds})
         return
+    sizes = f"{megabytes(report.bytes_dense)} into {megabytes(report.bytes_packed)} {_ratio(report)}"
     if dry_run:
-        print_layers(report)
-    verb = "Would pack" if dry_run else "Packed"
-    print(f"{verb} {megabytes(report.bytes_dense)} into {megabytes(report.bytes_packed)} {_ratio(report)}: {output}")
+        print_kinds(report)
+        print(f"Would pack {sizes}; nothing was written.")
+    else:
+        print(f"Packed {sizes}: {output}")
     if report.rounding.weights:
         print(_say_rounding(report))
     if report.kept_dense:

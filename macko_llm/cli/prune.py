@@ -20,6 +20,8 @@ from macko_llm.cli.options import (
     expanded_path,
     methods,
     model_dtypes,
+    parse_layers,
+    patterns,
     places,
     updates,
 )
@@ -63,7 +65,9 @@ def prune(
     sparsity: Annotated[
         float | None, typer.Option(help=_help("Share of the weights to remove, in [0, 1).", "sparsity"))
     ] = None,
-    pattern: Annotated[str | None, typer.Option(help=_help("unstructured, 2:4 or 4:8.", "pattern"))] = None,
+    pattern: Annotated[
+        str | None, typer.Option(autocompletion=patterns, help=_help("unstructured, 2:4 or 4:8.", "pattern"))
+    ] = None,
     targets: Annotated[
         list[str] | None,
         typer.Option(
@@ -74,6 +78,14 @@ def prune(
     ] = None,
     ignore: Annotated[
         list[str] | None, typer.Option(metavar="LAYERS", help="Leave these layers dense; wins over --targets.")
+    ] = None,
+    layers: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="LAYERS=SHARE",
+            help="Prune these layers to a sparsity of their own; may be given several times, and of several that fit a layer "
+            "the last counts.",
+        ),
     ] = None,
     calibration: Annotated[
         str | None,
@@ -147,6 +159,8 @@ def prune(
 
         macko prune ./model -o pruned --ignore down_proj --ignore "model.layers.0.*"
 
+        macko prune ./model -o pruned --sparsity 0.6 --layers "*.down_proj=0.4" --layers "layers.0.*=0"
+
         macko prune ./model -o pruned --calibration HuggingFaceFW/fineweb-edu:sample-10BT
 
         macko prune ./chat-model -o pruned --chat-template --calibration HuggingFaceH4/ultrachat_200k --split train_sft
@@ -165,6 +179,7 @@ def prune(
         "pattern": pattern,
         "targets": targets or None,
         "ignore": ignore or None,
+        "layers": parse_layers(layers),
         "calibration": calibration,
         "split": split,
         "text_column": text_column,

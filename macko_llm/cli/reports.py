@@ -59,3 +59,24 @@ def print_layers(report: "PackReport") -> None:
         for name, layer in report.layers.items()
     ]
     print_table("", ["layer", "shape", "sparsity", "dense", "packed"], rows)
+
+
+def print_kinds(report: "PackReport") -> None:
+    """A table of the layers by what they are in a block, of all other tensors, and of the whole."""
+    kinds = report.kinds
+    rows = [
+        [name, str(kind.layers), *_sizes(kind.bytes_dense, kind.bytes_packed), f"{kind.sparsity:.1%}"]
+        for name, kind in kinds.items()
+    ]
+    others = [
+        whole - sum(getattr(kind, size) for kind in kinds.values())
+        for size, whole in (("bytes_dense", report.bytes_dense), ("bytes_packed", report.bytes_packed))
+    ]
+    rows.append(["all other tensors", "", *_sizes(*others), ""])
+    whole = _sizes(report.bytes_dense, report.bytes_packed)
+    rows.append(["total", str(len(report.layers)), *whole, f"{report.sparsity:.1%}"])
+    print_table("", ["kind", "layers", "dense", "packed", "smaller", "sparsity"], rows)
+
+
+def _sizes(dense: int, packed: int) -> list[str]:
+    return [megabytes(dense), megabytes(packed), f"{dense / max(packed, 1):.2f}x"]

@@ -29,18 +29,22 @@ _CacheDirOption = Annotated[
 ]
 _ThreadsOption = Annotated[int | None, typer.Option(metavar="N", help="CPU threads. [default: as many as may run]")]
 _SOURCES = ("model", "packed")
+_SEVERAL = "models"
 _CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")
 
 
 def with_hub(command: Callable[Arguments, Result]) -> Callable[..., Result]:
-    """Give --revision, --token and --cache-dir to a command that takes a model."""
+    """Give --revision, --token and --cache-dir to a command that takes a model; without the first to one that takes several."""
+    options = {"revision": _RevisionOption, "token": _TokenOption, "cache_dir": _CacheDirOption}
+    if _SEVERAL in inspect.signature(command).parameters:  # each may be of its own: MODEL@REVISION
+        del options["revision"]
 
     @functools.wraps(command)
     def run(
         *args: Any, revision: str | None = None, token: str | None = None, cache_dir: Path | None = None, **kwargs: Any
     ) -> Result:
-        source = next(name for name in _SOURCES if name in kwargs)
         if revision is not None:
+            source = next(name for name in _SOURCES if name in kwargs)
             if kwargs[source] is None:
                 raise UsageError("--revision is of a model on the hub; name one.")
             kwargs[source] = f"{kwargs[source]}@{revision}"
@@ -50,7 +54,7 @@ def with_hub(command: Callable[Arguments, Result]) -> Callable[..., Result]:
         with _environment(changes):
             return command(*args, **kwargs)
 
-    return _extended(run, command, {"revision": _RevisionOption, "token": _TokenOption, "cache_dir": _CacheDirOption})
+    return _extended(run, command, options)
 
 
 def with_threads(command: Callable[Arguments, Result]) -> Callable[..., Result]:

@@ -1,0 +1,221 @@
+"""`macko chat`: from a pipe, as its other end sees it, and at a terminal."""
+
+import os
+import pty
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from helpers import quiet_transformers
+from typer.testing import CliRunner, Result
+
+from macko_llm import generation
+from macko_llm.cli.main import app
+from macko_llm.demo.run import MODEL_FOLDER
+from macko_llm.loading import load
+from macko_llm.models import load_tokenizer
+from macko_llm.text import encode_prompt, encode_text
+
+TEMPLATE = "<|bos|>{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+TIMEOUT = 240
+NOTICE = "macko: The model has no chat template, so it continues what you write.\n"
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    with quiet_transformers():
+        yield
+
+
+@pytest.fixture(scope="module")
+def chatty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled model with a chat template, which has no meaning to it."""
+    folder = tmp_path_factory.mktemp("models") / "chatty"
+    shutil.copytree(MODEL_FOLDER, folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return folder
+
+
+def chat(model: Path, stdin: str, *arguments: object, exit_code: int = 0) -> Result:
+    call = ["chat", str(model), "--device", "cpu", *map(str, arguments)]
+    result = CliRunner().invoke(app, call, input=stdin)
+    assert result.exit_code == exit_code, result.output
+    return result
+
+
+def answers(folder: Path, *prompts: str, new: int, template: bool = True) -> list[str]:
+    """What the model makes of whole texts, each written out by hand."""
+    model, tokenizer = load(folder, device="cpu"), load_tokenizer(folder)
+    return [
+        generation.generate(
+            model,
+            tokenizer,
+            encode_text(tokenizer, prompt, special_tokens=False) if template else encode_prompt(tokenizer, prompt),
+            max_new_tokens=new,
+        ).text
+        for prompt in prompts
+    ]
+
+
+def test_turns_of_a_pipe_are_answered_in_order_and_remembered(chatty: Path) -> None:
+    beginning = "<|bos|>system: Be kind\nuser: Who is the fox?\nassistant:"
+    (first,) = answers(chatty, beginning, new=12)
+    after = f"<|bos|>system: Be kind\nuser: Who is the fox?\nassistant: {first}\nuser: And the owl?\nassistant:"
+    (second,) = answers(chatty, after, new=12)
+    # /reset forgets the turns and not the system; what stands after /exit is not read.
+    call = "Who is the fox?\n\nAnd the owl?\n/reset\nWho is the fox?\n/exit\nnever"
+    result = chat(chatty, call, "--system", "Be kind", "-n", 12)
+    assert result.stdout == f"{first}\n{second}\n{first}\n"
+    assert first != second
+    assert "macko: The conversation is forgotten.\n" in result.stderr
+    assert result.stderr.count("macko: The answer was cut after 12 tokens; --max-new-tokens allows more.\n") == 3
+
+
+def test_a_model_without_a_template_continues_what_both_wrote() -> None:
+    (first,) = answers(MODEL_FOLDER, "Once upon a time", new=10, template=False)
+    (second,) = answers(MODEL_FOLDER, f"Once upon a time{first}\nThe owl", new=10, template=False)
+    result = chat(MODEL_FOLDER, "Once upon a time\nThe owl\n", "-n", 10)
+    assert (result.stdout, result.stderr) == (f"{first}\n{second}\n", NOTICE)
+    refused = chat(MODEL_FOLDER, "Hi\n", "--system", "Be kind", exit_code=2)
+    assert refused.stdout == ""
+    assert "no chat template, where a system prompt would stand; drop --system" in refused.stderr
+
+
+def test_the_oldest_turns_are_forgotten_where_there_is_no_room(chatty: Path) -> None:
+    long = "the fox and the owl " * 12
+    calls = [f"{long}{number}\n" for number in range(6)]
+    said = chat(chatty, "".join(calls), "-n", 100)
+    assert "macko: The conversation is longer than the model's 512 positions; " in said.stderr
+    assert "the oldest turn is forgotten." in said.stderr
+    assert said.stderr.count("forgotten") >= 2
+    assert said.stdout.count("\n") >= 6
+
+
+def test_a_line_too_long_for_the_model_ends_a_pipe(chatty: Path) -> None:
+    result = chat(chatty, "Hi\n" + "word " * 600 + "\nHi\n", "-n", 3, exit_code=2)
+    assert result.stdout.count("\n") == 1
+    assert "tokens, and the model has 509 before its answer; say it shorter" in result.stderr
+    assert "use --max-new-tokens" in chat(chatty, "", "-n", 512, exit_code=2).stderr
+
+
+def test_a_seed_gives_the_conversation_again_and_other_words_to_each_answer(chatty: Path) -> None:
+    call = ["-n", 8, "--temperature", 1.5, "--seed", 3]
+    script = "Hi\n/reset\nHi\n"
+    first, again = (chat(chatty, script, *call).stdout for _ in range(2))
+    assert first == again
+    one, other = first.splitlines()[:1], first.splitlines()[-1:]
+    assert one != other
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def test_an_answer_comes_before_the_next_line_is_sent() -> None:
+    """Programs that talk through pipes wait for one another."""
+    call = [sys.executable, "-m", "macko_llm", "chat", str(MODEL_FOLDER), "-n", "5"]
+    process = subprocess.Popen(
+        call, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=_environment()
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    for line in ("Once upon a time", "The owl"):
+        process.stdin.write(line + "\n")
+        process.stdin.flush()
+        assert process.stdout.readline().strip()
+    rest, messages = process.communicate(timeout=TIMEOUT)
+    assert (process.returncode, rest, messages) == (0, "", NOTICE)
+
+
+class Terminal:
+    """The user's end of a terminal."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+        self.seen = ""
+
+    def type(self, text: str) -> None:
+        os.write(self.descriptor, text.encode())
+
+    def wait_for(self, text: str) -> str:
+        """What is shown until `text`, which is taken off."""
+        end = time.monotonic() + TIMEOUT
+        while text not in self.seen:
+            assert time.monotonic() < end, self.seen
+            if select.select([self.descriptor], [], [], 1)[0]:
+                self.seen += os.read(self.descriptor, 4096).decode(errors="replace")
+        shown, _, self.seen = self.seen.partition(text)
+        return shown
+
+
+@contextmanager
+def _at_terminal(*arguments: str) -> Iterator[tuple[Terminal, "subprocess.Popen[bytes]"]]:
+    master, slave = pty.openpty()
+
+    def as_foreground() -> None:
+        os.setsid()
+        import fcntl
+        import termios
+
+        fcntl.ioctl(slave, termios.TIOCSCTTY, 0)  # Ctrl-C comes from the terminal
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    process = subprocess.Popen(
+        [sys.executable, "-m", "macko_llm", "chat", *arguments],
+        stdin=slave,
+        stdout=slave,
+        stderr=slave,
+        env={**_environment(), "TERM": "dumb"},
+        preexec_fn=as_foreground,
+    )
+    os.close(slave)
+    try:
+        yield Terminal(master), process
+    finally:
+        process.kill()
+        process.wait()
+        os.close(master)
+
+
+def test_ctrl_c_stops_an_answer_and_ctrl_d_ends_the_conversation(tmp_path: Path) -> None:
+    endless = tmp_path / "endless"
+    shutil.copytree(MODEL_FOLDER, endless)
+    for name in ("generation_config.json", "config.json"):  # it never stops by itself
+        content = (endless / name).read_text()
+        (endless / name).write_text(
+            content.replace('"eos_token_id": 2', '"eos_token_id": 2047').replace(
+                '"max_position_embeddings": 512', '"max_position_embeddings": 100000'
+            )
+        )
+    with _at_terminal(str(endless), "-n", "90000") as (terminal, process):
+        assert "/reset forgets the conversation" in terminal.wait_for("> ")
+        terminal.type("Once upon a time\n")
+        terminal.wait_for("Mallowmere")  # it is on its way
+        terminal.type("\x03")
+        terminal.wait_for("> ")
+        terminal.type("half a li\x03")
+        terminal.wait_for("/exit or Ctrl-D ends the conversation")
+        terminal.wait_for("> ")
+        terminal.type("/reset\n")
+        terminal.wait_for("The conversation is forgotten.")
+        terminal.wait_for("> ")
+        assert process.poll() is None
+        terminal.type("\x04")
+        assert process.wait(TIMEOUT) == 0
+
+
+def test_a_line_too_long_is_no_end_at_a_terminal() -> None:
+    with _at_terminal(str(MODEL_FOLDER), "-n", "500") as (terminal, process):
+        terminal.wait_for("> ")
+        terminal.type("the fox and the owl and the hen and the cat\n")
+        terminal.wait_for("say it shorter")
+        terminal.wait_for("> ")
+        terminal.type("/exit\n")
+        assert process.wait(TIMEOUT) == 0
