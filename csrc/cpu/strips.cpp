@@ -175,9 +175,9 @@ macko_status spmv(const macko_strips& matrix, const void* x_any, const void* bia
     const bool is_exact = kernels.pairs_of_bfloat16 && pairs_are_exact(matrix.smallest, input.smallest);
     multiply = !is_bfloat16 ? kernels.float16 : is_exact ? kernels.pairs_of_bfloat16 : kernels.bfloat16;
   }
-  const StripsProduct product{
-      matrix.groups,       matrix.lengths, matrix.row_ids,  //
-      matrix.chunk_starts, strips,         input.x.data(), is_wide ? input.x_low.data() : nullptr, tokens};
+  const uint16_t* x_low = is_wide ? input.x_low.data() : nullptr;
+  const StripsProduct product{matrix.groups, matrix.lengths, matrix.row_ids, matrix.chunk_starts,
+                              strips,        input.x.data(), x_low,          tokens};
   const auto cost_before = [&](int64_t chunk) { return matrix.chunk_starts[chunk] * kSlots * tokens; };
   return for_row_ranges(chunks_of(rows), threads, cost_before, [&](int64_t first, int64_t last) {
     std::vector<float> sums(static_cast<size_t>(tokens * kChunk));
