@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <type_traits>
+#include <utility>
 
 #include "cuda/dependent_launch.cuh"
 #include "cuda/scalar.cuh"
@@ -306,9 +307,10 @@ __global__ void __launch_bounds__(Config::Threads, Config::Blocks)
 
 // What is asked of CUDA once a GPU.
 struct SpmmGpu {
-  int multiprocessors = 0;  // 0 is not known yet
-  int block_shared_bytes = 0;
-  int major = 0;  // of its capability
+  int multiprocessors = 0;     // 0 is not known yet
+  int shared_bytes = 0;        // of a multiprocessor
+  int block_shared_bytes = 0;  // at most, of a block
+  int major = 0;               // of its capability
 };
 inline cudaError_t ask_gpu(int device, SpmmGpu* gpu) {
   static SpmmGpu known[kMaxGpus];  // written with the same values by every thread that finds nothing
@@ -316,17 +318,24 @@ inline cudaError_t ask_gpu(int device, SpmmGpu* gpu) {
     *gpu = known[device];
     return cudaSuccess;
   }
-  cudaError_t error = cudaDeviceGetAttribute(&gpu->block_shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  if (error != cudaSuccess) return error;
-  error = cudaDeviceGetAttribute(&gpu->major, cudaDevAttrComputeCapabilityMajor, device);
-  if (error != cudaSuccess) return error;
-  error = cudaDeviceGetAttribute(&gpu->multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  if (error == cudaSuccess && device < kMaxGpus) {
+  const std::pair<int*, cudaDeviceAttr> questions[] = {
+      {&gpu->shared_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor},
+      {&gpu->block_shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin},
+      {&gpu->major, cudaDevAttrComputeCapabilityMajor},
+      {&gpu->multiprocessors, cudaDevAttrMultiProcessorCount},
+  };
+  for (const auto& [answer, attribute] : questions) {
+    const cudaError_t error = cudaDeviceGetAttribute(answer, attribute, device);
+    if (error != cudaSuccess) return error;
+  }
+  if (device < kMaxGpus) {
+    // The number of multiprocessors last, since it says that the others are there.
+    known[device].shared_bytes = gpu->shared_bytes;
     known[device].block_shared_bytes = gpu->block_shared_bytes;
     known[device].major = gpu->major;
     known[device].multiprocessors = gpu->multiprocessors;
   }
-  return error;
+  return cudaSuccess;
 }
 
 template <typename T, typename Config>
@@ -358,6 +367,13 @@ cudaError_t launch_spmm_some(const SpmmCall& call, const SpmmGpu& gpu, int token
     using Config = decltype(config);
     return tiles <= Config::Tiles && Config::shared_bytes(matrix.record_bytes) <= gpu.block_shared_bytes;
   };
+  // Whether all strips that a multiprocessor could have at a time fit it.
+  const auto all_fit = [&](auto config) {
+    using Config = decltype(config);
+    constexpr int kReserved = 1024;  // of a block, by CUDA
+    const int64_t bytes = Config::shared_bytes(matrix.record_bytes) + kReserved;
+    return fits(config) && std::min(of_each, Config::Blocks) * bytes <= gpu.shared_bytes;
+  };
   const bool one = of_each == 1, two = of_each == 2;
   if constexpr (Eights == 1) {
     using Wide = SpmmConfig<1, 24, 4, 1, 2, 1, false>;
@@ -366,10 +382,13 @@ cudaError_t launch_spmm_some(const SpmmCall& call, const SpmmGpu& gpu, int token
     using Low = SpmmConfig<1, 8, 4, 1, 2, 3, false>;
     using Middle = SpmmConfig<1, 8, 6, 1, 2, 3, false>;
     using High = SpmmConfig<1, 8, 8, 1, 2, 3, false>;
+    using Lean = SpmmConfig<1, 6, 8, 1, 2, 3, false>;
     if (one && panels >= 96 && fits(Wide())) return launch(Wide());
     if ((one || two) && fits(Few())) return launch(Few());
     if (one && fits(One())) return launch(One());
     if (fits(Low())) return launch(Low());
+    const bool crowded = tiles <= Middle::Tiles ? !all_fit(Middle()) : !all_fit(High());
+    if (crowded && all_fit(Lean())) return launch(Lean());  // few zeros, long records
     if (fits(Middle())) return launch(Middle());
     if (fits(High())) return launch(High());
   } else if constexpr (Eights == 2) {
