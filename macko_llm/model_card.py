@@ -70,9 +70,10 @@ def _made(provenance: Mapping[str, Any], origin: str, value_dtype: str) -> str:
         recipe = _recipe(provenance["prune"])
         commands.append(f"macko prune {shlex.quote(origin)} -o pruned" + (" --recipe recipe.toml" if recipe else ""))
         source = "pruned"
-    if "tune" in provenance:
-        commands.append(f"macko tune {source} -o tuned --dataset {shlex.quote(str(provenance['tune'].get('dataset')))}")
-        source = "tuned"
+    for number, run in enumerate(provenance.get("tune", []), start=1):
+        tuned = "tuned" if number == 1 else f"tuned-{number}"
+        commands.append(f"macko tune {source} -o {tuned} --dataset {shlex.quote(str(run.get('dataset')))}")
+        source = tuned
     commands.append(f"macko pack {source} -o packed --dtype {value_dtype}")
     text = "```sh\n" + "".join(f"{command}\n" for command in commands) + "```\n"
     if recipe:

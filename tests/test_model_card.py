@@ -105,8 +105,11 @@ def test_what_is_not_known_is_not_told(packed: Path) -> None:
 
 
 def test_a_tuned_model_says_so() -> None:
-    text = _card(prune={"method": "magnitude", "model": "a"}, tune={"dataset": "c4", "steps": 10}).text
+    runs = [{"dataset": "c4", "steps": 10}, {"dataset": "my texts.jsonl", "steps": 5}]
+    text = _card(prune={"method": "magnitude", "model": "a"}, tune=runs[:1]).text
     assert "macko tune pruned -o tuned --dataset c4\nmacko pack tuned -o packed --dtype float16\n" in text
+    text = _card(prune={"method": "magnitude", "model": "a"}, tune=runs).text
+    assert "macko tune tuned -o tuned-2 --dataset 'my texts.jsonl'\nmacko pack tuned-2 -o packed" in text
 
 
 def test_pack_writes_it_beside_macko_json(packed: Path) -> None:
