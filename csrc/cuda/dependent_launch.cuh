@@ -37,6 +37,18 @@ inline cudaError_t overlaps_launches(int device, bool* overlaps) {
   return cudaSuccess;
 }
 
+// Allows a kernel so many bytes of dynamic shared memory a block, on the current GPU, and has it set up for so many
+// blocks a multiprocessor and some more bytes: or kernels whose needs differ a little may wait until it is set up anew.
+template <typename... Parameters>
+cudaError_t allow_shared_bytes(void (*kernel)(Parameters...), int64_t bytes, int blocks, int multiprocessor_bytes) {
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  if (error != cudaSuccess) return error;
+  const int64_t percent = 115 * blocks * bytes / multiprocessor_bytes + 1;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                              static_cast<int>(percent < 100 ? percent : 100));
+}
+
 // Queues a kernel that calls wait_for_previous_kernel(), early if the GPU can.
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch_overlapping(void (*kernel)(Parameters...), dim3 grid, int threads, int64_t shared_bytes, int device,

@@ -20,8 +20,9 @@ struct SpmmCall {
 cudaError_t launch_spmm_fp16(const SpmmCall& call, int64_t tokens);
 cudaError_t launch_spmm_bf16(const SpmmCall& call, int64_t tokens);
 
-// The same by warpgroups, for more than a few tokens, on a GPU with so many multiprocessors; there where MACKO_SM90A is.
-cudaError_t launch_groups_fp16(const SpmmCall& call, int multiprocessors, int64_t tokens);
-cudaError_t launch_groups_bf16(const SpmmCall& call, int multiprocessors, int64_t tokens);
+// The same by warpgroups, for more than a few tokens, on a GPU with so many multiprocessors, each with so much
+// shared memory; there where MACKO_SM90A is.
+cudaError_t launch_groups_fp16(const SpmmCall& call, int multiprocessors, int shared_bytes, int64_t tokens);
+cudaError_t launch_groups_bf16(const SpmmCall& call, int multiprocessors, int shared_bytes, int64_t tokens);
 
 }  // namespace macko

@@ -339,14 +339,13 @@ inline cudaError_t ask_gpu(int device, SpmmGpu* gpu) {
 }
 
 template <typename T, typename Config>
-cudaError_t launch_spmm_config(const SpmmCall& call, int tokens) {
+cudaError_t launch_spmm_config(const SpmmCall& call, const SpmmGpu& gpu, int tokens) {
   static int64_t allowed[kMaxGpus];  // dynamic shared memory; written with the same values by every thread
   const macko_tiled& matrix = *call.matrix;
   const int64_t bytes = Config::shared_bytes(matrix.record_bytes);
   const auto kernel = spmm_strips<T, Config>;
   if (call.device >= kMaxGpus || allowed[call.device] < bytes) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+    const cudaError_t error = allow_shared_bytes(kernel, bytes, Config::Blocks, gpu.shared_bytes);
     if (error != cudaSuccess) return error;
     if (call.device < kMaxGpus) allowed[call.device] = bytes;
   }
@@ -362,7 +361,7 @@ cudaError_t launch_spmm_some(const SpmmCall& call, const SpmmGpu& gpu, int token
   const macko_tiled& matrix = *call.matrix;
   const int tiles = most_tiles(matrix.rows, matrix.strips), panels = panels_of(matrix.cols);
   const int of_each = (matrix.strips + gpu.multiprocessors - 1) / gpu.multiprocessors;  // strips of a multiprocessor
-  const auto launch = [&](auto config) { return launch_spmm_config<T, decltype(config)>(call, tokens); };
+  const auto launch = [&](auto config) { return launch_spmm_config<T, decltype(config)>(call, gpu, tokens); };
   const auto fits = [&](auto config) {
     using Config = decltype(config);
     return tiles <= Config::Tiles && Config::shared_bytes(matrix.record_bytes) <= gpu.block_shared_bytes;
@@ -429,7 +428,7 @@ cudaError_t launch_spmm(SpmmCall call, int64_t tokens) {
 #ifdef MACKO_SM90A
   if (gpu.major == 9 && tokens > 16) {
     const auto launch = std::is_same_v<T, __half> ? launch_groups_fp16 : launch_groups_bf16;
-    return launch(call, gpu.multiprocessors, tokens);
+    return launch(call, gpu.multiprocessors, gpu.shared_bytes, tokens);
   }
 #endif
   while (tokens > 0) {

@@ -199,26 +199,27 @@ __global__ void __cluster_dims__(Config::Ranks) __launch_bounds__(Config::Thread
   columns.store(0);
   columns.load();
   uint32_t a[Config::Buffers][kSteps][4];
-  int panel_slot = 0;
+  int panel_slot = 0, slot = 0;
   uint32_t round = 0;
 #pragma unroll 1
-  for (int done = 0; done < count; round++) {
+  for (int done = 0; done < count;) {
+    // Two turns at once where they use the buffers in turn; else slower.
 #pragma unroll
-    for (int slot = 0; slot < kRing; slot++, done++) {
-      if (slot > 0 && done >= count) break;
+    for (int turn = 0; turn < (Config::Ahead ? 2 : 1); turn++, done++) {
+      if (turn > 0 && done >= count) break;
       asm volatile("bar.sync %0, %1;" ::"r"(part + 1), "n"(Config::PartWarps * kWarpSize) : "memory");
-      if (done > 0) ring.fetch((slot + kRing - 1) % kRing);
+      if (done > 0) ring.fetch(slot == 0 ? kRing - 1 : slot - 1);
       const uint64_t panel = kDescription | ((columns_at + panel_slot * Config::PanelBytes) & 0x3ffffu) >> 4;
       panel_slot = panel_slot + 1 == Config::PanelSlots ? 0 : panel_slot + 1;
       columns.store(panel_slot);
       columns.load();
       uint32_t record = 0;
       if (strip.count > 0) record = ring.wait(slot, round);
-      const uint32_t values = record + strip.count * kHeadBytes;
+      uint32_t values = record + strip.count * kHeadBytes;
+      asm volatile("" : "+r"(values));  // or it is worked out anew for each pair
 #pragma unroll
       for (int k = 0; k < Config::Pairs; k++) {
-        const int pair = k * Config::WarpsOfStrip + sub,
-                  buffer = ((Config::Ahead ? slot * Config::Pairs : 0) + k) % Config::Buffers;
+        const int pair = k * Config::WarpsOfStrip + sub, buffer = (turn * Config::Pairs + k) % Config::Buffers;
         const int tiles = strip.count - 2 * pair;
         const uint32_t head = record + pair * 2 * kHeadBytes;
         if (tiles > 1) {
@@ -239,6 +240,10 @@ __global__ void __cluster_dims__(Config::Ranks) __launch_bounds__(Config::Thread
         asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Config::Buffers - 1) : "memory");
       }
       if (!Config::Ahead) asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+      if (++slot == kRing) {
+        slot = 0;
+        round++;
+      }
     }
   }
   asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
@@ -294,14 +299,13 @@ __global__ void __cluster_dims__(Config::Ranks) __launch_bounds__(Config::Thread
 }
 
 template <typename T, typename Config>
-cudaError_t launch_groups_config(const SpmmCall& call, int tokens) {
+cudaError_t launch_groups_config(const SpmmCall& call, int shared_bytes, int tokens) {
   static int64_t allowed[kMaxGpus];  // dynamic shared memory; written with the same values by every thread
   const macko_tiled& matrix = *call.matrix;
   const int64_t bytes = Config::shared_bytes(matrix.record_bytes);
   const auto kernel = spmm_groups<T, Config>;
   if (call.device >= kMaxGpus || allowed[call.device] < bytes) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+    const cudaError_t error = allow_shared_bytes(kernel, bytes, 1, shared_bytes);
     if (error != cudaSuccess) return error;
     if (call.device < kMaxGpus) allowed[call.device] = bytes;
   }
@@ -313,33 +317,35 @@ cudaError_t launch_groups_config(const SpmmCall& call, int tokens) {
 
 // At most this many tokens, in the fastest block of those measured (docs/design.md). All of them fit a GPU of sm_90.
 template <typename T, int Tokens>
-cudaError_t launch_groups_some(const SpmmCall& call, int multiprocessors, int tokens) {
+cudaError_t launch_groups_some(const SpmmCall& call, int multiprocessors, int shared_bytes, int tokens) {
   const macko_tiled& matrix = *call.matrix;
   const int tiles = most_tiles(matrix.rows, matrix.strips);
   const int of_each = (matrix.strips + multiprocessors - 1) / multiprocessors;  // strips of a multiprocessor
   constexpr bool kMany = Tokens == 128;
   if (of_each == 1) {
-    if (tiles <= 4) return launch_groups_config<T, GroupConfig<2, 2, kMany ? 3 : 4, 4, Tokens, 2>>(call, tokens);
-    if (tiles <= 6) return launch_groups_config<T, GroupConfig<2, 2, kMany ? 2 : 3, 6, Tokens, 2>>(call, tokens);
+    if (tiles <= 4)
+      return launch_groups_config<T, GroupConfig<2, 2, kMany ? 3 : 4, 4, Tokens, 2>>(call, shared_bytes, tokens);
+    if (tiles <= 6)
+      return launch_groups_config<T, GroupConfig<2, 2, kMany ? 2 : 3, 6, Tokens, 2>>(call, shared_bytes, tokens);
   }
   if (of_each == 2 && tiles <= 4) {
-    return launch_groups_config<T, GroupConfig<4, 2, kMany ? 1 : 2, 4, Tokens, 2>>(call, tokens);
+    return launch_groups_config<T, GroupConfig<4, 2, kMany ? 1 : 2, 4, Tokens, 2>>(call, shared_bytes, tokens);
   }
   if (tiles <= 4) {
-    return launch_groups_config<T, GroupConfig<6, 2, kMany ? 1 : 2, 4, Tokens, 2>>(call, tokens);
+    return launch_groups_config<T, GroupConfig<6, 2, kMany ? 1 : 2, 4, Tokens, 2>>(call, shared_bytes, tokens);
   }
-  return launch_groups_config<T, GroupConfig<3, 4, kMany ? 1 : 2, 8, Tokens, 1>>(call, tokens);
+  return launch_groups_config<T, GroupConfig<3, 4, kMany ? 1 : 2, 8, Tokens, 1>>(call, shared_bytes, tokens);
 }
 
 // All tokens, as many at a time as a block takes.
 template <typename T>
-cudaError_t launch_groups(SpmmCall call, int multiprocessors, int64_t tokens) {
+cudaError_t launch_groups(SpmmCall call, int multiprocessors, int shared_bytes, int64_t tokens) {
   const int64_t width = (int64_t{call.matrix->cols} + 7) / 8 * 8;
   while (tokens > 0) {
     const int now = static_cast<int>(std::min<int64_t>(tokens, 128));
-    const cudaError_t error = now > 64   ? launch_groups_some<T, 128>(call, multiprocessors, now)
-                              : now > 32 ? launch_groups_some<T, 64>(call, multiprocessors, now)
-                                         : launch_groups_some<T, 32>(call, multiprocessors, now);
+    const cudaError_t error = now > 64   ? launch_groups_some<T, 128>(call, multiprocessors, shared_bytes, now)
+                              : now > 32 ? launch_groups_some<T, 64>(call, multiprocessors, shared_bytes, now)
+                                         : launch_groups_some<T, 32>(call, multiprocessors, shared_bytes, now);
     if (error != cudaSuccess) return error;
     call.x = static_cast<const T*>(call.x) + now * width;
     call.y = static_cast<T*>(call.y) + now * int64_t{call.matrix->rows};

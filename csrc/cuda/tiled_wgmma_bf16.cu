@@ -2,7 +2,7 @@
 #include "cuda/tiled_wgmma.cuh"
 
 namespace macko {
-cudaError_t launch_groups_bf16(const SpmmCall& call, int multiprocessors, int64_t tokens) {
-  return launch_groups<__nv_bfloat16>(call, multiprocessors, tokens);
+cudaError_t launch_groups_bf16(const SpmmCall& call, int multiprocessors, int shared_bytes, int64_t tokens) {
+  return launch_groups<__nv_bfloat16>(call, multiprocessors, shared_bytes, tokens);
 }
 }  // namespace macko

@@ -2,7 +2,7 @@
 #include "cuda/tiled_wgmma.cuh"
 
 namespace macko {
-cudaError_t launch_groups_fp16(const SpmmCall& call, int multiprocessors, int64_t tokens) {
-  return launch_groups<__half>(call, multiprocessors, tokens);
+cudaError_t launch_groups_fp16(const SpmmCall& call, int multiprocessors, int shared_bytes, int64_t tokens) {
+  return launch_groups<__half>(call, multiprocessors, shared_bytes, tokens);
 }
 }  // namespace macko
