@@ -28,7 +28,8 @@ QUANT_METHOD = "macko"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 LENGTH_BYTES = 8
 """Of the header's length, at the start of a safetensors file."""
-_NEEDED_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken"]
+_WEIGHT_FILES = ["*.safetensors"]
+_SIDE_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken"]
 _UNNEEDED_FILES = ["original/*", "onnx/*", "consolidated*"]  # the same weights in other forms
 
 
@@ -37,12 +38,13 @@ def expanded_path(text: str | Path) -> Path:
     return Path(os.path.expanduser(text))  # noqa: PTH111 - pathlib's raises an error instead
 
 
-def locate(model: str | Path) -> Path:
+def locate(model: str | Path, *, weights: bool = True) -> Path:
     """The local folder of a model: the folder itself, or the download of a hub id.
 
     Args:
         model: a folder, or owner/name with @ and a branch, a tag or a commit behind it where it is not the newest that is
             wanted. HF_TOKEN and HF_HUB_CACHE are what they are to the hub's own tools.
+        weights: download these too; without them, only the config, the tokenizer, the index and the model's own code.
 
     Raises:
         CheckpointError: there is no such model, or the folder holds none.
@@ -69,7 +71,7 @@ def locate(model: str | Path) -> Path:
                 name,
                 revision=revision or None,
                 cache_dir=os.environ.get("HF_HUB_CACHE"),
-                allow_patterns=_NEEDED_FILES,
+                allow_patterns=_SIDE_FILES + _WEIGHT_FILES if weights else _SIDE_FILES,
                 ignore_patterns=_UNNEEDED_FILES,
             )
         )

@@ -68,8 +68,8 @@ def check_unpack(source: Path, target: Path, *, max_shard_size: str, overwrite: 
     return shard_bytes
 
 
-def check_prune(model: str | Path, target: Path, recipe: PruneRecipe, *, overwrite: bool) -> Path:
-    """The model's folder, for `pruning.prune_checkpoint`.
+def check_prune(model: str | Path, target: Path, recipe: PruneRecipe, *, overwrite: bool, weights: bool = True) -> Path:
+    """The model's folder, for `pruning.prune_checkpoint`; for `plan` a hub id's without its weights.
 
     Raises:
         UsageError: the model is packed or quantized, `target` would cost data, no such dtype.
@@ -77,7 +77,7 @@ def check_prune(model: str | Path, target: Path, recipe: PruneRecipe, *, overwri
     """
     outputs.check_output(target, overwrite=overwrite)
     check_dtype(recipe.dtype)
-    folder = checkpoint.locate(model)
+    folder = checkpoint.locate(model, weights=weights)
     outputs.check_output(target, overwrite=overwrite, source=folder)
     require_prunable(folder)
     return folder

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha1
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,7 +16,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from families import save_model
+from families import FAMILIES, make_tokenizer, save_model
 
 from macko_llm.packing import pack_checkpoint
 from macko_llm.pruning import prune_checkpoint
@@ -30,17 +31,33 @@ class Hub:
     url: str
     sent: set[str] = field(default_factory=set)
     tokens: set[str | None] = field(default_factory=set)
+    revisions: list[str] = field(default_factory=list)
 
 
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[Hub]:
-    """The model owner/name, whose one branch is "branch", with its weights in other forms besides."""
-    folder = tmp_path / "model"
+    """The packed model that `_serve` serves."""
     save_model(tmp_path / "dense", "llama")
     prune_checkpoint(tmp_path / "dense", tmp_path / "pruned", PruneRecipe(method="magnitude"), device="cpu")
-    pack_checkpoint(tmp_path / "pruned", folder)
+    pack_checkpoint(tmp_path / "pruned", tmp_path / "model")
+    with _serve(tmp_path / "model") as served:
+        yield served
+
+
+@pytest.fixture
+def dense_hub(tmp_path: Path) -> Iterator[Hub]:
+    """The dense model in two shards that `_serve` serves."""
+    FAMILIES["llama"]().save_pretrained(tmp_path / "model", max_shard_size="300KB")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    with _serve(tmp_path / "model") as served:
+        yield served
+
+
+@contextmanager
+def _serve(folder: Path) -> Iterator[Hub]:
+    """A folder as the model owner/name, whose one branch is "branch", with its weights in other forms besides."""
     for name in OTHER_FORMS:
-        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("not needed")
     files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -49,6 +66,8 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
             path = urlsplit(self.path).path
             if "/owner/name/" in path:  # the client asks for more, which is nobody's
                 served.tokens.add(self.headers["Authorization"])
+            if path.startswith("/api/models/owner/name/revision/"):
+                served.revisions.append(path.rpartition("/")[2])
             name = re.sub(f"^/owner/name/resolve/(?:{COMMIT}|branch)/", "", path)
             if path == "/api/models/owner/name/revision/branch":
                 self._send(json.dumps({"id": "owner/name", "sha": COMMIT, "siblings": []}).encode())
@@ -101,6 +120,11 @@ def _inspect(hub: Hub, cache: Path, *options: str, stderr: int = subprocess.PIPE
     settings = _environment(hub, cache)
     call = [sys.executable, "-m", "macko_llm", "inspect", "owner/name", "--revision", "branch", "--json", *options]
     return subprocess.Popen(call, env=settings, stdout=subprocess.PIPE, stderr=stderr, text=True)
+
+
+def _macko(hub: Hub, cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    call = [sys.executable, "-m", "macko_llm", *arguments]
+    return subprocess.run(call, env=_environment(hub, cache), capture_output=True, text=True, timeout=120)
 
 
 def test_what_is_needed_is_fetched_with_the_token(hub: Hub, tmp_path: Path) -> None:
@@ -159,3 +183,57 @@ def test_plain_transformers_loads_a_branch_of_the_hub(hub: Hub, tmp_path: Path) 
     assert run.stdout.split() == ["14", "True", "True"], run.stderr
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= hub.sent
     assert not hub.sent & set(OTHER_FORMS)
+
+
+def test_a_dry_run_of_pruning_fetches_no_weights(dense_hub: Hub, tmp_path: Path) -> None:
+    options = ["--method", "magnitude", "-o", str(tmp_path / "out")]
+    call = ["prune", "owner/name", "--revision", "branch", *options]
+    planned = _macko(dense_hub, tmp_path / "home", *call, "--dry-run")
+    assert planned.returncode == 0, planned.stderr
+    assert {"config.json", "tokenizer.json", "model.safetensors.index.json"} <= dense_hub.sent
+    assert not {name for name in dense_hub.sent if name.endswith((".safetensors", ".bin"))}
+    assert not (tmp_path / "out").exists()
+    of_folder = _macko(dense_hub, tmp_path / "home", "prune", str(tmp_path / "model"), *options, "--dry-run")
+    assert planned.stdout == of_folder.stdout
+    assert "14 layers to 50.0% sparsity" in planned.stdout
+
+    pruned = _macko(dense_hub, tmp_path / "home", *call, "--device", "cpu")  # what the dry run left out of the cache
+    assert pruned.returncode == 0, pruned.stderr
+    shards = {path.name for path in (tmp_path / "model").glob("*.safetensors")} - set(OTHER_FORMS)
+    assert len(shards) == 2
+    assert shards <= dense_hub.sent
+    assert not dense_hub.sent & set(OTHER_FORMS)
+    prune_checkpoint(tmp_path / "model", tmp_path / "local", PruneRecipe(method="magnitude"), device="cpu")
+    for path in (tmp_path / "local").glob("*.safetensors"):
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "prune owner/name -o out",
+        "prune owner/name -o out --dry-run",
+        "tune owner/name -o out",
+        "pack owner/name -o out",
+        "unpack owner/name -o out",
+        "generate owner/name -p hello",
+        "chat owner/name",
+        "eval-perplexity owner/name",
+        "eval owner/name --tasks arc_easy",
+        "compare owner/name@branch owner/name@absent",
+    ],
+)
+def test_each_command_asks_the_hub_for_the_revision(call: str, tmp_path: Path) -> None:
+    command, *arguments = call.split()
+    if command == "eval":
+        pytest.importorskip("lm_eval")
+    if command != "compare":  # which takes a revision a model
+        arguments += ["--revision", "absent"]
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    arguments = [str(tmp_path / word) if word == "out" else word for word in arguments]
+    with _serve(tmp_path / "model") as hub:
+        run = _macko(hub, tmp_path / "home", command, *arguments)
+    assert set(hub.revisions) == ({"branch", "absent"} if command == "compare" else {"absent"})
+    assert run.returncode == 1
+    assert "owner/name@absent, and the hub did not give a model" in run.stderr

@@ -202,7 +202,7 @@ def prune(
     refusals.check_place(hidden_states)
     if packed:
         refusals.check_value_dtype(settings.dtype)
-    refusals.check_prune(model, output, settings, overwrite=overwrite)
+    refusals.check_prune(model, output, settings, overwrite=overwrite, weights=not dry_run)
 
     from macko_llm.pruned_packing import prune_packed
     from macko_llm.pruning.pipeline import plan, prune_checkpoint  # takes seconds, which a wrong call need not wait for

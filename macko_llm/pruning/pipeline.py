@@ -70,12 +70,12 @@ def plan(
     trust_remote_code: bool = False,
     overwrite: bool = False,
 ) -> PrunePlan:
-    """What `prune_checkpoint` would do, without weights in memory and without reading calibration text.
+    """What `prune_checkpoint` would do, without weights, which are not downloaded either, and without reading calibration text.
 
     Raises:
         UsageError, CheckpointError, CalibrationError: as `prune_checkpoint`, for what shows without weights and text.
     """
-    _, skeleton, recipe = _prepare(model, Path(target), recipe, trust_remote_code, overwrite)
+    _, skeleton, recipe = _prepare(model, Path(target), recipe, trust_remote_code, overwrite, weights=False)
     layers = shapes_of(chosen_linears(skeleton, recipe))
     own = overrides(layers, recipe, asked_head(skeleton, recipe))
     amounts = dict.fromkeys(layers, Amount(recipe.sparsity, recipe.group)) | own
@@ -293,12 +293,18 @@ def prune_model(
 
 
 def _prepare(
-    model: str | Path, target: Path, recipe: PruneRecipe, trust_remote_code: bool, overwrite: bool
+    model: str | Path,
+    target: Path,
+    recipe: PruneRecipe,
+    trust_remote_code: bool,
+    overwrite: bool,
+    *,
+    weights: bool = True,
 ) -> tuple[Path, PreTrainedModel, PruneRecipe]:
     """Refuse what can be refused without weights; the model's folder, its skeleton, and the recipe with its gaps filled."""
     if recipe.needs_calibration:
         check_source(recipe.calibration, recipe.split, recipe.text_column)
-    folder = refusals.check_prune(model, target, recipe, overwrite=overwrite)
+    folder = refusals.check_prune(model, target, recipe, overwrite=overwrite, weights=weights)
     skeleton = models.skeleton(folder, trust_remote_code=trust_remote_code)
     layers = chosen_linears(skeleton, recipe)
     _check_group(shapes_of(layers), recipe)
