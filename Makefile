@@ -35,7 +35,8 @@ test: $(INSTALLED)
 # In front of the packages of .venv; absolute, because tests start processes in other folders.
 OLDEST := $(CURDIR)/.venv/oldest
 TEST_OLDEST := test_transformers_integration.py test_like_any_checkpoint.py test_loading.py test_engine.py test_models.py \
-	test_peft_integration.py test_pruning.py test_streaming_prune.py test_perplexity.py test_tuning.py test_surroundings.py \
+	test_peft_integration.py test_pruning.py test_streaming_prune.py test_perplexity.py \
+	test_surroundings.py::test_a_revision_and_a_cache_choose_the_model \
 	test_import_hook.py::test_plain_transformers_loads_packed_where_macko_is_installed \
 	test_hub_download.py::test_plain_transformers_loads_a_branch_of_the_hub
 
