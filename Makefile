@@ -8,11 +8,12 @@ INSTALLED := .venv/.installed-$(MACKO_CUDA)
 # Variables, not --constraint, so that they hold where pip builds macko, too: the first with pip up to 25.2, then the second.
 PINNED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
 
-.PHONY: help demo build test test-sanitize test-aarch64 lint test-gpu test-vllm bench wheel lock clean
+.PHONY: help demo build test test-oldest test-sanitize test-aarch64 lint test-gpu test-vllm bench wheel lock clean
 
 help:
 	@echo "make demo           prune, pack, evaluate and generate with the bundled model"
 	@echo "make test           run the tests"
+	@echo "make test-oldest    run what touches transformers with the oldest transformers that is supported"
 	@echo "make test-sanitize  check the CPU library with the address and undefined behaviour sanitizers"
 	@echo "make test-aarch64   check the CPU library as built for ARM, under emulation"
 	@echo "make lint           check style, types, imports and formatting"
@@ -30,6 +31,20 @@ build: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+# In front of the packages of .venv; absolute, because tests start processes in other folders. About a minute: new processes take
+# four seconds each, so the orders in which peft is imported are left to `make test`.
+OLDEST := $(CURDIR)/.venv/oldest
+TEST_OLDEST := test_transformers_integration.py test_like_any_checkpoint.py test_loading.py test_engine.py test_models.py \
+	test_peft_integration.py test_pruning.py test_streaming_prune.py test_perplexity.py \
+	test_surroundings.py::test_a_revision_and_a_cache_choose_the_model \
+	test_import_hook.py::test_plain_transformers_loads_packed_where_macko_is_installed \
+	test_hub_download.py::test_plain_transformers_loads_a_branch_of_the_hub
+
+test-oldest: $(OLDEST)/.installed
+	PYTHONPATH=$(OLDEST) $(BIN)/python -c 'import transformers; print("with transformers", transformers.__version__)'
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest $(addprefix tests/,$(TEST_OLDEST)) \
+		--deselect tests/test_peft_integration.py::test_peft_may_be_imported_before_or_after_macko
 
 # Without Python, hence without .venv.
 test-sanitize:
@@ -77,4 +92,9 @@ $(INSTALLED): pyproject.toml constraints.txt $(shell find csrc -type f) $(wildca
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PINNED) $(BIN)/python -m pip install --editable '.[dev]'
 	rm -f .venv/.installed*
+	touch $@
+
+$(OLDEST)/.installed: constraints-oldest.txt $(INSTALLED)
+	rm -rf $(OLDEST)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(OLDEST) --requirement constraints-oldest.txt
 	touch $@

@@ -62,7 +62,7 @@ def locate(model: str | Path, *, weights: bool = True) -> Path:
         raise UsageError(f"{name} is a folder, which has no revision {revision}; leave the revision out.")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
         raise CheckpointError(f"There is no model {name}; name an existing folder or a hub id such as owner/name.")
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import is_offline_mode, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
@@ -71,6 +71,7 @@ def locate(model: str | Path, *, weights: bool = True) -> Path:
                 name,
                 revision=revision or None,
                 cache_dir=os.environ.get("HF_HUB_CACHE"),
+                local_files_only=is_offline_mode(),  # before 2.0 it would ask for the files of a commit all the same
                 allow_patterns=_SIDE_FILES + _WEIGHT_FILES if weights else _SIDE_FILES,
                 ignore_patterns=_UNNEEDED_FILES,
             )
