@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import tempfile
+import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 OnText = Callable[[str], object]
+
+SECONDS_TO_SPEAK = 30
+"""For which torchrun's other processes wait after a failure: it ends all with the first to fail, which must be who speaks."""
 
 
 def processes_of_torchrun() -> int:
@@ -53,6 +57,8 @@ def first_process_speaks(command: Callable[Arguments, Result]) -> Callable[Argum
         try:
             return command(*args, **kwargs)
         except MackoError as error:  # which the first process raises, too
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which torchrun sends, and of which nothing need be said
+            time.sleep(SECONDS_TO_SPEAK)
             raise typer.Exit(error.exit_code) from None
 
     return run
