@@ -29,8 +29,9 @@ demo: $(INSTALLED)
 
 build: $(INSTALLED)
 
+# TESTS: files, or pytest's options.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(TESTS)
 
 # In front of the packages of .venv; absolute, because tests start processes in other folders. About a minute: new processes take
 # four seconds each, so the orders in which peft is imported are left to `make test`.
