@@ -201,7 +201,7 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_ends_the_conversation(tmp_path: Path)
         terminal.type("\x03")
         terminal.wait_for("> ")
         terminal.type("half a li")
-        terminal.wait_for("half a li")  # or the terminal drops it at Ctrl-C, and who was about to read it waits for more
+        terminal.wait_for("half a li")  # or Ctrl-C drops it, and who was about to read it waits for more
         terminal.type("\x03")
         terminal.wait_for("/exit or Ctrl-D ends the conversation")
         terminal.wait_for("> ")
