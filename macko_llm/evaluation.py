@@ -1,6 +1,6 @@
 """Tasks of EleutherAI's lm-eval on models that this package loads, dense or packed.
 
-lm-eval is an extra, `pip install 'macko-llm[eval]'`; nothing else imports this module.
+lm-eval is the extra `eval`; nothing else imports this module.
 """
 
 import difflib

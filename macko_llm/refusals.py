@@ -281,7 +281,7 @@ def check_tasks(
 def require_lm_eval() -> None:
     """Raise UsageError unless lm-eval is installed."""
     if importlib.util.find_spec("lm_eval") is None:
-        raise UsageError("`macko eval` needs lm-eval; install it with `pip install 'macko-llm[eval]'`.")
+        raise UsageError("`macko eval` needs lm-eval; install it with `pip install lm-eval`.")
 
 
 def check_windows(seqlen: int | None, stride: int | None, limit: int | None = None) -> None:

@@ -324,5 +324,5 @@ def test_without_lm_eval_one_sentence_says_how_to_install_it(monkeypatch) -> Non
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     result = CliRunner().invoke(app, ["eval", str(MODEL_FOLDER), "--tasks", "arc_easy"])
     assert result.exit_code == 2
-    assert result.stderr == "macko: `macko eval` needs lm-eval; install it with `pip install 'macko-llm[eval]'`.\n"
+    assert result.stderr == "macko: `macko eval` needs lm-eval; install it with `pip install lm-eval`.\n"
     assert result.stdout == ""

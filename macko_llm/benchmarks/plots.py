@@ -28,7 +28,7 @@ def check_plot(path: Path) -> None:
     try:
         importlib.import_module("matplotlib")
     except ModuleNotFoundError as error:
-        raise UsageError("A plot needs matplotlib; install it with `pip install 'macko-llm[plot]'`.") from error
+        raise UsageError("A plot needs matplotlib; install it with `pip install matplotlib`.") from error
     if path.suffix.lower() != ".png" or path.is_dir():
         raise UsageError(f"The plot {path} is not a PNG file; give a name that ends in .png.")
     if not path.absolute().parent.is_dir():

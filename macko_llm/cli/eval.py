@@ -56,7 +56,7 @@ def evaluate(
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Score a model on the tasks of EleutherAI's lm-eval, which `pip install 'macko-llm[eval]'` installs.
+    """Score a model on the tasks of EleutherAI's lm-eval, which `pip install lm-eval` installs.
 
     Examples:
         macko eval ./packed --tasks arc_easy,hellaswag --batch-size 8
