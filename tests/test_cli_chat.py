@@ -25,6 +25,7 @@ from macko_llm.text import encode_prompt, encode_text
 
 TEMPLATE = "<|bos|>{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 TIMEOUT = 240
+PATIENCE = 10
 NOTICE = "macko: The model has no chat template, so it continues what you write.\n"
 
 
@@ -144,15 +145,27 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self.descriptor, text.encode())
 
-    def wait_for(self, text: str) -> str:
-        """What is shown until `text`, which is taken off."""
-        end = time.monotonic() + TIMEOUT
+    def wait_for(self, text: str, again: str = "") -> str:
+        """What is shown until `text`, which is taken off; whoever waits long types `again`."""
+        end, next_try = time.monotonic() + TIMEOUT, time.monotonic() + PATIENCE
         while text not in self.seen:
             assert time.monotonic() < end, self.seen
             if select.select([self.descriptor], [], [], 1)[0]:
                 self.seen += os.read(self.descriptor, 4096).decode(errors="replace")
+            elif again and time.monotonic() > next_try:
+                self.type(again)
+                next_try += PATIENCE
         shown, _, self.seen = self.seen.partition(text)
         return shown
+
+    def interrupt(self, text: str) -> None:
+        """Ctrl-C, until `text` is shown.
+
+        A busy machine may lose one: input() does between reading a key and waiting for the next, and terminals drop
+        what is on its way to either side.
+        """
+        self.type("\x03")
+        self.wait_for(text, again="\x03")
 
 
 @contextmanager
@@ -198,15 +211,13 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_ends_the_conversation(tmp_path: Path)
         assert "/reset forgets the conversation" in terminal.wait_for("> ")
         terminal.type("Once upon a time\n")
         terminal.wait_for("Mallowmere")  # it is on its way
-        terminal.type("\x03")
-        terminal.wait_for("> ")
+        terminal.interrupt("> ")
         terminal.type("half a li")
-        terminal.wait_for("half a li")  # or Ctrl-C drops it, and who was about to read it waits for more
-        terminal.type("\x03")
-        terminal.wait_for("/exit or Ctrl-D ends the conversation")
+        terminal.wait_for("half a li")
+        terminal.interrupt("/exit or Ctrl-D ends the conversation")
         terminal.wait_for("> ")
         terminal.type("/reset\n")
-        terminal.wait_for("The conversation is forgotten.")
+        terminal.wait_for("The conversation is forgotten.", again="/reset\n")
         terminal.wait_for("> ")
         assert process.poll() is None
         terminal.type("\x04")
