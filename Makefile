@@ -14,7 +14,7 @@ help:
 	@echo "make demo           prune, pack, evaluate and generate with the bundled model"
 	@echo "make test           run the tests"
 	@echo "make test-oldest    run what touches transformers with the oldest transformers that is supported"
-	@echo "make test-eval      run the tests that need lm-eval, with what it needs in a folder of its own"
+	@echo "make test-eval      run the tests that need lm-eval, with lm-eval in front of the pinned packages"
 	@echo "make test-sanitize  check the CPU library with the address and undefined behaviour sanitizers"
 	@echo "make test-aarch64   check the CPU library as built for ARM, under emulation"
 	@echo "make lint           check style, types, imports and formatting"
@@ -48,7 +48,7 @@ test-oldest: $(OLDEST)/.installed
 	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest $(addprefix tests/,$(TEST_OLDEST)) \
 		--deselect tests/test_peft_integration.py::test_peft_may_be_imported_before_or_after_macko
 
-# In front of them in the same way. What cannot be imported fails here, where pytest would skip it.
+# In front of them in the same way. The first line fails where lm-eval cannot be imported; pytest would skip the tests.
 EVAL := $(CURDIR)/.venv/eval
 
 test-eval: $(EVAL)/.installed
