@@ -8,12 +8,13 @@ INSTALLED := .venv/.installed-$(MACKO_CUDA)
 # Variables, not --constraint, so that they hold where pip builds macko, too: the first with pip up to 25.2, then the second.
 PINNED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
 
-.PHONY: help demo build test test-oldest test-sanitize test-aarch64 lint test-gpu test-vllm bench wheel lock clean
+.PHONY: help demo build test test-oldest test-eval test-sanitize test-aarch64 lint test-gpu test-vllm bench wheel lock clean
 
 help:
 	@echo "make demo           prune, pack, evaluate and generate with the bundled model"
 	@echo "make test           run the tests"
 	@echo "make test-oldest    run what touches transformers with the oldest transformers that is supported"
+	@echo "make test-eval      run the tests that need lm-eval, with lm-eval in front of the pinned packages"
 	@echo "make test-sanitize  check the CPU library with the address and undefined behaviour sanitizers"
 	@echo "make test-aarch64   check the CPU library as built for ARM, under emulation"
 	@echo "make lint           check style, types, imports and formatting"
@@ -46,6 +47,13 @@ test-oldest: $(OLDEST)/.installed
 	PYTHONPATH=$(OLDEST) $(BIN)/python -c 'import transformers; print("with transformers", transformers.__version__)'
 	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest $(addprefix tests/,$(TEST_OLDEST)) \
 		--deselect tests/test_peft_integration.py::test_peft_may_be_imported_before_or_after_macko
+
+# In front of them in the same way. The first line fails where lm-eval cannot be imported; pytest would skip the tests.
+EVAL := $(CURDIR)/.venv/eval
+
+test-eval: $(EVAL)/.installed
+	PYTHONPATH=$(EVAL) $(BIN)/python -c 'import lm_eval, macko_llm.evaluation; print("with lm-eval", lm_eval.__version__)'
+	PYTHONPATH=$(EVAL) $(BIN)/python -m pytest -m lm_eval $$(grep -l 'mark\.lm_eval' tests/test_*.py)
 
 # Without Python, hence without .venv.
 test-sanitize:
@@ -95,7 +103,7 @@ $(INSTALLED): pyproject.toml constraints.txt $(shell find csrc -type f) $(wildca
 	rm -f .venv/.installed*
 	touch $@
 
-$(OLDEST)/.installed: constraints-oldest.txt $(INSTALLED)
-	rm -rf $(OLDEST)
-	$(BIN)/python -m pip install --quiet --no-deps --target $(OLDEST) --requirement constraints-oldest.txt
+$(CURDIR)/.venv/%/.installed: constraints-%.txt $(INSTALLED)
+	rm -rf $(@D)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(@D) --requirement $<
 	touch $@

@@ -7,9 +7,11 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging
@@ -67,6 +69,13 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
         os.environ.clear()
         os.environ.update(environment)
+
+
+def read_own_tasks_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """lm-eval's own thousands of tasks are not read, which takes seconds: only those of --include-path."""
+    from macko_llm import evaluation
+
+    monkeypatch.setattr(evaluation, "TaskManager", partial(evaluation.TaskManager, include_defaults=False))
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import datasets
 import pytest
 import torch
 import typer.main
-from helpers import quiet_transformers
+from helpers import quiet_transformers, read_own_tasks_only
 from typer.testing import CliRunner
 
 from macko_llm.benchmarks import decode, machine, quality, spmv, timing
@@ -39,6 +39,7 @@ SMALL = {
     "generate": "-n 3",
     "chat": "-n 3",
     "eval-perplexity": "--limit 1 --seqlen 64",
+    "eval ": "--include-path my-tasks",
     "compare": "--limit 1 --seqlen 64 --new-tokens 3",
     "bench quality": "--limit 1 --nsamples 2 --seqlen 64",
     "bench decode": "--context 4 --new-tokens 2",
@@ -47,6 +48,17 @@ SMALL = {
 """Written behind an example, so that it does less of the same."""
 
 ON_GPUS = "--layout tiled"
+
+TASK = """
+task: {name}
+dataset_path: owner/stories
+output_type: loglikelihood
+training_split: train
+test_split: test
+doc_to_text: "{{{{text[:50]}}}}"
+doc_to_target: "{{{{text[50:60]}}}}"
+metric_list: [{{metric: perplexity}}]
+"""
 
 
 def _examples() -> Iterator[str]:
@@ -77,6 +89,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "my-texts.jsonl").write_text(
         "".join(json.dumps({"text": part}) + "\n" for part in text.split("\n\n") if len(part) > 200)
     )
+    (folder / "my-tasks").mkdir()
+    for name in ("arc_easy", "hellaswag", "winogrande", "my_task"):
+        (folder / "my-tasks" / f"{name}.yaml").write_text(TASK.format(name=name))
     (folder / "configs").symlink_to(Path(__file__).parent.parent / "configs")
     return folder
 
@@ -88,6 +103,9 @@ def _small_world(models: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     chat = [{"role": "user", "content": "Tell a story."}, {"role": "assistant", "content": text[:3000]}]
 
     def load_dataset(path: str, *_: object, split: str | None = None, streaming: bool = False, **__: object) -> Any:
+        if path == "owner/stories":  # of a task, which takes all splits at once
+            parts = datasets.Dataset.from_dict({"text": [text[at : at + 60] for at in range(0, 600, 60)]})
+            return datasets.DatasetDict(train=parts, test=parts)
         rows = {"messages": [chat] * 4} if "chat" in path else {"text": [text] * 4}
         made = datasets.Dataset.from_dict(rows)
         if not streaming:
@@ -117,14 +135,21 @@ def _small_world(models: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
         yield
 
 
-@pytest.mark.parametrize("example", list(_examples()), ids=str)
+def _parameters() -> Iterator[Any]:
+    for example in _examples():
+        yield pytest.param(
+            example, marks=[pytest.mark.lm_eval] if example.startswith("macko eval ") else [], id=example
+        )
+
+
+@pytest.mark.parametrize("example", list(_parameters()))
 def test_an_example_of_the_help_runs(
     example: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if ON_GPUS in example and not torch.cuda.is_available():
         pytest.skip("the tiled layout is a GPU's")
     if example.startswith("macko eval "):
-        pytest.skip("tasks are lm-eval's, and most are datasets of the hub")
+        read_own_tasks_only(monkeypatch)
     if "--plot" in example:
         pytest.importorskip("matplotlib", reason="needs macko-llm[plot]")
     before, _, call = example.rpartition("| ")

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_plain, quiet_transformers
+from helpers import assert_plain, quiet_transformers, read_own_tasks_only
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
@@ -26,8 +26,6 @@ from macko_llm.loading import load
 from macko_llm.packing import pack_checkpoint
 from macko_llm.pruning import prune_checkpoint
 from macko_llm.recipe import PruneRecipe
-
-needs_lm_eval = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="needs macko-llm[eval]")
 
 QUESTIONS = [
     {"q": "Once upon a time there was a little", "choices": ["girl", "dog", "boy"], "a": 1},
@@ -114,17 +112,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Data sets are prepared in the test's folder; lm-eval's own thousands of tasks are not read."""
+    """Data sets are prepared in the test's folder."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
     if importlib.util.find_spec("lm_eval") is not None:
-        from lm_eval.tasks import TaskManager
-
-        from macko_llm import evaluation
-
-        def own_tasks(**options: Any) -> TaskManager:
-            return TaskManager(include_defaults=False, **options)
-
-        monkeypatch.setattr(evaluation, "TaskManager", own_tasks)
+        read_own_tasks_only(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +164,7 @@ def expected_choices(dense: nn.Module, tokenizer: Any, contexts: list[str], deli
     return {"acc": sum(hits) / count, "acc_norm": sum(hits_by_length) / count, "brier_score": sum(brier) / count}
 
 
-@needs_lm_eval
+@pytest.mark.lm_eval
 @pytest.mark.parametrize(("model", "batch_size"), [("packed", 1), ("packed", 3), ("pruned", 2)])
 def test_choices_are_scored_by_their_log_likelihoods(folder, dense, tokenizer, model, batch_size) -> None:
     measured = run(folder, "tiny_choice", model=model, batch_size=batch_size)
@@ -185,7 +176,7 @@ def test_choices_are_scored_by_their_log_likelihoods(folder, dense, tokenizer, m
     assert {(s.task, s.filter, s.examples, s.num_fewshot) for s in measured.values()} == {("tiny_choice", "none", 4, 0)}
 
 
-@needs_lm_eval
+@pytest.mark.lm_eval
 def test_solved_examples_stand_in_front_and_a_limit_takes_the_first(folder, dense, tokenizer) -> None:
     measured = run(folder, "tiny_choice", num_fewshot=1, limit=3)
     contexts = [f"Tom had a cat\n\n{question['q']}" for question in QUESTIONS[:3]]
@@ -196,7 +187,7 @@ def test_solved_examples_stand_in_front_and_a_limit_takes_the_first(folder, dens
     assert run(folder, "tiny_fixed", num_fewshot=1)["acc"].num_fewshot == 0
 
 
-@needs_lm_eval
+@pytest.mark.lm_eval
 def test_probabilities_of_half_precision_models_are_computed_in_float32(folder, tokenizer) -> None:
     half = load(folder / "packed", dtype="float16", device="cpu")
     expected = expected_choices(half, tokenizer, [question["q"] for question in QUESTIONS])
@@ -205,7 +196,7 @@ def test_probabilities_of_half_precision_models_are_computed_in_float32(folder, 
     )
 
 
-@needs_lm_eval
+@pytest.mark.lm_eval
 def test_a_chat_template_is_put_around_questions(folder, dense) -> None:
     chat = AutoTokenizer.from_pretrained(folder / "packed")
     chat.chat_template = (
@@ -218,7 +209,7 @@ def test_a_chat_template_is_put_around_questions(folder, dense) -> None:
         run(folder, "tiny_choice", apply_chat_template=True)
 
 
-@needs_lm_eval
+@pytest.mark.lm_eval
 def test_perplexities_of_answers_and_of_texts(folder, dense, tokenizer, monkeypatch) -> None:
     monkeypatch.delenv("DISABLE_MULTIPROC", raising=False)
     monkeypatch.setattr(multiprocessing, "Pool", None)  # standard errors are sampled in this process
@@ -233,7 +224,7 @@ def test_perplexities_of_answers_and_of_texts(folder, dense, tokenizer, monkeypa
     assert calls == [("scoring texts", done, 4) for done in range(5)]
 
 
-@needs_lm_eval
+@pytest.mark.lm_eval
 def test_answers_are_generated_greedily(folder, dense, tokenizer) -> None:
     lines = []
     for number, question in enumerate(QUESTIONS):
@@ -248,7 +239,7 @@ def test_answers_are_generated_greedily(folder, dense, tokenizer) -> None:
     assert run(folder, "tiny_answered", batch_size=2)["exact_match"].value == 0.75
 
 
-@needs_lm_eval
+@pytest.mark.lm_eval
 def test_groups_and_patterns_are_names_too(folder) -> None:
     from macko_llm import evaluation
 
@@ -264,7 +255,7 @@ def test_groups_and_patterns_are_names_too(folder) -> None:
     assert {score.task for score in scores} == {"tiny_group", "tiny_choice", "tiny_last"}
 
 
-@needs_lm_eval
+@pytest.mark.lm_eval
 @pytest.mark.parametrize(
     ("name", "kind", "sentence"),
     [
@@ -283,7 +274,7 @@ def test_tasks_that_cannot_be_run_are_refused_in_a_sentence(folder, name, kind, 
     assert_plain(str(raised.value))
 
 
-@needs_lm_eval
+@pytest.mark.lm_eval
 def test_the_command_prints_json_and_nothing_else_on_stdout(folder, tmp_path) -> None:
     command = [sys.executable, "-m", "macko_llm", "eval", "packed", "--tasks", "tiny_choice,tiny_last,tiny_rolling"]
     command += ["--include-path", "tasks", "--batch-size", "2", "--dtype", "float32", "--device", "cpu", "--json"]
@@ -307,7 +298,7 @@ def test_the_command_prints_json_and_nothing_else_on_stdout(folder, tmp_path) ->
         assert re.fullmatch(r"(finding tasks|scoring answers|scoring texts): \d+/\d+", line), line
 
 
-@needs_lm_eval
+@pytest.mark.lm_eval
 def test_the_command_prints_a_table(folder, monkeypatch) -> None:
     monkeypatch.chdir(folder)
     call = ["eval", "packed", "--tasks", "tiny_choice", "--include-path", "tasks", "--limit", "2", "--num-fewshot", "1"]

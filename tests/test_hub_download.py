@@ -219,14 +219,12 @@ def test_a_dry_run_of_pruning_fetches_no_weights(dense_hub: Hub, tmp_path: Path)
         "generate owner/name -p hello",
         "chat owner/name",
         "eval-perplexity owner/name",
-        "eval owner/name --tasks arc_easy",
+        pytest.param("eval owner/name --tasks arc_easy", marks=pytest.mark.lm_eval),
         "compare owner/name@branch owner/name@absent",
     ],
 )
 def test_each_command_asks_the_hub_for_the_revision(call: str, tmp_path: Path) -> None:
     command, *arguments = call.split()
-    if command == "eval":
-        pytest.importorskip("lm_eval")
     if command != "compare":  # which takes a revision a model
         arguments += ["--revision", "absent"]
     (tmp_path / "model").mkdir()
