@@ -1,5 +1,6 @@
 """Settings of every test."""
 
+import gc
 import importlib.util
 import os
 
@@ -15,3 +16,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """A test marked lm_eval is skipped, saying so, where lm-eval is missing."""
     if item.get_closest_marker("lm_eval") and importlib.util.find_spec("lm_eval") is None:
         pytest.skip("needs lm-eval: make test-eval")
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: benchmarks collect garbage before each run, and would look through it every time."""
+    gc.collect()
+    gc.freeze()

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from typer.testing import CliRunner, Result
 
 from macko_llm import checkpoint, models
-from macko_llm.benchmarks import decode
+from macko_llm.benchmarks import decode, machine
 from macko_llm.benchmarks.parts import part_of
 from macko_llm.benchmarks.shapes import SHAPES, shape_config
 from macko_llm.benchmarks.subjects import Subject, make_subject, packed_layers, packed_sparsity
@@ -37,6 +38,14 @@ def macko(*arguments: object, exit_code: int = 0) -> Result:
 def subject_of(model: Path | None = None, config: str | None = None, **options: Any) -> Subject:
     settings = {"sparsities": (), "random_weights": False, "dtype": "auto", **options}
     return make_subject(model and str(model), config, device=CPU, **settings)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small_reads() -> Iterator[None]:
+    """The read bandwidth of this machine is not what these tests are about, and takes seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(machine.READ_BYTES, "cpu", 2**20)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from families import MAX_POSITIONS, save_model
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
-from macko_llm.benchmarks import prune
+from macko_llm.benchmarks import machine, prune
 from macko_llm.benchmarks.prune import Cost, write_random_checkpoint
 from macko_llm.benchmarks.shapes import SHAPES, shape_config
 from macko_llm.cli.main import app
@@ -41,6 +41,13 @@ def report(folder: Path) -> dict[str, Any]:
     content = json.loads(macko("--config", "tiny", "--random-weights", *FEW, "--folder", folder, "--json").stdout)
     assert isinstance(content, dict)
     return content
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs run here: `report` shows them in processes of their own, whose imports take seconds."""
+    monkeypatch.setattr(prune, "in_fresh_process", lambda work, *args, progress: work(*args, progress=progress))
+    monkeypatch.setitem(machine.READ_BYTES, "cpu", 2**20)
 
 
 # What it says
@@ -82,6 +89,7 @@ def test_nothing_stays(report: dict[str, Any], folder: Path) -> None:
     assert not any(folder.iterdir())
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_pruning_that_packs_is_one_job() -> None:
     arguments = ["--config", "tiny", "--pack", "--update", "admm", "--hidden-states", "host", *FEW]
     content = json.loads(macko(*arguments, "--json").stdout)
@@ -91,6 +99,7 @@ def test_pruning_that_packs_is_one_job() -> None:
     assert content["command"].endswith("--hidden-states host --pack --device cpu")
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_few_blocks_stand_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SHAPES, "tiny", {**SHAPES["tiny"], "num_hidden_layers": 4})
     said = macko("--config", "tiny", "--blocks", "2", *FEW).stdout
@@ -122,6 +131,7 @@ def test_stages_grow_with_what_they_depend_on() -> None:
 # What is pruned
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_a_model_of_ones_own_stays_as_it_is(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", "llama", torch.float16)
     before = {file.name: file.read_bytes() for file in model.iterdir()}
@@ -132,6 +142,7 @@ def test_a_model_of_ones_own_stays_as_it_is(tmp_path: Path) -> None:
     assert set(content["prune"]["stages"]) == {"reading", "choosing", "writing", "saving", "other"}
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_random_weights_take_the_shape_of_a_model(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", "llama")
     (model / "model.safetensors").unlink()  # is not needed

@@ -4,6 +4,7 @@ import json
 import re
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,18 @@ def macko(*arguments: object, exit_code: int = 0) -> Result:
     result = CliRunner().invoke(app, ["bench", "spmv", *map(str, arguments)])
     assert result.exit_code == exit_code, result.output
     return result
+
+
+WHOLE_READ_BYTES = machine.READ_BYTES["cpu"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small_measurements() -> Iterator[None]:
+    """Fewer copies of weights are made, and less memory is read, than makes figures true; one test asks for the memory."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(weights, "MAX_COPIES", 32)
+        patch.setitem(machine.READ_BYTES, "cpu", 2**20)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -184,6 +197,7 @@ def test_without_scipy_a_note_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_read_bandwidth_is_of_memory_that_is_far_larger_than_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its time is that of the bytes it says: with a clock of 1 s a call, all of them in a second."""
+    monkeypatch.setitem(machine.READ_BYTES, "cpu", WHOLE_READ_BYTES)
     monkeypatch.setattr(machine, "measure", lambda rotation, _: timing.Timing(1e6, 1, len(rotation), False))
     assert machine.read_bandwidth(CPU) == pytest.approx(machine.READ_BYTES["cpu"] / 1e9)
     assert machine.READ_BYTES["cpu"] >= 512 * 2**20

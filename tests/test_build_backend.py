@@ -261,7 +261,11 @@ class TestNaming:
 
 @pytest.mark.skipif(shutil.which("cmake") is None or shutil.which("ninja") is None, reason="needs cmake and ninja")
 class TestBuilding:
-    """Builds of this project, each in a folder of its own."""
+    """Builds of this project, in one folder, so that its sources are compiled once."""
+
+    @pytest.fixture(scope="class")
+    def settings(self, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+        return {"build-dir": str(tmp_path_factory.mktemp("build"))}
 
     @pytest.fixture(autouse=True)
     def machine_without_nvcc(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -271,12 +275,17 @@ class TestBuilding:
 
     @pytest.mark.parametrize("value", ["off", "auto"])
     def test_a_cpu_library(
-        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str], value: str
+        self,
+        settings: dict[str, str],
+        monkeypatch: pytest.MonkeyPatch,
+        tmp_path: Path,
+        capfd: pytest.CaptureFixture[str],
+        value: str,
     ) -> None:
         if value == "auto" and macko_build.wheel_nvcc() is not None:
             pytest.skip("NVIDIA's compiler wheel is installed beside these tests")
         monkeypatch.setenv("MACKO_CUDA", value)
-        name = macko_build.build_wheel(str(tmp_path), {"build-dir": str(tmp_path / "build")})
+        name = macko_build.build_wheel(str(tmp_path), settings)
         # One wheel for every Python: the library is loaded with ctypes.
         assert "-py3-none-" in name
         library = native.library_path().name
@@ -290,10 +299,10 @@ class TestBuilding:
 
     @pytest.mark.parametrize("build", ["build_wheel", "build_editable"])
     def test_the_line_that_python_starts_with_comes_and_goes_with_every_install(
-        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, build: str
+        self, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, build: str
     ) -> None:
         monkeypatch.setenv("MACKO_CUDA", "off")
-        name = getattr(macko_build, build)(str(tmp_path), {"build-dir": str(tmp_path / "build")})
+        name = getattr(macko_build, build)(str(tmp_path), settings)
         with zipfile.ZipFile(tmp_path / name) as wheel:
             line = wheel.read("macko_llm.pth").decode()
             record = next(entry for entry in wheel.namelist() if entry.endswith(".dist-info/RECORD"))
@@ -302,24 +311,32 @@ class TestBuilding:
         assert line.startswith("import ")  # only such lines are run
 
     def test_a_new_isolated_environment_compiles_again_only_where_the_tools_are_gone(
-        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+        self,
+        settings: dict[str, str],
+        monkeypatch: pytest.MonkeyPatch,
+        tmp_path: Path,
+        capfd: pytest.CaptureFixture[str],
     ) -> None:
         monkeypatch.setenv("MACKO_CUDA", "off")
-        build = tmp_path / "build"
+        build = Path(settings["build-dir"])
 
         def compiled() -> int:
-            macko_build.build_wheel(str(tmp_path), {"build-dir": str(build)})
+            macko_build.build_wheel(str(tmp_path), settings)
             return (build / "CMakeFiles" / "macko.dir" / "cpu" / "pack.cpp.o").stat().st_mtime_ns
 
         first = compiled()
         information = build / ".skbuild-info.json"
         elsewhere = {**json.loads(information.read_text()), "skbuild_path": "/nowhere/scikit_build_core"}
         information.write_text(json.dumps(elsewhere))
+        monkeypatch.setenv("CXX", "/nowhere/c++")  # which CMake asks for only where it starts over
         assert compiled() == first
         information.write_text(json.dumps(elsewhere))
         cache = build / "CMakeCache.txt"
         cache.write_text(re.sub("(?m)^(CMAKE_MAKE_PROGRAM:.*)=.*$", r"\1=/nowhere/ninja", cache.read_text()))
-        assert compiled() > first
+        capfd.readouterr()
+        with pytest.raises(SystemExit):
+            compiled()
+        assert "/nowhere/c++" in capfd.readouterr().err
 
     def test_a_broken_compiler_is_an_error_that_names_the_way_out(
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]

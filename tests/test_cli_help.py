@@ -15,6 +15,7 @@ import pytest
 import typer.main
 from typer.testing import CliRunner
 
+from macko_llm.benchmarks import machine
 from macko_llm.cli import bench_decode, bench_spmv
 from macko_llm.cli.console import print_table
 from macko_llm.cli.main import app
@@ -220,12 +221,11 @@ def test_an_error_is_json_too_where_json_is_wanted(call: str, exit_code: int) ->
         ("macko bench ", ["quality", "spmv", "decode"]),
     ],
 )
-def test_shells_complete_values(words: str, completions: list[str], tmp_path: Path) -> None:
+def test_shells_complete_values(words: str, completions: list[str]) -> None:
     count = len(words.split()) - (0 if words.endswith(" ") else 1)
-    environment = {**os.environ, "_MACKO_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(count)}
-    call = [sys.executable, "-c", "from macko_llm.cli.main import app; app(prog_name='macko')"]
-    said = subprocess.run(call, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert set(completions) <= set(said.stdout.split()), said
+    environment = {"_MACKO_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(count)}
+    said = CliRunner().invoke(app, [], prog_name="macko", env=environment)
+    assert set(completions) <= set(said.stdout.split()), said.output
     assert all(word.startswith(words.split(" ")[-1]) for word in said.stdout.split())
 
 
@@ -264,7 +264,8 @@ def test_options_are_called_what_they_are_called() -> None:
     assert not [name for name in found if name != name.lower()]
 
 
-def test_figures_of_a_cpu_are_not_shown_without_a_word() -> None:
+def test_figures_of_a_cpu_are_not_shown_without_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(machine.READ_BYTES, "cpu", 2**20)
     call = ["bench", "spmv", "--device", "cpu", "--shape", "64x64", "--sparsity", "0.5", "--threads", "1"]
     result = CliRunner().invoke(app, call)
     assert result.exit_code == 0, result.output

@@ -15,9 +15,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import huggingface_hub
 import pytest
 from families import FAMILIES, make_tokenizer, save_model
+from helpers import quiet_transformers
+from typer.testing import CliRunner
 
+from macko_llm.cli.main import app
 from macko_llm.packing import pack_checkpoint
 from macko_llm.pruning import prune_checkpoint
 from macko_llm.recipe import PruneRecipe
@@ -223,15 +227,24 @@ def test_a_dry_run_of_pruning_fetches_no_weights(dense_hub: Hub, tmp_path: Path)
         "compare owner/name@branch owner/name@absent",
     ],
 )
-def test_each_command_asks_the_hub_for_the_revision(call: str, tmp_path: Path) -> None:
+def test_each_command_asks_the_hub_for_the_revision(call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process, since it is about what a command asks for; those above show that the environment names the hub."""
     command, *arguments = call.split()
     if command != "compare":  # which takes a revision a model
         arguments += ["--revision", "absent"]
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
     arguments = [str(tmp_path / word) if word == "out" else word for word in arguments]
-    with _serve(tmp_path / "model") as hub:
-        run = _macko(hub, tmp_path / "home", command, *arguments)
+    for name in [name for name in os.environ if name.startswith("HF_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "home"))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with _serve(tmp_path / "model") as hub, quiet_transformers():
+        constants = huggingface_hub.constants
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        run = CliRunner().invoke(app, [command, *arguments])
     assert set(hub.revisions) == ({"branch", "absent"} if command == "compare" else {"absent"})
-    assert run.returncode == 1
+    assert run.exit_code == 1
     assert "owner/name@absent, and the hub did not give a model" in run.stderr
