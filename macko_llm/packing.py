@@ -540,4 +540,4 @@ def _write_packed_surroundings(
         bytes_dense=report.bytes_dense,
         bytes_packed=report.bytes_packed,
     )
-    (target / "README.md").write_text(card, encoding="utf-8")
+    (target / checkpoint.CARD_FILE).write_text(card, encoding="utf-8")
