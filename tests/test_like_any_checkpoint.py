@@ -139,6 +139,9 @@ def test_a_pruned_model_that_is_packed_on_loading_is_the_packed_one(model: Path,
     loaded.save_pretrained(tmp_path)
     for name in ("model.safetensors", "generation_config.json"):
         assert (tmp_path / name).read_bytes() == (model / "packed" / name).read_bytes()
+    assert not {"macko.json", "README.md"} & {
+        path.name for path in tmp_path.iterdir()
+    }  # it came with no record of packing
     assert AutoModelForCausalLM.from_pretrained(tmp_path).config.to_dict() == {
         **packed.config.to_dict(),
         "_name_or_path": str(tmp_path),

@@ -98,6 +98,21 @@ def test_an_adapter_that_is_saved_comes_back_and_leaves_no_trace(folder: Path, t
     assert torch.equal(_logits(model.unload()), plain)
 
 
+def test_adapters_of_transformers_itself_are_saved_without_what_describes_the_model(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.integrations.peft.check_peft_version", lambda **_: None)  # it wants a newer one
+    model = _load(folder / "packed")
+    model.add_adapter(peft.LoraConfig(target_modules=TARGETS, r=4, init_lora_weights=False))
+    model.save_pretrained(tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert "adapter_model.safetensors" in names
+    assert not {"macko.json", "README.md", "model.safetensors"} & names
+    again = _load(folder / "packed")
+    again.load_adapter(tmp_path)
+    assert torch.equal(_logits(again), _logits(model))
+
+
 def test_transformers_trainer_trains_an_adapter(folder: Path, tmp_path: Path) -> None:
     rows = [{"input_ids": row, "labels": row} for row in random_tokens(4, 11)]
     arguments = TrainingArguments(
