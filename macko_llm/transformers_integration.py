@@ -131,6 +131,7 @@ class MackoQuantizer(HfQuantizer):
 
     def _check_filled(self, model: PreTrainedModel) -> None:
         places = set(map(str, getattr(model, "hf_device_map", {}).values()))
+        offloaded = bool({"cpu", "disk"} & places)
         if len(places) <= 1:  # dispatching to several makes new parameters, without transformers' mark
             packed_checkpoint.check_complete(self._not_stored(model))
         for name, parameter in model.named_parameters():
@@ -141,10 +142,7 @@ class MackoQuantizer(HfQuantizer):
             if not layer.weight_values.is_meta:
                 _keep_in_own_memory(layer)
                 layer.validate(name)
-            elif {
-                "cpu",
-                "disk",
-            } & places:  # else `loading` fills it; offloaded arrays are validated before each product too
+            elif offloaded:  # else `loading` fills it; offloaded arrays are validated before each product, too
                 packed_checkpoint.read_matrix(name, (layer.out_features, layer.in_features), self._infos)
 
     def _pack(self, model: PreTrainedModel) -> None:
