@@ -24,6 +24,7 @@ CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
 WEIGHTS_FILE = "model.safetensors"
 PROVENANCE_FILE = "macko.json"
+CARD_FILE = "README.md"
 QUANT_METHOD = "macko"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 LENGTH_BYTES = 8
@@ -148,7 +149,7 @@ def folder_bytes(folder: Path) -> int:
 def copy_side_files(source: Path, target: Path) -> None:
     """Copy what surrounds the weights: tokenizer, generation config, chat template, custom code, licence."""
     for path in sorted(source.iterdir()):
-        skipped = path.name in (CONFIG_FILE, PROVENANCE_FILE, "README.md") or path.name.startswith(".")
+        skipped = path.name in (CONFIG_FILE, PROVENANCE_FILE, CARD_FILE) or path.name.startswith(".")
         if path.is_file() and not skipped and not path.name.endswith(_WEIGHT_SUFFIXES):
             shutil.copyfile(path, target / path.name)
 

@@ -10,19 +10,9 @@ from macko_llm.errors import UsageError
 from macko_llm.recipe import PruneRecipe, title, to_toml
 
 
-def model_card(
-    provenance: Mapping[str, Any], *, value_dtype: str, sparsity: float, bytes_dense: int, bytes_packed: int
-) -> str:
-    """The card.
-
-    Args:
-        provenance: macko.json of the checkpoint.
-        value_dtype: "float16" or "bfloat16".
-        sparsity: share of zeros in the linear layers of the blocks.
-        bytes_dense: of all tensors, before they were packed.
-        bytes_packed: of all tensors, as they are stored.
-    """
-    pruned = provenance.get("prune", {})
+def model_card(provenance: Mapping[str, Any]) -> str:
+    """The card of the checkpoint that has this macko.json, with what packing has put into it."""
+    pack, pruned = provenance["pack"], provenance.get("prune", {})
     origin = str(pruned.get("model") or "MODEL")
     of_hub = re.fullmatch(r"([\w.-]+/[\w.-]+)(@.+)?", origin)  # a folder is recorded by its last name only
     base_model = f"base_model: {of_hub[1]}\n" if of_hub else ""
@@ -33,8 +23,8 @@ pipeline_tag: text-generation
 ---
 # A pruned model in the MACKO sparse format
 
-{sparsity:.0%} of the weights of its decoder blocks are zero (pruned by {title(pruned)}); the rest take
-{bytes_packed / 1e6:.1f} MB instead of {bytes_dense / 1e6:.1f} MB. `macko.json` says exactly how it was made.
+{pack["sparsity"]:.0%} of the weights of its decoder blocks are zero (pruned by {title(pruned)}); the model takes
+{pack["bytes_packed"] / 1e6:.1f} MB instead of {pack["bytes_dense"] / 1e6:.1f} MB. `macko.json` says exactly how it was made.
 
 ## Use
 
@@ -61,10 +51,10 @@ and starts from random weights.
 
 ## How it was made
 
-{_made(provenance, origin, value_dtype)}"""
+{_made(provenance, origin)}"""
 
 
-def _made(provenance: Mapping[str, Any], origin: str, value_dtype: str) -> str:
+def _made(provenance: Mapping[str, Any], origin: str) -> str:
     commands, source, recipe = [], "MODEL", None
     if "prune" in provenance:
         recipe = _recipe(provenance["prune"])
@@ -74,7 +64,7 @@ def _made(provenance: Mapping[str, Any], origin: str, value_dtype: str) -> str:
         tuned = "tuned" if number == 1 else f"tuned-{number}"
         commands.append(f"macko tune {source} -o {tuned} --dataset {shlex.quote(str(run.get('dataset')))}")
         source = tuned
-    commands.append(f"macko pack {source} -o packed --dtype {value_dtype}")
+    commands.append(f"macko pack {source} -o packed --dtype {provenance['pack']['value_dtype']}")
     text = "```sh\n" + "".join(f"{command}\n" for command in commands) + "```\n"
     if recipe:
         text += f"\nwhere `recipe.toml` holds\n\n```toml\n{to_toml(recipe)}```\n"

@@ -70,7 +70,7 @@ def check_output(target: Path, *, overwrite: bool, source: Path | None = None) -
             raise UsageError(
                 f"The output folder {target} is not a model folder, so it is kept; choose another with -o."
             )
-        foreign = sorted(set(present) - _replaceable(target))
+        foreign = sorted(set(present) - replaceable(target))
         if foreign:
             raise UsageError(
                 f"The output folder {target} holds {foreign[0]}, which neither macko nor transformers wrote, so it is kept; "
@@ -126,7 +126,7 @@ def new_folder(
         if not inside:
             _rename(partial, target)
             return
-        old = _replaceable(target) if overwrite else set()
+        old = replaceable(target) if overwrite else set()
         if any((target / path.name).exists() and path.name not in old for path in partial.iterdir()):
             raise _appeared(partial, target)
         _move_in(partial, target, old)
@@ -160,7 +160,7 @@ def _content(folder: Path) -> list[str]:
     return [path.name for path in folder.iterdir() if path.name not in _OURS]
 
 
-def _replaceable(folder: Path) -> set[str]:
+def replaceable(folder: Path) -> set[str]:
     """The files of a folder that macko or transformers wrote, by name."""
     listed = read_provenance(folder).get(FILES)
     known = set(listed) if isinstance(listed, list) else {PROVENANCE_FILE}

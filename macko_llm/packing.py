@@ -533,11 +533,4 @@ def _write_packed_surroundings(
         "versions": {"macko_llm": __version__, "torch": torch.__version__},
     }
     checkpoint.write_provenance(target, provenance)
-    card = model_card(
-        provenance,
-        value_dtype=report.value_dtype,
-        sparsity=report.sparsity,
-        bytes_dense=report.bytes_dense,
-        bytes_packed=report.bytes_packed,
-    )
-    (target / "README.md").write_text(card, encoding="utf-8")
+    (target / checkpoint.CARD_FILE).write_text(model_card(provenance), encoding="utf-8")

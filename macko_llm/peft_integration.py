@@ -7,9 +7,10 @@ from peft.tuners.lora.layer import Linear
 
 from macko_llm.errors import UsageError
 from macko_llm.linear import MackoLinear
+from macko_llm.recipe import one_of
 
-_INITIAL_WEIGHTS = (True, False, "gaussian", "orthogonal")
-"""Of adapters: those that do not ask for the dense weight."""
+_INITIAL_WEIGHTS = (True, False, "gaussian")
+"""Of adapters: those for which neither the dense weight nor its inputs are needed."""
 
 
 class PackedLora(Linear):
@@ -27,7 +28,7 @@ class PackedLora(Linear):
         """Add an adapter.
 
         Raises:
-            UsageError: it begins from the dense weight, or is computed with it, as DoRA is.
+            UsageError: it begins from more than random numbers, or is computed with the dense weight, as DoRA is.
         """
         try:
             self.resolve_lora_variant(config=config)
@@ -37,7 +38,8 @@ class PackedLora(Linear):
             ) from error
         if config.init_lora_weights not in _INITIAL_WEIGHTS:
             raise UsageError(
-                f"init_lora_weights={config.init_lora_weights!r} needs the dense weight; packed layers take True or 'gaussian'."
+                f"Adapters of packed layers do not begin with init_lora_weights={config.init_lora_weights!r}; "
+                f"use {one_of(tuple(map(repr, _INITIAL_WEIGHTS)))}."
             )
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **more)
 

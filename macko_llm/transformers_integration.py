@@ -16,7 +16,7 @@ from transformers.quantizers import (
 )
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from macko_llm import checkpoint, models, packed_checkpoint
+from macko_llm import checkpoint, models, packed_checkpoint, saving
 from macko_llm.defaults import LAYOUT, TOKENS_AT_A_TIME
 from macko_llm.dtypes import VALUE_DTYPES
 from macko_llm.errors import NonFiniteError, UsageError
@@ -94,6 +94,8 @@ class MackoQuantizer(HfQuantizer):
     """
 
     quantization_config: MackoConfig
+    origin: saving.Origin | None = None
+    """What the model was loaded from, packed."""
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
@@ -104,6 +106,7 @@ class MackoQuantizer(HfQuantizer):
             return model
         if not checkpoint_files:
             raise UsageError("A packed model loads from its safetensors files; pass from_pretrained its folder.")
+        self.origin = saving.Origin.read(Path(checkpoint_files[0]).parent)
         self._infos = infos = checkpoint.tensor_infos([Path(file) for file in checkpoint_files])
         self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
@@ -128,6 +131,7 @@ class MackoQuantizer(HfQuantizer):
 
     def _check_filled(self, model: PreTrainedModel) -> None:
         places = set(map(str, getattr(model, "hf_device_map", {}).values()))
+        offloaded = bool({"cpu", "disk"} & places)
         if len(places) <= 1:  # dispatching to several makes new parameters, without transformers' mark
             packed_checkpoint.check_complete(self._not_stored(model))
         for name, parameter in model.named_parameters():
@@ -138,10 +142,7 @@ class MackoQuantizer(HfQuantizer):
             if not layer.weight_values.is_meta:
                 _keep_in_own_memory(layer)
                 layer.validate(name)
-            elif {
-                "cpu",
-                "disk",
-            } & places:  # else `loading` fills it; offloaded arrays are validated before each product too
+            elif offloaded:  # else `loading` fills it; offloaded arrays are validated before each product, too
                 packed_checkpoint.read_matrix(name, (layer.out_features, layer.in_features), self._infos)
 
     def _pack(self, model: PreTrainedModel) -> None:
@@ -259,3 +260,13 @@ def _merge(stored: Any, given: Any) -> Any:
 # without this function goes by the defaults, and loads packed models all the same.
 if _merge_configs is not None:
     AutoHfQuantizer.merge_quantization_configs = staticmethod(_merge)  # type: ignore[method-assign,assignment]
+
+
+def _origin_of(model: PreTrainedModel) -> saving.Origin | None:
+    """What a packed model was loaded from; None where transformers saves only the adapters that it has put into it."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    adapted = getattr(model, "_hf_peft_config_loaded", False)
+    return quantizer.origin if isinstance(quantizer, MackoQuantizer) and not adapted else None
+
+
+saving.extend(PreTrainedModel, _origin_of)

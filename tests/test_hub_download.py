@@ -189,6 +189,31 @@ def test_plain_transformers_loads_a_branch_of_the_hub(hub: Hub, tmp_path: Path) 
     assert not hub.sent & set(OTHER_FORMS)
 
 
+SAVE = """
+import macko_llm, sys
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("owner/name", revision="branch")
+model.save_pretrained(sys.argv[1])
+"""
+
+
+def test_a_model_of_the_hub_is_saved_with_what_transformers_did_not_download(hub: Hub, tmp_path: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", SAVE, str(tmp_path / "saved")],
+        env=_environment(hub, tmp_path / "home"),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 0, run.stderr
+    for name in ("README.md", "model.safetensors"):
+        assert (tmp_path / "saved" / name).read_bytes() == (tmp_path / "model" / name).read_bytes()
+    packed, saved = (json.loads((tmp_path / name / "macko.json").read_text()) for name in ("model", "saved"))
+    assert saved.pop("files") == sorted(path.name for path in (tmp_path / "saved").iterdir())
+    del packed["files"]
+    assert saved == packed
+
+
 def test_a_dry_run_of_pruning_fetches_no_weights(dense_hub: Hub, tmp_path: Path) -> None:
     options = ["--method", "magnitude", "-o", str(tmp_path / "out")]
     call = ["prune", "owner/name", "--revision", "branch", *options]

@@ -74,9 +74,8 @@ def test_its_python_runs(packed: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 
 def _card(**provenance: object) -> ModelCard:
-    return ModelCard(
-        model_card(provenance, value_dtype="float16", sparsity=0.5, bytes_dense=2_000_000, bytes_packed=1_250_000)
-    )
+    pack = {"value_dtype": "float16", "sparsity": 0.5, "bytes_dense": 2_000_000, "bytes_packed": 1_250_000}
+    return ModelCard(model_card({**provenance, "pack": pack}))
 
 
 @pytest.mark.parametrize("name", ["owner/name", "owner/name@v1.0"])
@@ -90,7 +89,7 @@ def test_the_hub_reads_where_a_model_comes_from(name: str) -> None:
     }
     assert f"macko prune {name} -o pruned --recipe recipe.toml\n" in card.text
     assert 'method = "wanda"\n' in card.text
-    assert "1.2 MB instead of 2.0 MB" in card.text
+    assert "; the model takes\n1.2 MB instead of 2.0 MB" in card.text
 
 
 def test_what_is_not_known_is_not_told(packed: Path) -> None:

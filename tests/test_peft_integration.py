@@ -79,6 +79,33 @@ def test_training_an_adapter_is_training_it_on_the_dense_model(folder: Path) -> 
     assert not any(".lora_" not in name and each.grad is not None for name, each in models[0].named_parameters())
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"init_lora_weights": False},
+        {"init_lora_weights": "gaussian"},
+        {"use_rslora": True},
+        {"lora_bias": True},
+    ],
+    ids=str,
+)
+def test_each_kind_of_plain_adapter_computes_what_it_does_on_the_dense_model(
+    options: dict[str, Any], folder: Path
+) -> None:
+    models = [_adapted(folder / kind, **options) for kind in ("packed", "pruned")]
+    for model in models:
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in _adapters(model).values():
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    packed, dense = (_adapters(model) for model in models)
+    assert all(torch.equal(parameter, dense[name]) for name, parameter in packed.items())
+    found, expected = (_logits(model) for model in models)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    with models[0].disable_adapter():
+        assert not torch.allclose(_logits(models[0]), expected, rtol=1e-2, atol=1e-2)
+
+
 def test_an_adapter_that_is_saved_comes_back_and_leaves_no_trace(folder: Path, tmp_path: Path) -> None:
     model = _adapted(folder / "packed")
     with torch.no_grad():
@@ -96,6 +123,21 @@ def test_an_adapter_that_is_saved_comes_back_and_leaves_no_trace(folder: Path, t
     options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
     assert torch.equal(again.generate(TOKENS, **options), dense.generate(TOKENS, **options))
     assert torch.equal(_logits(model.unload()), plain)
+
+
+def test_adapters_of_transformers_itself_are_saved_without_what_describes_the_model(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.integrations.peft.check_peft_version", lambda **_: None)  # it wants a newer one
+    model = _load(folder / "packed")
+    model.add_adapter(peft.LoraConfig(target_modules=TARGETS, r=4, init_lora_weights=False))
+    model.save_pretrained(tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert "adapter_model.safetensors" in names
+    assert not {"macko.json", "README.md", "model.safetensors"} & names
+    again = _load(folder / "packed")
+    again.load_adapter(tmp_path)
+    assert torch.equal(_logits(again), _logits(model))
 
 
 def test_transformers_trainer_trains_an_adapter(folder: Path, tmp_path: Path) -> None:
@@ -125,11 +167,14 @@ def test_merging_is_refused_and_changes_nothing(folder: Path) -> None:
     ("options", "words"),
     [
         ({"use_dora": True}, "plain LoRA, without DoRA"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' needs the dense weight"),
-        ({"init_lora_weights": "olora"}, "init_lora_weights='olora' needs the dense weight"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'; use True, False or 'gaussian'"),
+        ({"init_lora_weights": "orthogonal"}, "init_lora_weights='orthogonal'; use True, False or 'gaussian'"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights='olora'; use True, False or 'gaussian'"),
     ],
 )
-def test_what_needs_the_dense_weight_is_refused(options: dict[str, Any], words: str, folder: Path) -> None:
+def test_what_needs_more_than_the_input_and_the_product_is_refused(
+    options: dict[str, Any], words: str, folder: Path
+) -> None:
     with pytest.raises(UsageError, match=words) as caught:
         _adapted(folder / "packed", **options)
     assert_plain(str(caught.value))
