@@ -185,9 +185,16 @@ def test_a_matrix_without_values(kind: Kind) -> None:
 
 
 def test_a_matrix_without_rows(kind: Kind) -> None:
+    """A few tokens, many, and with a gradient."""
     nothing = kind.make(torch.zeros(0, 5, dtype=torch.float16))
     assert nothing.dense().shape == (0, 5)
     assert nothing.linear(torch.ones(2, 3, 5), None).shape == (2, 3, 0)
+    assert nothing.linear(torch.ones(100, 5), torch.ones(0)).shape == (100, 0)
+    assert nothing.linear(torch.ones(2, 5).double(), None).shape == (2, 0)
+    x, bias = torch.ones(3, 5, requires_grad=True), torch.ones(0, requires_grad=True)
+    nothing.linear(x, bias).sum().backward()
+    assert torch.equal(x.grad, torch.zeros(3, 5))
+    assert bias.grad.shape == (0,)
 
 
 # Numbers that instructions may round away

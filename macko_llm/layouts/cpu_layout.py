@@ -94,7 +94,7 @@ class CpuLayout(Layout):
     def row_parts(self) -> Iterator[tuple[slice, Tensor]]:
         """The dense matrix a few rows at a time, in the same memory: which, and [those, cols] of `dtype`."""
         steps = max(1, DENSE_ELEMENTS // (self.cols * self.row_step))
-        step = min(steps * self.row_step, self.rows)
+        step = min(steps * self.row_step, max(self.rows, 1))
         memory = torch.empty(step, self.cols, dtype=self.dtype)
         for first in range(0, self.rows, step):
             part = memory[: self.rows - first]
@@ -162,7 +162,7 @@ def define_ops(layout: type[CpuLayout]) -> None:
         wants_x, _, wants_bias, *_ = ctx.needs_input_grad
         (data,) = ctx.saved_tensors
         x = upstream @ unpacked(data, ctx.dtype, ctx.numbers).to(upstream.dtype) if wants_x else None
-        return x, None, upstream.reshape(-1, upstream.shape[-1]).sum(0) if wants_bias else None, None, None
+        return x, None, upstream.sum_to_size(upstream.shape[-1]) if wants_bias else None, None, None
 
     _library.impl(f"{name}_unpack", unpack, "CPU")
     _library.impl(f"{name}_spmv", spmv, "CPU")
