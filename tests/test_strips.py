@@ -7,6 +7,7 @@ from test_cpu_layouts import threads
 from test_ops import HALVES, sparse
 from torch import Tensor
 
+from macko_llm import native
 from macko_llm.errors import NativeError
 from macko_llm.layouts import bitmap, canonical, strips
 from macko_llm.layouts.bitmap import BitmapMatrix
@@ -86,6 +87,17 @@ def test_strips_take_hardly_more_memory_than_the_bitmap() -> None:
         bits, matrix = bitmap.arrange(canonical.pack(weight)), arranged(weight)
         assert matrix is None or matrix.data.nbytes <= 1.05 * bits.data.nbytes
     assert arranged(pruned(8, 64, 0.95, torch.float16)) is None  # room for 256 rows
+
+
+def test_strips_that_would_take_too_much_memory_are_planned_and_never_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    filled = []
+    monkeypatch.setattr(native, "cpu_strips_fill", lambda *structs: filled.append(structs))
+    weight = pruned(1024, 1024, 0.87, torch.float16)
+    assert (
+        3 * int(weight.count_nonzero()) < 1.05 * bitmap.arrange(canonical.pack(weight)).data.nbytes
+    )  # but for padding
+    assert arranged(weight) is None
+    assert not filled
 
 
 def test_threads_do_not_idle_for_want_of_chunks(instructions: str) -> None:

@@ -103,22 +103,29 @@ def arrange(bitmap: BitmapMatrix) -> StripsMatrix | None:
     most = MAX_OVERHEAD * bitmap.data.nbytes
     if not has_avx512 or _chunks(bitmap.rows) < torch.get_num_threads() or bitmap.count * _ENTRY_BYTES > most:
         return None
-    strips = make(bitmap)
-    return strips if strips.data.nbytes <= most else None
+    plan, groups = _plan(bitmap)
+    return _filled(bitmap, plan, groups) if _offsets(bitmap.shape, groups)[-1] <= most else None
 
 
 def make(bitmap: BitmapMatrix) -> StripsMatrix:
     """The strips of a bitmap, whether they suit or not."""
-    shape, dtype = bitmap.shape, bitmap.dtype
-    plan = torch.zeros(_offsets(shape, 0)[-1], dtype=torch.uint8)
-    struct = _struct(plan, shape, dtype, 0, 0)
-    native.cpu_strips_plan(bitmap.struct, struct)
-    groups = int(plan[_offsets(shape, 0)[3] :].view(torch.int64)[_chunks(bitmap.rows)])
-    first = _offsets(shape, groups)[1]
+    return _filled(bitmap, *_plan(bitmap))
+
+
+def _plan(bitmap: BitmapMatrix) -> tuple[Tensor, int]:
+    """All arrays but the groups, as they lie behind them, and how many groups there are."""
+    plan = torch.zeros(_offsets(bitmap.shape, 0)[-1], dtype=torch.uint8)
+    native.cpu_strips_plan(bitmap.struct, _struct(plan, bitmap.shape, bitmap.dtype, 0, bitmap.smallest))
+    starts = plan[_offsets(bitmap.shape, 0)[3] :].view(torch.int64)
+    return plan, int(starts[_chunks(bitmap.rows)])
+
+
+def _filled(bitmap: BitmapMatrix, plan: Tensor, groups: int) -> StripsMatrix:
+    first = _offsets(bitmap.shape, groups)[1]
     data = torch.empty(first + len(plan), dtype=torch.uint8)
     data[max(first - _ALIGNMENT, 0) : first] = 0  # so that what lies between the arrays is the same each time
     data[first:] = plan
-    matrix = StripsMatrix(data, *shape, dtype, groups, bitmap.count, struct.smallest)
+    matrix = StripsMatrix(data, *bitmap.shape, bitmap.dtype, groups, bitmap.count, bitmap.smallest)
     native.cpu_strips_fill(bitmap.struct, matrix.struct)
     return matrix
 
