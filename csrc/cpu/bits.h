@@ -3,8 +3,13 @@
 
 #include <cstdint>
 
+#include "cpu/bitmap.h"
+
 namespace macko {
 namespace {
+
+// Words of a row's bits.
+inline int64_t blocks_of(int64_t cols) { return (cols + kBlock - 1) / kBlock; }
 
 // By pairs, fours and bytes of bits; compilers know this for one instruction.
 inline int count_bits(uint32_t mask) {
