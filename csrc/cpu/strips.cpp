@@ -61,7 +61,7 @@ class Chunk {
   void take(int64_t row, int64_t strip, const Put& put) {
     for (int word = 0; word < kWords; ++word) {
       for (uint32_t bits = mask(row, strip, word); bits; bits &= bits - 1) {
-        put(word * kBlock + count_bits((bits & (0u - bits)) - 1), *values_[row]++);
+        put(word * kBlock + first_bit(bits), *values_[row]++);
       }
     }
   }
