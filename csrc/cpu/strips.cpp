@@ -2,7 +2,7 @@
 #include "cpu/strips.h"
 
 #include <algorithm>
-#include <numeric>
+#include <utility>
 #include <vector>
 
 #include "cpu/bitmap.h"
@@ -81,8 +81,10 @@ class Chunk {
 
 // Sorts a chunk's rows by their numbers of values, most first, and says how many groups each tile has.
 int64_t plan_strip(const uint8_t* counts, uint8_t* lengths, uint8_t* row_ids) {
-  std::iota(row_ids, row_ids + kChunk, uint8_t{0});
-  std::stable_sort(row_ids, row_ids + kChunk, [=](uint8_t one, uint8_t other) { return counts[one] > counts[other]; });
+  int places[kStrip + 1] = {};  // of the next row with this many values
+  for (int row = 0; row < kChunk; ++row) ++places[counts[row]];
+  for (int count = kStrip, before = 0; count >= 0; --count) before += std::exchange(places[count], before);
+  for (int row = 0; row < kChunk; ++row) row_ids[places[counts[row]]++] = static_cast<uint8_t>(row);
   int64_t groups = 0;
   for (int tile = 0; tile < kTiles; ++tile) {
     lengths[tile] = static_cast<uint8_t>((counts[row_ids[tile * kTile]] + 1) / 2);
