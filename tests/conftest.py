@@ -1,11 +1,14 @@
-"""Settings of every test."""
+"""Settings of every test, and a fixture of those that ask each set of instructions."""
 
 import gc
 import importlib.util
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
+
+from macko_llm import native
 
 # The models of the tests are so small that a second thread costs more than it saves.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -22,3 +25,14 @@ def pytest_collection_finish() -> None:
     """What is imported by now stays: benchmarks collect garbage before each run, and would look through it every time."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(params=native.INSTRUCTIONS)
+def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Every set of instructions of this architecture in turn, which work on the CPU is held to; skips what this CPU lacks."""
+    if native.INSTRUCTIONS.index(request.param) > native.library().macko_cpu_instructions():
+        pytest.skip(f"this CPU has no {request.param}")
+    monkeypatch.setenv(native.CPU_VARIABLE, request.param)
+    native.cpu_instructions.cache_clear()
+    yield request.param
+    native.cpu_instructions.cache_clear()

@@ -2,16 +2,17 @@
 #include "cpu/bitmap.h"
 
 #include <algorithm>
-#include <exception>
 #include <mutex>
 #include <type_traits>
 #include <vector>
 
+#include "cpu/bits.h"
 #include "cpu/exactness.h"
 #include "cpu/float16.h"
 #include "cpu/instructions.h"
 #include "cpu/pages.h"
 #include "cpu/parallel.h"
+#include "cpu/products.h"
 #include "cpu/unpack.h"
 #include "format.h"
 #include "macko.h"
@@ -20,12 +21,9 @@ namespace macko {
 namespace {
 
 bool is_sound(const macko_bitmap* matrix) {
-  if (!matrix || matrix->rows < 0 || matrix->cols < 1) return false;
-  if (matrix->value_dtype != MACKO_FLOAT16 && matrix->value_dtype != MACKO_BFLOAT16) return false;
+  if (!matrix || matrix->rows < 0 || matrix->cols < 1 || !is_value_dtype(matrix->value_dtype)) return false;
   return matrix->values && matrix->masks && matrix->row_starts;
 }
-
-int64_t blocks_of(int64_t cols) { return (cols + kBlock - 1) / kBlock; }
 
 // What a row costs: its values, and its words, each about as much as a value.
 auto row_costs(const macko_bitmap& matrix, int64_t tokens) {
@@ -58,13 +56,13 @@ macko_status spmv(const macko_bitmap& matrix, const void* x_any, const void* bia
   BitmapProduct product = without_tokens(matrix);
   const int64_t rows = matrix.rows, cols = matrix.cols, width = product.blocks * kBlock;
   std::vector<float> wide(static_cast<size_t>(tokens * width), 0.f), sums(static_cast<size_t>(tokens * rows));
-  std::vector<float> spoilt(static_cast<size_t>(tokens), 0.f);  // NaN for a token that is not finite: 0 x infinity
+  std::vector<float> spoilt(static_cast<size_t>(tokens), 0.f);
   int32_t smallest = INT32_MAX;
   for (int64_t token = 0; token < tokens; ++token) {
     float* floats = wide.data() + token * width;
     widen<Activation>(x + token * cols, cols, floats, kernels);
     const Range range = range_of(floats, cols);
-    if (!range.is_finite()) spoilt[token] = float_of_bits(0x7fc00000u);
+    if (!range.is_finite()) spoilt[token] = kSpoilt;
     smallest = std::min(smallest, range.smallest);
   }
   product.x = wide.data();
@@ -86,10 +84,8 @@ macko_status spmv(const macko_bitmap& matrix, const void* x_any, const void* bia
   return for_row_ranges(rows, threads, row_costs(matrix, tokens), [&](int64_t first, int64_t last) {
     multiply(product, first, last);
     for (int64_t token = 0; token < tokens; ++token) {
-      for (int64_t row = first; row < last; ++row) {
-        const float start = bias ? Activation::load(bias[row]) : 0.f;
-        y[token * rows + row] = Activation::store(sums[token * rows + row] + start + spoilt[token]);
-      }
+      const float* of_token = sums.data() + token * rows + first;
+      put_rows<Activation>(of_token, bias, spoilt[token], first, last, y + token * rows);
     }
   });
 }
@@ -164,14 +160,7 @@ extern "C" macko_status macko_cpu_bitmap_spmv(const macko_bitmap* matrix, const 
   if (matrix->rows == 0 || tokens == 0) return MACKO_OK;
   if (!x || !y) return MACKO_BAD_ARGUMENT;
   const BitmapKernels kernels = bitmap_kernels(instructions);
-  try {
-    switch (x_dtype) {
-      case MACKO_FLOAT16: return spmv<Float16>(*matrix, x, bias, y, tokens, kernels, threads);
-      case MACKO_BFLOAT16: return spmv<BFloat16>(*matrix, x, bias, y, tokens, kernels, threads);
-      case MACKO_FLOAT32: return spmv<Float32>(*matrix, x, bias, y, tokens, kernels, threads);
-      default: return MACKO_BAD_ARGUMENT;
-    }
-  } catch (const std::exception&) {
-    return MACKO_OUT_OF_MEMORY;
-  }
+  return with_activation(x_dtype, [&](auto activation) {
+    return spmv<decltype(activation)>(*matrix, x, bias, y, tokens, kernels, threads);
+  });
 }

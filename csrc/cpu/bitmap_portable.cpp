@@ -6,13 +6,6 @@
 namespace macko {
 namespace {
 
-// The place of the lowest bit: the top five bits of a product with a de Bruijn sequence differ for each of the 32.
-int first_bit(uint32_t mask) {
-  static constexpr uint8_t kPlaces[32] = {0,  1,  28, 2,  29, 14, 24, 3, 30, 22, 20, 15, 25, 17, 4,  8,
-                                          31, 27, 13, 23, 21, 19, 16, 7, 26, 12, 18, 6,  11, 5,  10, 9};
-  return kPlaces[(mask & (0u - mask)) * 0x077cb531u >> 27];
-}
-
 void expand_bits(uint32_t mask, const uint16_t*& values, uint16_t* columns) {
   for (int column = 0; column < kBlock; ++column) columns[column] = 0;
   for (; mask; mask &= mask - 1) columns[first_bit(mask)] = *values++;

@@ -1,9 +1,9 @@
 // y = x W^T + bias for a few tokens on the CPU: portable C++, one row after the other.
-#include <exception>
 #include <vector>
 
 #include "cpu/float16.h"
 #include "cpu/parallel.h"
+#include "cpu/products.h"
 #include "format.h"
 #include "macko.h"
 
@@ -72,17 +72,6 @@ macko_status spmv(const Packed& matrix, const void* x_any, const void* bias_any,
   });
 }
 
-template <typename Value>
-macko_status dispatch_activation(int32_t x_dtype, const Packed& matrix, const void* x, const void* bias, void* y,
-                                 int64_t tokens, int32_t threads) {
-  switch (x_dtype) {
-    case MACKO_FLOAT16: return spmv<Value, Float16>(matrix, x, bias, y, tokens, threads);
-    case MACKO_BFLOAT16: return spmv<Value, BFloat16>(matrix, x, bias, y, tokens, threads);
-    case MACKO_FLOAT32: return spmv<Value, Float32>(matrix, x, bias, y, tokens, threads);
-    default: return MACKO_BAD_ARGUMENT;
-  }
-}
-
 }  // namespace
 }  // namespace macko
 
@@ -90,17 +79,13 @@ extern "C" macko_status macko_cpu_spmv(const uint16_t* values, int32_t value_dty
                                        const int32_t* row_offsets, int64_t rows, int64_t cols, const void* x,
                                        const void* bias, void* y, int32_t x_dtype, int64_t tokens, int32_t threads) {
   using namespace macko;
-  if (rows < 0 || cols < 1 || tokens < 0 || !row_offsets) return MACKO_BAD_ARGUMENT;
+  if (rows < 0 || cols < 1 || tokens < 0 || !row_offsets || !is_value_dtype(value_dtype)) return MACKO_BAD_ARGUMENT;
   if (rows == 0 || tokens == 0) return MACKO_OK;
   if (!x || !y || (row_offsets[rows] > 0 && (!values || !deltas))) return MACKO_BAD_ARGUMENT;
   const Packed matrix{values, deltas, row_offsets, rows, cols};
-  try {
-    switch (value_dtype) {
-      case MACKO_FLOAT16: return dispatch_activation<Float16>(x_dtype, matrix, x, bias, y, tokens, threads);
-      case MACKO_BFLOAT16: return dispatch_activation<BFloat16>(x_dtype, matrix, x, bias, y, tokens, threads);
-      default: return MACKO_BAD_ARGUMENT;
-    }
-  } catch (const std::exception&) {
-    return MACKO_OUT_OF_MEMORY;
-  }
+  return with_activation(x_dtype, [&](auto activation) {
+    using Activation = decltype(activation);
+    return value_dtype == MACKO_FLOAT16 ? spmv<Float16, Activation>(matrix, x, bias, y, tokens, threads)
+                                        : spmv<BFloat16, Activation>(matrix, x, bias, y, tokens, threads);
+  });
 }

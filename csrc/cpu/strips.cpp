@@ -2,8 +2,7 @@
 #include "cpu/strips.h"
 
 #include <algorithm>
-#include <exception>
-#include <numeric>
+#include <utility>
 #include <vector>
 
 #include "cpu/bitmap.h"
@@ -13,6 +12,7 @@
 #include "cpu/instructions.h"
 #include "cpu/pages.h"
 #include "cpu/parallel.h"
+#include "cpu/products.h"
 #include "cpu/strips_groups.h"
 #include "macko.h"
 
@@ -25,8 +25,7 @@ int64_t chunks_of(int64_t rows) { return (rows + kChunk - 1) / kChunk; }
 int64_t strips_of(int64_t cols) { return (cols + kStrip - 1) / kStrip; }
 
 bool is_planned(const macko_strips* matrix) {
-  if (!matrix || matrix->rows < 0 || matrix->cols < 1) return false;
-  if (matrix->value_dtype != MACKO_FLOAT16 && matrix->value_dtype != MACKO_BFLOAT16) return false;
+  if (!matrix || matrix->rows < 0 || matrix->cols < 1 || !is_value_dtype(matrix->value_dtype)) return false;
   return matrix->lengths && matrix->row_ids && matrix->chunk_starts;
 }
 
@@ -41,7 +40,7 @@ bool is_same_matrix(const macko_bitmap* bitmap, const macko_strips* matrix) {
 class Chunk {
  public:
   Chunk(const macko_bitmap& bitmap, int64_t chunk)
-      : blocks_((bitmap.cols + kBlock - 1) / kBlock),
+      : blocks_(blocks_of(bitmap.cols)),
         rows_(std::min<int64_t>(kChunk, bitmap.rows - chunk * kChunk)),
         masks_(bitmap.masks + chunk * kChunk * blocks_) {
     for (int64_t row = 0; row < rows_; ++row) {
@@ -62,7 +61,7 @@ class Chunk {
   void take(int64_t row, int64_t strip, const Put& put) {
     for (int word = 0; word < kWords; ++word) {
       for (uint32_t bits = mask(row, strip, word); bits; bits &= bits - 1) {
-        put(word * kBlock + count_bits((bits & (0u - bits)) - 1), *values_[row]++);
+        put(word * kBlock + first_bit(bits), *values_[row]++);
       }
     }
   }
@@ -82,8 +81,10 @@ class Chunk {
 
 // Sorts a chunk's rows by their numbers of values, most first, and says how many groups each tile has.
 int64_t plan_strip(const uint8_t* counts, uint8_t* lengths, uint8_t* row_ids) {
-  std::iota(row_ids, row_ids + kChunk, uint8_t{0});
-  std::stable_sort(row_ids, row_ids + kChunk, [=](uint8_t one, uint8_t other) { return counts[one] > counts[other]; });
+  int places[kStrip + 1] = {};  // of the next row with this many values
+  for (int row = 0; row < kChunk; ++row) ++places[counts[row]];
+  for (int count = kStrip, before = 0; count >= 0; --count) before += std::exchange(places[count], before);
+  for (int row = 0; row < kChunk; ++row) row_ids[places[counts[row]]++] = static_cast<uint8_t>(row);
   int64_t groups = 0;
   for (int tile = 0; tile < kTiles; ++tile) {
     lengths[tile] = static_cast<uint8_t>((counts[row_ids[tile * kTile]] + 1) / 2);
@@ -118,7 +119,7 @@ void unpack_chunks(const macko_strips& matrix, int64_t first, int64_t last, uint
 // x as the kernels read it, and what it holds.
 struct Input {
   std::vector<uint16_t> x, x_low;
-  std::vector<float> spoilt;  // NaN for a token that is not finite: 0 x infinity
+  std::vector<float> spoilt;
   int32_t smallest = INT32_MAX;
 
   Input(int64_t tokens, int64_t width, bool is_wide)
@@ -137,7 +138,7 @@ void take_halves(const uint16_t* x, int64_t tokens, int64_t cols, int64_t width,
       largest = std::max(largest, magnitude);
       smallest = std::min(smallest, magnitude == 0 ? int16_t{INT16_MAX} : magnitude);
     }
-    if (largest >= infinity) input.spoilt[token] = float_of_bits(0x7fc00000u);
+    if (largest >= infinity) input.spoilt[token] = kSpoilt;
     input.smallest = std::min(input.smallest, int32_t{smallest} << 16);  // of bfloat16; nobody asks float16's
   }
 }
@@ -147,7 +148,7 @@ void take_wide(const typename Activation::Storage* x, int64_t tokens, int64_t co
   std::vector<float> floats(static_cast<size_t>(cols));
   for (int64_t token = 0; token < tokens; ++token, x += cols) {
     for (int64_t i = 0; i < cols; ++i) floats[i] = Activation::load(x[i]);
-    if (!range_of(floats.data(), cols).is_finite()) input.spoilt[token] = float_of_bits(0x7fc00000u);
+    if (!range_of(floats.data(), cols).is_finite()) input.spoilt[token] = kSpoilt;
     for (int64_t i = 0; i < cols; ++i) {
       const uint32_t bits = bits_of_float(floats[i]);
       input.x[token * width + i] = static_cast<uint16_t>(bits >> 16);
@@ -186,11 +187,8 @@ macko_status spmv(const macko_strips& matrix, const void* x_any, const void* bia
       multiply(product, chunk, sums.data());
       const int64_t first_row = chunk * kChunk, last_row = std::min(first_row + kChunk, rows);
       for (int64_t token = 0; token < tokens; ++token) {
-        const float* sum = sums.data() + token * kChunk;
-        for (int64_t row = first_row; row < last_row; ++row) {
-          const float start = bias ? Activation::load(bias[row]) : 0.f;
-          y[token * rows + row] = Activation::store(*sum++ + start + input.spoilt[token]);
-        }
+        const float* of_token = sums.data() + token * kChunk;
+        put_rows<Activation>(of_token, bias, input.spoilt[token], first_row, last_row, y + token * rows);
       }
     }
   });
@@ -276,14 +274,7 @@ extern "C" macko_status macko_cpu_strips_spmv(const macko_strips* matrix, const 
   if (!x || !y) return MACKO_BAD_ARGUMENT;
   const StripsKernels kernels = strips_kernels(instructions);
   const bool is_wide = x_dtype != matrix->value_dtype;
-  try {
-    switch (x_dtype) {
-      case MACKO_FLOAT16: return spmv<Float16>(*matrix, x, bias, y, is_wide, tokens, kernels, threads);
-      case MACKO_BFLOAT16: return spmv<BFloat16>(*matrix, x, bias, y, is_wide, tokens, kernels, threads);
-      case MACKO_FLOAT32: return spmv<Float32>(*matrix, x, bias, y, is_wide, tokens, kernels, threads);
-      default: return MACKO_BAD_ARGUMENT;
-    }
-  } catch (const std::exception&) {
-    return MACKO_OUT_OF_MEMORY;
-  }
+  return with_activation(x_dtype, [&](auto activation) {
+    return spmv<decltype(activation)>(*matrix, x, bias, y, is_wide, tokens, kernels, threads);
+  });
 }

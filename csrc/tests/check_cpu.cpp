@@ -11,6 +11,7 @@
 #include <random>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "macko.h"
@@ -79,6 +80,15 @@ struct Numbers {
 
   Numbers(int dtype, int64_t count) : dtype(dtype), bytes(count * (dtype == MACKO_FLOAT32 ? 4 : 2)) {}
   void* get() const { return bytes.get(); }
+  void set_not_finite(int64_t i, float number) const {
+    if (dtype == MACKO_FLOAT32) {
+      reinterpret_cast<float*>(bytes.get())[i] = number;
+    } else {
+      const uint16_t infinity = dtype == MACKO_FLOAT16 ? 0x7c00 : 0x7f80;
+      reinterpret_cast<uint16_t*>(bytes.get())[i] =
+          static_cast<uint16_t>(infinity | std::signbit(number) << 15 | std::isnan(number) << 6);
+    }
+  }
   double at(int64_t i) const {
     return dtype == MACKO_FLOAT32 ? reinterpret_cast<const float*>(bytes.get())[i]
                                   : number_of(reinterpret_cast<const uint16_t*>(bytes.get())[i], dtype);
@@ -236,6 +246,24 @@ struct Strips {
   }
 };
 
+// Both layouts of a matrix, whose products are to be had in one way.
+struct Layouts {
+  Bitmap bitmap;
+  Strips strips;
+
+  Layouts(const std::vector<uint16_t>& weight, int64_t rows, int64_t cols, int dtype)
+      : Layouts(packed_naively(weight, rows, cols), rows, cols, dtype) {}
+  Layouts(const Canonical& packed, int64_t rows, int64_t cols, int dtype)
+      : bitmap(Array<uint16_t>(packed.values), Array<uint8_t>(packed.deltas), Array<int32_t>(packed.row_offsets), rows,
+               cols, dtype, MACKO_PORTABLE, 1),
+        strips(bitmap, rows, cols, 1) {}
+
+  macko_status spmv(bool by_strips, const void* x, void* y, int x_dtype, int64_t tokens, int set) const {
+    return by_strips ? macko_cpu_strips_spmv(&strips.matrix, x, nullptr, y, x_dtype, tokens, set, 1)
+                     : macko_cpu_bitmap_spmv(&bitmap.matrix, x, nullptr, y, x_dtype, tokens, set, 1);
+  }
+};
+
 int32_t largest_magnitude(const std::vector<uint16_t>& weight) {
   int32_t largest = 0;
   for (const uint16_t value : weight) largest = std::max<int32_t>(largest, value & 0x7fff);
@@ -344,53 +372,103 @@ void check_every_half(int dtype) {
   }
   const int64_t count = static_cast<int64_t>(column.size());
   const uint16_t one = dtype == MACKO_FLOAT16 ? 0x3c00 : 0x3f80;
-  const auto bitmap_of = [&](const std::vector<uint16_t>& weight) {
-    const Canonical packed = packed_naively(weight, static_cast<int64_t>(weight.size()), 1);
-    return Bitmap(Array<uint16_t>(packed.values), Array<uint8_t>(packed.deltas), Array<int32_t>(packed.row_offsets),
-                  static_cast<int64_t>(weight.size()), 1, dtype, MACKO_PORTABLE, 1);
-  };
-  const Bitmap all = bitmap_of(column), ones = bitmap_of({one});
+  const Layouts all(column, count, 1, dtype), ones({one}, 1, 1, dtype);
   const Array<uint16_t> x(column), single(std::vector<uint16_t>{one}), y(count);
   for (int set = 0; set <= macko_cpu_instructions(); ++set) {
-    for (const bool is_weight : {true, false}) {
-      subject =
-          std::string("every ") + kDtypes[dtype] + (is_weight ? " as a weight, " : " as x, ") + kInstructions[set];
-      const Bitmap& bitmap = is_weight ? all : ones;
-      check(macko_cpu_bitmap_spmv(&bitmap.matrix, is_weight ? single.get() : x.get(), nullptr, y.get(), dtype,
-                                  is_weight ? 1 : count, set, 1) == MACKO_OK,
-            "SpMV refuses");
-      for (int64_t i = 0; i < count; ++i) {
-        const bool is_same = number_of(y[i], dtype) == number_of(column[i], dtype);
-        if (!is_same) check(false, "bits " + std::to_string(column[i]) + " change");
+    for (const bool by_strips : {false, true}) {
+      for (const bool is_weight : {true, false}) {
+        subject = std::string("every ") + kDtypes[dtype] + (is_weight ? " as a weight, " : " as x, ") +
+                  kInstructions[set] + (by_strips ? ", strips" : "");
+        const macko_status status = is_weight ? all.spmv(by_strips, single.get(), y.get(), dtype, 1, set)
+                                              : ones.spmv(by_strips, x.get(), y.get(), dtype, count, set);
+        check(status == MACKO_OK, "SpMV refuses");
+        for (int64_t i = 0; i < count; ++i) {
+          const bool is_same = number_of(y[i], dtype) == number_of(column[i], dtype);
+          if (!is_same) check(false, "bits " + std::to_string(column[i]) + " change");
+        }
       }
     }
   }
 }
 
-void check_tokens_that_are_not_finite() {
+// Rows spoil that have nothing at its column, too.
+void check_tokens_that_are_not_finite(int dtype) {
   const int64_t rows = 3, cols = 45;
   std::vector<uint16_t> weight(rows * cols, 0);
-  weight[4] = weight[cols + 44] = 0x3c00;  // and an empty row
+  weight[4] = weight[cols + 44] = random_half(dtype);  // and an empty row
   const Canonical packed = packed_naively(weight, rows, cols);
   const Array<uint16_t> values(packed.values);
   const Array<uint8_t> deltas(packed.deltas);
   const Array<int32_t> row_offsets(packed.row_offsets);
-  const Bitmap bitmap(values, deltas, row_offsets, rows, cols, MACKO_FLOAT16, MACKO_PORTABLE, 1);
-  for (const uint16_t spoilt : {uint16_t{0x7c00}, uint16_t{0xfc00}, uint16_t{0x7e00}}) {
-    for (int set = -1; set <= macko_cpu_instructions(); ++set) {
-      subject = std::string("a token that is not finite, ") + (set < 0 ? "canonical" : kInstructions[set]);
-      const Numbers x = random_numbers(MACKO_FLOAT16, 2 * cols), y(MACKO_FLOAT16, 2 * rows);
-      reinterpret_cast<uint16_t*>(x.get())[cols + 7] = spoilt;
-      const macko_status status =
-          set < 0 ? macko_cpu_spmv(values.get(), MACKO_FLOAT16, deltas.get(), row_offsets.get(), rows, cols, x.get(),
-                                   nullptr, y.get(), MACKO_FLOAT16, 2, 1)
-                  : macko_cpu_bitmap_spmv(&bitmap.matrix, x.get(), nullptr, y.get(), MACKO_FLOAT16, 2, set, 1);
-      check(status == MACKO_OK, "SpMV refuses");
-      for (int64_t row = 0; row < rows; ++row) {
-        check(std::isfinite(y.at(row)), "the token before it is spoilt");
-        check(std::isnan(y.at(rows + row)), "it has a finite output");
+  const Layouts layouts(packed, rows, cols, dtype);
+  for (int x_dtype = MACKO_FLOAT16; x_dtype <= MACKO_FLOAT32; ++x_dtype) {
+    for (const float spoilt : {INFINITY, -INFINITY, NAN}) {
+      const Numbers x = random_numbers(x_dtype, 2 * cols), y(x_dtype, 2 * rows);
+      x.set_not_finite(cols + 7, spoilt);
+      const auto check_outputs = [&](const std::string& by, macko_status status) {
+        subject = std::string("a token that is not finite, ") + kDtypes[x_dtype] + ", " + by;
+        check(status == MACKO_OK, "SpMV refuses");
+        for (int64_t row = 0; row < rows; ++row) {
+          check(std::isfinite(y.at(row)), "the token before it is spoilt");
+          check(std::isnan(y.at(rows + row)), "it has a finite output");
+        }
+      };
+      check_outputs("canonical", macko_cpu_spmv(values.get(), dtype, deltas.get(), row_offsets.get(), rows, cols,
+                                                x.get(), nullptr, y.get(), x_dtype, 2, 1));
+      for (int set = 0; set <= macko_cpu_instructions(); ++set) {
+        for (const bool by_strips : {false, true}) {
+          check_outputs(std::string(kInstructions[set]) + (by_strips ? ", strips" : ""),
+                        layouts.spmv(by_strips, x.get(), y.get(), x_dtype, 2, set));
+        }
       }
     }
+  }
+}
+
+// Whole chunks out of the middle, and the rest behind them, are the rows of the whole.
+void check_parts_of_strips(int dtype) {
+  subject = "parts of strips";
+  const int64_t rows = 600, cols = 130;
+  const std::vector<uint16_t> weight = random_weight(rows, cols, dtype, 20);
+  const Layouts layouts(weight, rows, cols, dtype);
+  const macko_strips* matrix = &layouts.strips.matrix;
+  const auto unpack = [&](int64_t first, int64_t last, uint16_t* out) {
+    return macko_cpu_strips_unpack(matrix, first, last, out, 2);
+  };
+  const Array<uint16_t> whole(rows * cols);
+  check(unpack(0, rows, whole.get()) == MACKO_OK, "macko_cpu_strips_unpack");
+  for (const int64_t first : {0, 256, 512}) {
+    for (const int64_t last : {int64_t{256}, int64_t{512}, rows}) {
+      if (first >= last) continue;
+      const Array<uint16_t> part((last - first) * cols);
+      check(unpack(first, last, part.get()) == MACKO_OK, "macko_cpu_strips_unpack");
+      check_same(part, std::vector<uint16_t>(&whole[first * cols], &whole[first * cols] + (last - first) * cols),
+                 "a part of the dense matrix");
+    }
+  }
+  const std::vector<std::pair<int64_t, int64_t>> refused = {{1, 256},   {0, 255},  {256, 300},
+                                                            {512, 768}, {-256, 0}, {512, 256}};
+  for (const auto& [first, last] : refused) {
+    check(unpack(first, last, whole.get()) == MACKO_BAD_ARGUMENT, "rows that are no chunks are not refused");
+  }
+}
+
+void check_refusals() {
+  subject = "arguments that make no sense";
+  const Layouts layouts(random_weight(3, 5, MACKO_FLOAT16, 50), 3, 5, MACKO_FLOAT16);
+  const Array<float> x(std::vector<float>(5, 1.f)), y(3);
+  for (const bool by_strips : {false, true}) {
+    const auto is_refused = [&](const void* in, void* out, int x_dtype, int64_t tokens, int set) {
+      return layouts.spmv(by_strips, in, out, x_dtype, tokens, set) == MACKO_BAD_ARGUMENT;
+    };
+    check(!is_refused(x.get(), y.get(), MACKO_FLOAT32, 1, MACKO_PORTABLE), "those that make sense are refused");
+    check(is_refused(nullptr, y.get(), MACKO_FLOAT32, 1, MACKO_PORTABLE), "no x");
+    check(is_refused(x.get(), nullptr, MACKO_FLOAT32, 1, MACKO_PORTABLE), "no y");
+    check(is_refused(x.get(), y.get(), MACKO_FLOAT32 + 1, 1, MACKO_PORTABLE), "an unknown dtype of x");
+    check(is_refused(x.get(), y.get(), MACKO_FLOAT32, -1, MACKO_PORTABLE), "fewer than no tokens");
+    check(is_refused(x.get(), y.get(), MACKO_FLOAT32, 1, -1), "less than portable instructions");
+    check(is_refused(x.get(), y.get(), MACKO_FLOAT32, 1, macko_cpu_instructions() + 1),
+          "instructions that are not there");
   }
 }
 
@@ -412,7 +490,7 @@ int main() {
       check_matrix(random_weight(rows, cols, dtype, kept), rows, cols, dtype, tokens, threads);
     };
     std::vector<int64_t> tokens;
-    for (int64_t count = 0; count <= 16; ++count) tokens.push_back(count);
+    for (int64_t count = 0; count <= 17; ++count) tokens.push_back(count);
     random(0, 3, 50, {1}, 1);
     check_matrix({random_half(dtype)}, 1, 1, dtype, tokens, 4);
     check_matrix({0x8000}, 1, 1, dtype, tokens, 4);
@@ -421,13 +499,18 @@ int main() {
     for (const int64_t rows : {255, 256, 257, 530}) random(rows, 129, 10, {1, 2}, 2);  // chunks of strips
     for (const uint32_t kept : {1, 10, 90, 100}) random(5, 1001, kept, {1, 5}, 4);
     random(1100, 1210, 40, {1, 2}, 3);  // enough for threads of its own
+    std::vector<uint16_t> one_row(18 * 131072, 0);
+    std::generate_n(one_row.begin() + 16 * 131072, 131072, [&] { return random_half(dtype); });
+    check_matrix(one_row, 18, 131072, dtype, {1}, 8);
     macko_cpu_use_openmp(reinterpret_cast<void*>(team_of_threads));
     random(3, 70003, 50, {1, 4}, 8);  // fewer rows than threads
     random(150, 1003, 50, {1, 4}, 4);
     macko_cpu_use_openmp(nullptr);
     check_every_half(dtype);
+    check_tokens_that_are_not_finite(dtype);
+    check_parts_of_strips(dtype);
   }
-  check_tokens_that_are_not_finite();
+  check_refusals();
   std::printf("check_cpu: all as it should be, up to %s\n", kInstructions[macko_cpu_instructions()]);
   return 0;
 }

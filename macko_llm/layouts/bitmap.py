@@ -7,6 +7,7 @@ long gaps, which the format's rule determines; so packing what it unpacks to giv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -14,15 +15,11 @@ from torch import Tensor
 from macko_llm import native
 from macko_llm.dtypes import CODES
 from macko_llm.format import MackoMatrix
-from macko_llm.layouts.cpu_layout import CpuLayout, define_ops
+from macko_llm.layouts.cpu_layout import ALIGNMENT, CpuLayout, define_ops, offsets_of
 from macko_llm.native import BitmapStruct
-
-BITMAP_SPMV_MAX_TOKENS = {torch.bfloat16: 6, torch.float16: 32, torch.float32: 16}
-"""Up to this many tokens of a dtype SpMV is faster than a dense product of unpacked rows (measured, docs/design.md)."""
 
 _COLUMNS = 32  # that a word of bits is for
 _PADDING = 32  # values behind the last, which vectors may read
-_ALIGNMENT = 64  # bytes, of each array
 
 
 @dataclass(frozen=True)
@@ -33,11 +30,12 @@ class BitmapMatrix(CpuLayout):
         data: uint8: the values and their padding, the bits, where each row's values begin; each at a multiple of 64 bytes.
         rows, cols: of the dense matrix.
         dtype: see Layout.
-        count: of the values, none of which is zero.
-        smallest: the bits of their smallest magnitude.
+        count: see CpuLayout.
+        smallest: the bits of the values' smallest magnitude.
     """
 
     name = "bitmap"
+    max_tokens: ClassVar[dict[torch.dtype, int]] = {torch.bfloat16: 6, torch.float16: 32, torch.float32: 16}
 
     data: Tensor
     rows: int
@@ -45,11 +43,6 @@ class BitmapMatrix(CpuLayout):
     dtype: torch.dtype
     count: int
     smallest: int
-
-    @property
-    def summary(self) -> str:  # type: ignore[override]
-        """See Layout."""
-        return f"nonzeros={self.count}"
 
     @property
     def numbers(self) -> list[int]:
@@ -66,15 +59,6 @@ class BitmapMatrix(CpuLayout):
     def struct(self) -> BitmapStruct:
         """What the library is given; lives as long as the matrix."""
         return _struct(self.data, self.shape, self.dtype, self.count, self.smallest)
-
-    def __getstate__(self) -> dict[str, object]:
-        """What a copy takes along: not the struct, whose addresses are this matrix's."""
-        names = ("data", "rows", "cols", "dtype", "count", "smallest")
-        return {name: getattr(self, name) for name in names}
-
-    def few_tokens(self, dtype: torch.dtype) -> int:
-        """See Layout."""
-        return BITMAP_SPMV_MAX_TOKENS[dtype] if dtype in (self.dtype, torch.float32) else 0
 
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """See CpuLayout."""
@@ -96,7 +80,7 @@ def arrange(matrix: MackoMatrix) -> BitmapMatrix:
     at = _offsets(matrix.shape, count)
     data = torch.empty(at[-1], dtype=torch.uint8)
     for end in at[1:]:
-        data[end - _ALIGNMENT : end] = 0  # so that what lies between the arrays is the same each time
+        data[end - ALIGNMENT : end] = 0  # so that what lies between the arrays is the same each time
     data[at[2] : at[2] + starts.nbytes] = starts.view(torch.uint8)
     struct = _struct(data, matrix.shape, matrix.values.dtype, count, 0)
     native.cpu_bitmap_fill(matrix, struct)
@@ -106,10 +90,8 @@ def arrange(matrix: MackoMatrix) -> BitmapMatrix:
 def _offsets(shape: tuple[int, int], count: int) -> list[int]:
     """Bytes at which values, bits and row starts begin, and at which all ends."""
     rows, cols = shape
-    offsets = [0]
-    for nbytes in ((count + _PADDING) * 2, rows * _words(cols) * 4, (rows + 1) * 4):
-        offsets.append(offsets[-1] + -(-nbytes // _ALIGNMENT) * _ALIGNMENT)
-    return offsets
+    sizes = (count + _PADDING) * 2, rows * _words(cols) * 4, (rows + 1) * 4
+    return offsets_of(sizes)
 
 
 def _words(cols: int) -> int:

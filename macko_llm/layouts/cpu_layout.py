@@ -1,7 +1,7 @@
 """What the layouts of CPUs have in common: the short way to the library, dense rows for many tokens, and torch ops."""
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +15,9 @@ from macko_llm.layouts.layout import Layout, modes_counter, wants_gradient
 DENSE_ELEMENTS = 2**22
 """Of the rows that are dense at a time while many tokens are multiplied: they stay in a CPU's last cache."""
 
+ALIGNMENT = 64
+"""Bytes, of each array of a layout."""
+
 
 class CpuLayout(Layout):
     """A layout whose arrays lie in one buffer on a CPU. Its torch ops, see `define_ops`, begin with its `name`.
@@ -22,14 +25,18 @@ class CpuLayout(Layout):
     Attributes:
         data: the buffer, uint8.
         rows, cols: of the dense matrix.
+        count: of the values, none of which is zero.
     """
 
     name: ClassVar[str]
+    max_tokens: ClassVar[dict[torch.dtype, int]]
+    """Up to this many tokens of a dtype SpMV is faster than a dense product of unpacked rows (measured, docs/design.md)."""
     row_step: ClassVar[int] = 1
     """Dense rows can begin at multiples of it."""
     data: Tensor
     rows: int
     cols: int
+    count: int
 
     @property
     @abstractmethod
@@ -58,6 +65,19 @@ class CpuLayout(Layout):
     def buffer(self) -> Tensor:  # type: ignore[override]
         """See Layout."""
         return self.data
+
+    @property
+    def summary(self) -> str:  # type: ignore[override]
+        """See Layout."""
+        return f"nonzeros={self.count}"
+
+    def few_tokens(self, dtype: torch.dtype) -> int:
+        """See Layout."""
+        return self.max_tokens[dtype] if dtype in (self.dtype, torch.float32) else 0
+
+    def __getstate__(self) -> dict[str, object]:
+        """What a copy takes along: not the struct that the library is given, whose addresses are this matrix's."""
+        return {name: value for name, value in self.__dict__.items() if name != "struct"}
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """See Layout."""
@@ -94,7 +114,7 @@ class CpuLayout(Layout):
     def row_parts(self) -> Iterator[tuple[slice, Tensor]]:
         """The dense matrix a few rows at a time, in the same memory: which, and [those, cols] of `dtype`."""
         steps = max(1, DENSE_ELEMENTS // (self.cols * self.row_step))
-        step = min(steps * self.row_step, self.rows)
+        step = min(steps * self.row_step, max(self.rows, 1))
         memory = torch.empty(step, self.cols, dtype=self.dtype)
         for first in range(0, self.rows, step):
             part = memory[: self.rows - first]
@@ -121,6 +141,14 @@ class CpuLayout(Layout):
     def _differentiable(self, x: Tensor, bias: Tensor | None) -> Tensor:
         y: Tensor = self._op("linear")(x, self.data, bias, self.dtype, self.numbers)
         return y
+
+
+def offsets_of(sizes: Iterable[int]) -> list[int]:
+    """Bytes at which arrays of these sizes begin in a buffer, each at a multiple of `ALIGNMENT`, and at which it ends."""
+    offsets = [0]
+    for nbytes in sizes:
+        offsets.append(offsets[-1] + -(-nbytes // ALIGNMENT) * ALIGNMENT)
+    return offsets
 
 
 _python_modes = modes_counter()
@@ -162,7 +190,7 @@ def define_ops(layout: type[CpuLayout]) -> None:
         wants_x, _, wants_bias, *_ = ctx.needs_input_grad
         (data,) = ctx.saved_tensors
         x = upstream @ unpacked(data, ctx.dtype, ctx.numbers).to(upstream.dtype) if wants_x else None
-        return x, None, upstream.reshape(-1, upstream.shape[-1]).sum(0) if wants_bias else None, None, None
+        return x, None, upstream.sum_to_size(upstream.shape[-1]) if wants_bias else None, None, None
 
     _library.impl(f"{name}_unpack", unpack, "CPU")
     _library.impl(f"{name}_spmv", spmv, "CPU")

@@ -7,6 +7,7 @@ what it unpacks to gives the same canonical bytes.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -14,18 +15,14 @@ from torch import Tensor
 from macko_llm import native
 from macko_llm.dtypes import CODES
 from macko_llm.layouts.bitmap import BitmapMatrix
-from macko_llm.layouts.cpu_layout import CpuLayout, define_ops
+from macko_llm.layouts.cpu_layout import ALIGNMENT, CpuLayout, define_ops, offsets_of
 from macko_llm.native import StripsStruct
-
-STRIPS_SPMV_MAX_TOKENS = {torch.bfloat16: 32, torch.float16: 64, torch.float32: 64}
-"""Up to this many tokens of a dtype SpMV is faster than a dense product of unpacked rows (measured, docs/design.md)."""
 
 MAX_OVERHEAD = 1.05
 """Of the bitmap's bytes. So little more is needed from about 90 % sparsity on, where strips are twice as fast and more."""
 
 _CHUNK, _STRIP, _TILE = 256, 128, 16  # rows, columns, rows
 _GROUP_BYTES, _ENTRY_BYTES = 96, 3
-_ALIGNMENT = 64  # bytes, of each array
 
 
 @dataclass(frozen=True)
@@ -38,11 +35,12 @@ class StripsMatrix(CpuLayout):
         rows, cols: of the dense matrix.
         dtype: see Layout.
         groups: in all.
-        count: of the values, none of which is zero.
-        smallest: the bits of their smallest magnitude.
+        count: see CpuLayout.
+        smallest: the bits of the values' smallest magnitude.
     """
 
     name = "strips"
+    max_tokens: ClassVar[dict[torch.dtype, int]] = {torch.bfloat16: 32, torch.float16: 64, torch.float32: 64}
     row_step = _CHUNK
 
     data: Tensor
@@ -52,11 +50,6 @@ class StripsMatrix(CpuLayout):
     groups: int
     count: int
     smallest: int
-
-    @property
-    def summary(self) -> str:  # type: ignore[override]
-        """See Layout."""
-        return f"nonzeros={self.count}"
 
     @property
     def numbers(self) -> list[int]:
@@ -73,15 +66,6 @@ class StripsMatrix(CpuLayout):
     def struct(self) -> StripsStruct:
         """What the library is given; lives as long as the matrix."""
         return _struct(self.data, self.shape, self.dtype, self.groups, self.smallest)
-
-    def __getstate__(self) -> dict[str, object]:
-        """What a copy takes along: not the struct, whose addresses are this matrix's."""
-        names = ("data", "rows", "cols", "dtype", "groups", "count", "smallest")
-        return {name: getattr(self, name) for name in names}
-
-    def few_tokens(self, dtype: torch.dtype) -> int:
-        """See Layout."""
-        return STRIPS_SPMV_MAX_TOKENS[dtype] if dtype in (self.dtype, torch.float32) else 0
 
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """See CpuLayout."""
@@ -103,22 +87,29 @@ def arrange(bitmap: BitmapMatrix) -> StripsMatrix | None:
     most = MAX_OVERHEAD * bitmap.data.nbytes
     if not has_avx512 or _chunks(bitmap.rows) < torch.get_num_threads() or bitmap.count * _ENTRY_BYTES > most:
         return None
-    strips = make(bitmap)
-    return strips if strips.data.nbytes <= most else None
+    plan, groups = _plan(bitmap)
+    return _filled(bitmap, plan, groups) if _offsets(bitmap.shape, groups)[-1] <= most else None
 
 
 def make(bitmap: BitmapMatrix) -> StripsMatrix:
     """The strips of a bitmap, whether they suit or not."""
-    shape, dtype = bitmap.shape, bitmap.dtype
-    plan = torch.zeros(_offsets(shape, 0)[-1], dtype=torch.uint8)
-    struct = _struct(plan, shape, dtype, 0, 0)
-    native.cpu_strips_plan(bitmap.struct, struct)
-    groups = int(plan[_offsets(shape, 0)[3] :].view(torch.int64)[_chunks(bitmap.rows)])
-    first = _offsets(shape, groups)[1]
+    return _filled(bitmap, *_plan(bitmap))
+
+
+def _plan(bitmap: BitmapMatrix) -> tuple[Tensor, int]:
+    """All arrays but the groups, as they lie behind them, and how many groups there are."""
+    plan = torch.zeros(_offsets(bitmap.shape, 0)[-1], dtype=torch.uint8)
+    native.cpu_strips_plan(bitmap.struct, _struct(plan, bitmap.shape, bitmap.dtype, 0, bitmap.smallest))
+    starts = plan[_offsets(bitmap.shape, 0)[3] :].view(torch.int64)
+    return plan, int(starts[_chunks(bitmap.rows)])
+
+
+def _filled(bitmap: BitmapMatrix, plan: Tensor, groups: int) -> StripsMatrix:
+    first = _offsets(bitmap.shape, groups)[1]
     data = torch.empty(first + len(plan), dtype=torch.uint8)
-    data[max(first - _ALIGNMENT, 0) : first] = 0  # so that what lies between the arrays is the same each time
+    data[max(first - ALIGNMENT, 0) : first] = 0  # so that what lies between the arrays is the same each time
     data[first:] = plan
-    matrix = StripsMatrix(data, *shape, dtype, groups, bitmap.count, struct.smallest)
+    matrix = StripsMatrix(data, *bitmap.shape, bitmap.dtype, groups, bitmap.count, bitmap.smallest)
     native.cpu_strips_fill(bitmap.struct, matrix.struct)
     return matrix
 
@@ -127,10 +118,7 @@ def _offsets(shape: tuple[int, int], groups: int) -> list[int]:
     """Bytes at which groups, lengths, row numbers and chunks' starts begin, and at which all ends."""
     chunks, strips = _chunks(shape[0]), -(-shape[1] // _STRIP)
     sizes = groups * _GROUP_BYTES, chunks * strips * _CHUNK // _TILE, chunks * strips * _CHUNK, (chunks + 1) * 8
-    offsets = [0]
-    for nbytes in sizes:
-        offsets.append(offsets[-1] + -(-nbytes // _ALIGNMENT) * _ALIGNMENT)
-    return offsets
+    return offsets_of(sizes)
 
 
 def _chunks(rows: int) -> int:
