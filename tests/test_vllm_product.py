@@ -1,5 +1,7 @@
 """The op that vLLM's layers multiply with, on a CPU and without vLLM, against a dense product."""
 
+import inspect
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,11 +9,18 @@ from torch.nn import functional as F
 
 from macko_llm import format as spec
 from macko_llm.errors import FormatError
-from macko_llm.layouts import bitmap, canonical
+from macko_llm.format import MackoMatrix
+from macko_llm.layouts import bitmap, canonical, strips
 from macko_llm.layouts.layout import Layout
-from macko_llm.vllm_plugin.product import describe, multiply
+from macko_llm.vllm_plugin.product import _OF_ONE_BUFFER, describe, multiply
 
-ARRANGE = {"canonical": canonical.Canonical.of, "bitmap": bitmap.arrange}
+
+
+def make_strips(matrix: MackoMatrix) -> Layout:
+    return strips.make(bitmap.arrange(matrix))
+
+
+ARRANGE = {"canonical": canonical.Canonical.of, "bitmap": bitmap.arrange, "strips": make_strips}
 
 
 def weight_of(rows: int = 24, cols: int = 40) -> Tensor:
@@ -82,6 +91,14 @@ def test_an_input_of_another_width_is_refused() -> None:
     description, arrays = describe(layout_of("bitmap", weight_of()))
     with pytest.raises(FormatError, match="39 features and the matrix 40 columns"):
         multiply(torch.randn(3, 39), list(arrays.values()), description, None)
+
+
+def test_the_op_can_carry_every_layout_there_is() -> None:
+    def concrete(kind: type) -> set[type]:
+        below = set().union(*map(concrete, kind.__subclasses__()))
+        return below if inspect.isabstract(kind) else {kind, *below}
+
+    assert concrete(Layout) == {canonical.Canonical, *_OF_ONE_BUFFER.values()}
 
 
 def test_a_layout_that_no_op_can_carry_is_named() -> None:

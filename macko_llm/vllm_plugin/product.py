@@ -14,11 +14,13 @@ from macko_llm.layouts.bitmap import BitmapMatrix
 from macko_llm.layouts.canonical import Canonical
 from macko_llm.layouts.layout import Layout
 from macko_llm.layouts.sliced import SlicedMatrix
+from macko_llm.layouts.strips import StripsMatrix
 from macko_llm.layouts.tiled import TiledMatrix
 from macko_llm.packed_checkpoint import ARRAY_NAMES
 
-_OF_ONE_BUFFER: dict[str, type[BitmapMatrix] | type[SlicedMatrix] | type[TiledMatrix]] = {
+_OF_ONE_BUFFER: dict[str, type[BitmapMatrix] | type[StripsMatrix] | type[SlicedMatrix] | type[TiledMatrix]] = {
     "bitmap": BitmapMatrix,
+    "strips": StripsMatrix,
     "sliced": SlicedMatrix,
     "tiled": TiledMatrix,
 }
