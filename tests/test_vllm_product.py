@@ -15,7 +15,6 @@ from macko_llm.layouts.layout import Layout
 from macko_llm.vllm_plugin.product import _OF_ONE_BUFFER, describe, multiply
 
 
-
 def make_strips(matrix: MackoMatrix) -> Layout:
     return strips.make(bitmap.arrange(matrix))
 

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from macko_llm.format import MackoMatrix
 from macko_llm.layouts.bitmap import BitmapMatrix
 from macko_llm.layouts.canonical import Canonical
 from macko_llm.layouts.layout import Layout
 from macko_llm.layouts.sliced import SlicedMatrix
 from macko_llm.layouts.strips import StripsMatrix
 from macko_llm.layouts.tiled import TiledMatrix
+from macko_llm.linear import MackoLinear
 from macko_llm.packed_checkpoint import ARRAY_NAMES
 
 _OF_ONE_BUFFER: dict[str, type[BitmapMatrix] | type[StripsMatrix] | type[SlicedMatrix] | type[TiledMatrix]] = {
@@ -41,6 +43,14 @@ class Description:
     dtype: torch.dtype
     numbers: list[int]
     rows: int
+
+
+def arrange(matrix: MackoMatrix, tokens: int) -> Layout:
+    """A valid matrix in the layout that suits its device and products of so many tokens at a time (`layouts.choice`)."""
+    layer = MackoLinear.from_matrix(matrix)
+    layer.tokens = tokens
+    layer.arrange()
+    return layer.packed
 
 
 def describe(layout: Layout) -> tuple[Description, dict[str, Tensor]]:

@@ -24,6 +24,8 @@ from macko_llm import format as spec
 from macko_llm.errors import FormatError, UsageError
 from macko_llm.format import MackoMatrix
 from macko_llm.packed_checkpoint import ARRAY_NAMES
+from macko_llm.vllm_plugin import quantization as plugin
+from macko_llm.vllm_plugin.product import arrange
 from macko_llm.vllm_plugin.quantization import MackoVllmConfig
 
 PARENT = "model.layers.0.block"
@@ -191,6 +193,20 @@ def test_layers_that_are_stored_dense_and_those_that_are_not_linear_are_vllm_s(b
     assert method("o_proj") == method("gate_up_proj") == "UnquantizedLinearMethod"
     assert method("down_proj") == method("qkv_proj") == "MackoLinearMethod"
     assert config.get_quant_method(torch.nn.Embedding(2, 2), "lm_head") is None
+
+
+def test_a_layer_is_arranged_for_as_many_tokens_as_there_may_be_sequences(
+    be_rank: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    be_rank(0, 1)
+    asked: list[int] = []
+    monkeypatch.setattr(plugin, "arrange", lambda matrix, tokens: asked.append(tokens) or arrange(matrix, tokens))
+    config = VllmConfig()
+    config.scheduler_config.max_num_seqs = 5
+    with set_current_vllm_config(config):
+        layer = a_layer()
+    load_members(layer, {None: sparse(40)})
+    assert asked == [5]
 
 
 def a_layer() -> Any:
