@@ -72,18 +72,8 @@ def test_what_is_compiled_for_any_number_of_tokens_still_chooses_by_their_number
 @pytest.mark.parametrize("name", ARRANGE)
 def test_torch_s_own_check_of_an_op_passes(name: str) -> None:
     about, arrays = describe(layout_of(name, weight_of()))
-    torch.library.opcheck(
-        torch.ops.macko.product.default,
-        (
-            torch.randn(3, 40),
-            list(arrays.values()),
-            torch.randn(24),
-            about.layout,
-            about.dtype,
-            about.numbers,
-            about.rows,
-        ),
-    )
+    arguments = (torch.randn(3, 40), list(arrays.values()), torch.randn(24), *about)
+    torch.library.opcheck(torch.ops.macko.product.default, arguments)
 
 
 def test_an_input_of_another_width_is_refused() -> None:

@@ -5,7 +5,7 @@ would choose once. The op keeps the choice: for each number of tokens of which a
 without one.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,9 +28,8 @@ _OF_ONE_BUFFER: dict[str, type[BitmapMatrix] | type[StripsMatrix] | type[SlicedM
 }
 
 
-@dataclass(frozen=True)
-class Description:
-    """A layout without its arrays, in what the schema of a torch op can carry.
+class Description(NamedTuple):
+    """A layout without its arrays, in what the schema of a torch op can carry, and in the order of `macko::product`.
 
     Attributes:
         layout: "canonical", or a key of `_OF_ONE_BUFFER`.
@@ -66,8 +65,7 @@ def describe(layout: Layout) -> tuple[Description, dict[str, Tensor]]:
 
 def multiply(x: Tensor, arrays: list[Tensor], description: Description, bias: Tensor | None) -> Tensor:
     """`Layout.linear` as one op: [..., cols] -> [..., rows] of x's dtype, without a gradient."""
-    about = description
-    y: Tensor = torch.ops.macko.product(x, arrays, bias, about.layout, about.dtype, about.numbers, about.rows)
+    y: Tensor = torch.ops.macko.product(x, arrays, bias, *description)
     return y
 
 

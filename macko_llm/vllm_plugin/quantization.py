@@ -65,7 +65,7 @@ class MackoVllmConfig(QuantizationConfig):
         if not isinstance(layer, LinearBase):
             return None
         is_dense = [member in self.dense for member in self._members(prefix)]
-        if all(is_dense):
+        if prefix in self.dense or all(is_dense):  # files of some families hold fused layers, as GLM-4's gate_up_proj
             return UnquantizedLinearMethod()
         return MackoLinearMethod(self.value_dtype, partly_dense=any(is_dense))
 

@@ -186,12 +186,15 @@ def test_layers_that_are_stored_dense_and_those_that_are_not_linear_are_vllm_s(b
     be_rank(0, 1)
     config = quantization(dense=("o_proj", "gate_proj", "up_proj", "k_proj"))
 
-    def method(name: str) -> Any:
+    def method(name: str, config: MackoVllmConfig = config) -> str:
         layer = vllm_linear.ReplicatedLinear(8, 8, quant_config=quantization(), prefix="any")
         return type(config.get_quant_method(layer, f"{PARENT}.{name}")).__name__
 
     assert method("o_proj") == method("gate_up_proj") == "UnquantizedLinearMethod"
     assert method("down_proj") == method("qkv_proj") == "MackoLinearMethod"
+    fused_in_file = quantization(dense=("gate_up_proj",))
+    assert method("gate_up_proj", fused_in_file) == "UnquantizedLinearMethod"
+    assert method("qkv_proj", fused_in_file) == "MackoLinearMethod"
     assert config.get_quant_method(torch.nn.Embedding(2, 2), "lm_head") is None
 
 

@@ -1,4 +1,4 @@
-"""A packed Llama in vLLM, found and loaded as vLLM does it, against the dense model that it was packed from."""
+"""Packed models in vLLM, found and loaded as vLLM does it, against the dense models that they were packed from."""
 
 import subprocess
 import sys
