@@ -12,10 +12,12 @@ from macko_llm import linear
 from macko_llm.defaults import LAYOUTS
 from macko_llm.format import MackoMatrix
 from macko_llm.layouts import canonical, choice, sliced, tiled
+from macko_llm.layouts.bitmap import BitmapMatrix
 from macko_llm.layouts.choice import choose
 from macko_llm.layouts.sliced import SlicedMatrix
 from macko_llm.layouts.tiled import TiledMatrix
 from macko_llm.linear import MackoLinear, arrange_group, group_of
+from macko_llm.vllm_plugin.product import arrange
 
 ROWS, COLS = 24, 172
 NEW, OLD = (9, 0), (7, 5)
@@ -116,6 +118,30 @@ def test_a_layer_is_arranged_in_its_layout(
     layer.arrange()
     assert type(layer.packed) is kind
     assert layer.weight_layout is layer.packed.data
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "sequences", "capability", "kind"),
+    [
+        (0.5, 2, NEW, SlicedMatrix),
+        (0.5, 3, NEW, TiledMatrix),
+        (0.5, 256, NEW, TiledMatrix),
+        (0.9, 5, NEW, SlicedMatrix),
+        (0.9, 6, NEW, TiledMatrix),
+        (0.5, 256, OLD, SlicedMatrix),
+    ],
+)
+def test_vllm_s_number_of_sequences_decides_as_docs_serving_says(
+    gpu: Gpu, sparsity: float, sequences: int, capability: tuple[int, int], kind: type
+) -> None:
+    gpu.capability = capability
+    matrix = canonical.pack(random_matrix(ROWS, COLS, sparsity, torch.float16))
+    assert type(arrange(matrix, sequences)) is kind
+
+
+def test_vllm_s_number_of_sequences_decides_nothing_on_a_cpu() -> None:
+    matrix = canonical.pack(random_matrix(ROWS, COLS, 0.5, torch.float16))
+    assert {type(arrange(matrix, sequences)) for sequences in (1, 3, 256)} == {BitmapMatrix}
 
 
 def test_a_layer_that_tiles_do_not_suit_is_sliced(gpu: Gpu) -> None:

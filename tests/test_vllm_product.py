@@ -1,5 +1,7 @@
 """The op that vLLM's layers multiply with, on a CPU and without vLLM, against a dense product."""
 
+import inspect
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,11 +9,17 @@ from torch.nn import functional as F
 
 from macko_llm import format as spec
 from macko_llm.errors import FormatError
-from macko_llm.layouts import bitmap, canonical
+from macko_llm.format import MackoMatrix
+from macko_llm.layouts import bitmap, canonical, strips
 from macko_llm.layouts.layout import Layout
-from macko_llm.vllm_plugin.product import describe, multiply
+from macko_llm.vllm_plugin.product import _OF_ONE_BUFFER, describe, multiply
 
-ARRANGE = {"canonical": canonical.Canonical.of, "bitmap": bitmap.arrange}
+
+def make_strips(matrix: MackoMatrix) -> Layout:
+    return strips.make(bitmap.arrange(matrix))
+
+
+ARRANGE = {"canonical": canonical.Canonical.of, "bitmap": bitmap.arrange, "strips": make_strips}
 
 
 def weight_of(rows: int = 24, cols: int = 40) -> Tensor:
@@ -64,24 +72,22 @@ def test_what_is_compiled_for_any_number_of_tokens_still_chooses_by_their_number
 @pytest.mark.parametrize("name", ARRANGE)
 def test_torch_s_own_check_of_an_op_passes(name: str) -> None:
     about, arrays = describe(layout_of(name, weight_of()))
-    torch.library.opcheck(
-        torch.ops.macko.product.default,
-        (
-            torch.randn(3, 40),
-            list(arrays.values()),
-            torch.randn(24),
-            about.layout,
-            about.dtype,
-            about.numbers,
-            about.rows,
-        ),
-    )
+    arguments = (torch.randn(3, 40), list(arrays.values()), torch.randn(24), *about)
+    torch.library.opcheck(torch.ops.macko.product.default, arguments)
 
 
 def test_an_input_of_another_width_is_refused() -> None:
     description, arrays = describe(layout_of("bitmap", weight_of()))
     with pytest.raises(FormatError, match="39 features and the matrix 40 columns"):
         multiply(torch.randn(3, 39), list(arrays.values()), description, None)
+
+
+def test_the_op_can_carry_every_layout_there_is() -> None:
+    def concrete(kind: type) -> set[type]:
+        below = set().union(*map(concrete, kind.__subclasses__()))
+        return below if inspect.isabstract(kind) else {kind, *below}
+
+    assert concrete(Layout) == {canonical.Canonical, *_OF_ONE_BUFFER.values()}
 
 
 def test_a_layout_that_no_op_can_carry_is_named() -> None:

@@ -5,28 +5,31 @@ would choose once. The op keeps the choice: for each number of tokens of which a
 without one.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from macko_llm.format import MackoMatrix
 from macko_llm.layouts.bitmap import BitmapMatrix
 from macko_llm.layouts.canonical import Canonical
 from macko_llm.layouts.layout import Layout
 from macko_llm.layouts.sliced import SlicedMatrix
+from macko_llm.layouts.strips import StripsMatrix
 from macko_llm.layouts.tiled import TiledMatrix
+from macko_llm.linear import MackoLinear
 from macko_llm.packed_checkpoint import ARRAY_NAMES
 
-_OF_ONE_BUFFER: dict[str, type[BitmapMatrix] | type[SlicedMatrix] | type[TiledMatrix]] = {
+_OF_ONE_BUFFER: dict[str, type[BitmapMatrix] | type[StripsMatrix] | type[SlicedMatrix] | type[TiledMatrix]] = {
     "bitmap": BitmapMatrix,
+    "strips": StripsMatrix,
     "sliced": SlicedMatrix,
     "tiled": TiledMatrix,
 }
 
 
-@dataclass(frozen=True)
-class Description:
-    """A layout without its arrays, in what the schema of a torch op can carry.
+class Description(NamedTuple):
+    """A layout without its arrays, in what the schema of a torch op can carry, and in the order of `macko::product`.
 
     Attributes:
         layout: "canonical", or a key of `_OF_ONE_BUFFER`.
@@ -39,6 +42,14 @@ class Description:
     dtype: torch.dtype
     numbers: list[int]
     rows: int
+
+
+def arrange(matrix: MackoMatrix, tokens: int) -> Layout:
+    """A valid matrix in the layout that suits its device and products of so many tokens at a time (`layouts.choice`)."""
+    layer = MackoLinear.from_matrix(matrix)
+    layer.tokens = tokens
+    layer.arrange()
+    return layer.packed
 
 
 def describe(layout: Layout) -> tuple[Description, dict[str, Tensor]]:
@@ -54,8 +65,7 @@ def describe(layout: Layout) -> tuple[Description, dict[str, Tensor]]:
 
 def multiply(x: Tensor, arrays: list[Tensor], description: Description, bias: Tensor | None) -> Tensor:
     """`Layout.linear` as one op: [..., cols] -> [..., rows] of x's dtype, without a gradient."""
-    about = description
-    y: Tensor = torch.ops.macko.product(x, arrays, bias, about.layout, about.dtype, about.numbers, about.rows)
+    y: Tensor = torch.ops.macko.product(x, arrays, bias, *description)
     return y
 
 

@@ -7,18 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
-from vllm.config import get_current_vllm_config_or_none
+from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from macko_llm.checkpoint import QUANT_METHOD
-from macko_llm.defaults import TOKENS_AT_A_TIME
 from macko_llm.dtypes import VALUE_DTYPES
-from macko_llm.linear import MackoLinear
 from macko_llm.packed_checkpoint import ARRAY_NAMES, PackedConfig
 from macko_llm.vllm_plugin.parts import DENSE_NAME, Parts
-from macko_llm.vllm_plugin.product import describe, multiply
+from macko_llm.vllm_plugin.product import arrange, describe, multiply
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -67,7 +65,7 @@ class MackoVllmConfig(QuantizationConfig):
         if not isinstance(layer, LinearBase):
             return None
         is_dense = [member in self.dense for member in self._members(prefix)]
-        if all(is_dense):
+        if prefix in self.dense or all(is_dense):  # files of some families hold fused layers, as GLM-4's gate_up_proj
             return UnquantizedLinearMethod()
         return MackoLinearMethod(self.value_dtype, partly_dense=any(is_dense))
 
@@ -91,9 +89,7 @@ class MackoLinearMethod(LinearMethodBase):
     def __init__(self, value_dtype: torch.dtype, partly_dense: bool) -> None:
         self._value_dtype = value_dtype
         self._names = (*ARRAY_NAMES, DENSE_NAME) if partly_dense else ARRAY_NAMES
-        config = get_current_vllm_config_or_none()
-        scheduler = getattr(config, "scheduler_config", None)
-        self._tokens = TOKENS_AT_A_TIME if scheduler is None else scheduler.max_num_seqs
+        self._tokens: int = get_current_vllm_config().scheduler_config.max_num_seqs
 
     def create_weights(
         self,
@@ -119,11 +115,8 @@ class MackoLinearMethod(LinearMethodBase):
             layer.register_parameter(array, placeholder)
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Arrange what has come for the device, in the layout that suits as many tokens as there may be sequences."""
-        linear = MackoLinear.from_matrix(layer.macko_parts.take())
-        linear.tokens = self._tokens
-        linear.arrange()
-        description, arrays = describe(linear.packed)
+        """Arrange what has come for the device, and for as many tokens at a time as vLLM may decode sequences."""
+        description, arrays = describe(arrange(layer.macko_parts.take(), self._tokens))
         for name in (*self._names, "macko_parts"):
             delattr(layer, name)
         for name, array in arrays.items():

@@ -24,6 +24,8 @@ from macko_llm import format as spec
 from macko_llm.errors import FormatError, UsageError
 from macko_llm.format import MackoMatrix
 from macko_llm.packed_checkpoint import ARRAY_NAMES
+from macko_llm.vllm_plugin import quantization as plugin
+from macko_llm.vllm_plugin.product import arrange
 from macko_llm.vllm_plugin.quantization import MackoVllmConfig
 
 PARENT = "model.layers.0.block"
@@ -184,13 +186,30 @@ def test_layers_that_are_stored_dense_and_those_that_are_not_linear_are_vllm_s(b
     be_rank(0, 1)
     config = quantization(dense=("o_proj", "gate_proj", "up_proj", "k_proj"))
 
-    def method(name: str) -> Any:
+    def method(name: str, config: MackoVllmConfig = config) -> str:
         layer = vllm_linear.ReplicatedLinear(8, 8, quant_config=quantization(), prefix="any")
         return type(config.get_quant_method(layer, f"{PARENT}.{name}")).__name__
 
     assert method("o_proj") == method("gate_up_proj") == "UnquantizedLinearMethod"
     assert method("down_proj") == method("qkv_proj") == "MackoLinearMethod"
+    fused_in_file = quantization(dense=("gate_up_proj",))
+    assert method("gate_up_proj", fused_in_file) == "UnquantizedLinearMethod"
+    assert method("qkv_proj", fused_in_file) == "MackoLinearMethod"
     assert config.get_quant_method(torch.nn.Embedding(2, 2), "lm_head") is None
+
+
+def test_a_layer_is_arranged_for_as_many_tokens_as_there_may_be_sequences(
+    be_rank: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    be_rank(0, 1)
+    asked: list[int] = []
+    monkeypatch.setattr(plugin, "arrange", lambda matrix, tokens: asked.append(tokens) or arrange(matrix, tokens))
+    config = VllmConfig()
+    config.scheduler_config.max_num_seqs = 5
+    with set_current_vllm_config(config):
+        layer = a_layer()
+    load_members(layer, {None: sparse(40)})
+    assert asked == [5]
 
 
 def a_layer() -> Any:

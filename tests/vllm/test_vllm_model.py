@@ -1,4 +1,4 @@
-"""A packed Llama in vLLM, found and loaded as vLLM does it, against the dense model that it was packed from."""
+"""Packed models in vLLM, found and loaded as vLLM does it, against the dense models that they were packed from."""
 
 import subprocess
 import sys
@@ -34,7 +34,9 @@ MEMBERS = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_pr
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A tensor-parallel group of this process alone."""
-    with set_current_vllm_config(VllmConfig()):
+    with pytest.MonkeyPatch.context() as patch, set_current_vllm_config(VllmConfig()):
+        if not torch.accelerator.is_available():  # as vLLM's worker on a CPU does
+            patch.setattr(torch.accelerator, "empty_cache", lambda: None)
         meeting_place = f"file://{tmp_path_factory.mktemp('group') / 'meeting'}"
         init_distributed_environment(1, 0, meeting_place, 0, "gloo")
         initialize_model_parallel(1)
