@@ -1,5 +1,6 @@
 """One model in two processes, joined by gloo: what they compute, what each holds, and how they end."""
 
+import gc
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -24,7 +26,7 @@ from macko_llm.demo.run import MODEL_FOLDER
 from macko_llm.errors import MackoError, UsageError
 from macko_llm.generation import generate
 from macko_llm.linear import MackoLinear
-from macko_llm.models import load_tokenizer
+from macko_llm.models import load_tokenizer, prunable_linears
 from macko_llm.packing import pack_checkpoint
 from macko_llm.pruning import prune_checkpoint
 from macko_llm.ranks import GatheredLinear, Place, SummedLinear
@@ -50,7 +52,7 @@ LLAMA = LlamaConfig(
 """Every linear layer of a block has a bias, the summed ones too, and the head is the embeddings."""
 MODELS = ("llama", "qwen2", "phi3", "biases", "dense", "mixed")
 """Packed but for "dense"; of "mixed", q and down are dense. The plan of phi3 gathers and splits."""
-PACKED_LAYERS = {"phi3": 8, "dense": 0, "mixed": 10}
+PACKED_LAYERS = {"phi3": 8, "dense": 0, "mixed": 10, "demo": 28}
 PROMPT = "Once upon a time"
 NEW_TOKENS = 24
 WRONG_CALL = 2
@@ -144,32 +146,28 @@ def test_the_parts_of_packed_matrices_add_up_to_the_whole(folder: Path) -> None:
     assert max(held) < 0.55 * whole
 
 
-def test_no_two_whole_matrices_are_there_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model: list[PreTrainedModel] = []
+@pytest.mark.parametrize("name", ["demo", "demo-pruned"])
+def test_no_two_whole_matrices_are_there_at_once(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole: WeakSet[MackoLinear | nn.Linear] = WeakSet()
     whole_at_once = []
     put = tensor_parallel._put_slice
 
-    def counted(of: PreTrainedModel, name: str, *rest: Any) -> Any:
-        model[:] = [of]
-        whole = [
-            one
-            for one, layer in of.named_modules()
-            if isinstance(layer, MackoLinear) and not layer.is_arranged and not layer.weight_values.is_meta
-            if layer.out_features * layer.in_features == shapes[one.removesuffix(".part")]
-        ]
-        whole_at_once.append(whole)
-        return put(of, name, *rest)
+    def counted(model: PreTrainedModel, *rest: Any) -> Any:
+        if not whole:
+            whole.update(prunable_linears(model).values() if name == "demo-pruned" else _packed(model))
+        gc.collect()
+        whole_at_once.append(sum(map(_has_weights, whole)))  # in the model or not
+        return put(model, *rest)
 
-    one_process = macko_llm.load(folder / "demo", device="cpu")
-    shapes = {
-        name: layer.out_features * layer.in_features
-        for name, layer in one_process.named_modules()
-        if isinstance(layer, MackoLinear)
-    }
     monkeypatch.setattr(tensor_parallel, "_put_slice", counted)
-    load_slices(folder / "demo", Place(0, 2, 0), CPU)
-    assert len(whole_at_once) == len(shapes) + 1  # and the head
-    assert max(map(len, whole_at_once)) == 1
+    load_slices(folder / name, Place(0, 2, 0), CPU)
+    assert whole_at_once == [1] * PACKED_LAYERS["demo"] + [0]  # and the head
+
+
+def _has_weights(layer: MackoLinear | nn.Linear) -> bool:
+    if isinstance(layer, MackoLinear):
+        return layer.is_arranged or not (layer.weight_values is None or layer.weight_values.is_meta)
+    return not (layer.weight is None or layer.weight.is_meta)
 
 
 def test_a_tied_head_is_a_view_of_the_embeddings(folder: Path) -> None:
