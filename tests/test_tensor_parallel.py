@@ -21,7 +21,7 @@ from transformers import LlamaConfig, PreTrainedModel
 
 import macko_llm
 from macko_llm import ranks, tensor_parallel
-from macko_llm.cli.launching import in_processes
+from macko_llm.cli.launching import in_processes, place_of_torchrun
 from macko_llm.demo.run import MODEL_FOLDER
 from macko_llm.errors import MackoError, UsageError
 from macko_llm.generation import generate
@@ -223,6 +223,26 @@ def test_a_model_without_a_plan_is_refused(folder: Path) -> None:
     assert_plain(str(caught.value))
 
 
+@pytest.mark.parametrize(
+    ("gpus", "device", "sentence"),
+    [
+        (0, "cuda", "There is no GPU here; use --device cpu."),
+        (1, "auto", "There is 1 GPU here, and 2 processes need one each; use --device cpu, or fewer processes."),
+    ],
+)
+def test_all_processes_tell_of_missing_gpus(
+    gpus: int, device: str, sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    for rank in range(2):  # of four, two each on two machines
+        for name, value in {"RANK": rank, "WORLD_SIZE": 4, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2}.items():
+            monkeypatch.setenv(name, str(value))
+        with pytest.raises(UsageError) as caught, ranks.joined(place_of_torchrun(), device):
+            pass
+        assert str(caught.value) == sentence
+        assert_plain(sentence)
+
+
 # How they end
 
 
@@ -240,6 +260,25 @@ def _second_dies(place: Place, _: object) -> None:
         time.sleep(600)
 
 
+def _first_has_lost_the_second_before_it_is_gone(place: Place, _: object) -> None:
+    if place.rank == 0:
+        raise RuntimeError("connection closed by peer")
+    time.sleep(0.3)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class _InterruptedWhenItComes:
+    """Ctrl-C in a process that unpickles it, which is before its work begins."""
+
+    def __reduce__(self) -> Any:
+        return os.kill, (_Own(), signal.SIGINT)
+
+
+class _Own:
+    def __reduce__(self) -> Any:
+        return os.getpid, ()
+
+
 def _second_fails_at_work(place: Place, _: object) -> list[str]:
     def work() -> None:
         if place.rank == 1:
@@ -251,6 +290,10 @@ def _second_fails_at_work(place: Place, _: object) -> list[str]:
         except MackoError as error:
             return ranks.gathered(str(error))
     return []
+
+
+def _rank(place: Place, _: object, __: object) -> int:
+    return place.rank
 
 
 def _speaks(place: Place, on_text: Any) -> list[int]:
@@ -270,6 +313,17 @@ def test_a_refusal_in_one_process_ends_all() -> None:
 def test_a_process_that_is_killed_ends_all() -> None:
     with pytest.raises(MackoError, match="Process 1 of 2 was ended from outside"):
         in_processes(2, _second_dies, on_text=None)
+
+
+def test_who_is_killed_is_named_even_if_another_tells_of_the_connection_sooner() -> None:
+    with pytest.raises(MackoError, match="Process 1 of 2 was ended from outside"):
+        in_processes(2, _first_has_lost_the_second_before_it_is_gone, on_text=None)
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="Ctrl-C reaches processes that start, on Windows")
+def test_ctrl_c_is_not_heard_by_processes_that_are_starting(capfd: pytest.CaptureFixture[str]) -> None:
+    assert in_processes(2, _rank, _InterruptedWhenItComes(), on_text=None) == 0
+    assert capfd.readouterr() == ("", "")
 
 
 def test_work_together_fails_everywhere_if_it_fails_once() -> None:
