@@ -387,6 +387,12 @@ def test_what_torchrun_has_started_cannot_be_another_number(folder: Path) -> Non
     assert sentences == ["macko: torchrun has started 2 processes, and --tensor-parallel asks for 3; leave that out."]
 
 
+def test_processes_that_torchrun_ends_say_nothing_of_it(folder: Path) -> None:
+    _, err = _run(TORCHRUN, folder, "--prompt-file", str(folder / "none.txt"), exit_code=1)
+    (sentence,) = [line for line in err.splitlines() if line.startswith("macko: ")]
+    assert "none.txt cannot be read" in sentence
+
+
 @pytest.mark.parametrize("more", [("--tensor-parallel", "4"), ("--tensor-parallel", "2", "--device", "cuda:1")])
 def test_a_wrong_call_is_one_sentence(folder: Path, more: tuple[str, ...]) -> None:
     out, err = _run(MACKO, folder, "--prompt", PROMPT, *more, "--json", exit_code=WRONG_CALL)
