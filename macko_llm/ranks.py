@@ -29,12 +29,14 @@ class Place:
         size: how many there are.
         local_rank: the rank among those of this machine, which is the number of its GPU.
         meeting: a file by which they find each other, removed afterwards by who made it; None where torchrun has told them.
+        local_size: how many there are on this machine; None if all are.
     """
 
     rank: int
     size: int
     local_rank: int
     meeting: Path | None = None
+    local_size: int | None = None
 
     def share(self, count: int) -> slice:
         """The part of so many rows or columns, a multiple of the size, that is this process's."""
@@ -156,9 +158,10 @@ def _device(place: Place, device: str) -> torch.device:
     gpus = torch.cuda.device_count()
     if device == "cpu" or (device == "auto" and not gpus):
         return torch.device("cpu")
-    needed = place.size if place.meeting is not None else place.local_rank + 1
-    if needed > gpus:
-        raise UsageError(
-            f"There are {gpus} GPUs here, and {place.size} processes need one each; use --device cpu, or fewer processes."
-        )
+    if not gpus:
+        raise UsageError("There is no GPU here; use --device cpu.")
+    needed = place.size if place.local_size is None else place.local_size
+    if needed > gpus:  # said in all processes, not just in those without one
+        there = "There is 1 GPU" if gpus == 1 else f"There are {gpus} GPUs"
+        raise UsageError(f"{there} here, and {needed} processes need one each; use --device cpu, or fewer processes.")
     return torch.device("cuda", place.local_rank)

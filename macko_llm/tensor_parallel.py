@@ -149,7 +149,7 @@ def _fill(model: PreTrainedModel, styles: dict[str, str], place: Place, source: 
 
 
 def _put_slice(model: PreTrainedModel, name: str, style: str, place: Place) -> Any:
-    """Put what a process computes of a linear layer into the layer's place; the slice itself."""
+    """Put what a process computes of a linear layer into the layer's place; the slice itself. The layer loses its weights."""
     linear: Any = model.get_submodule(name)
     if style in _OF_ROWS:
         rows = place.share(linear.out_features)
@@ -159,14 +159,17 @@ def _put_slice(model: PreTrainedModel, name: str, style: str, place: Place) -> A
         else:
             tied = linear.weight is getattr(model.get_input_embeddings(), "weight", None)
             part = _dense(linear.weight[rows] if tied else linear.weight[rows].clone(), bias)
-        model.set_submodule(name, part if style == _ROWS else GatheredLinear(part))
-        return part
-    columns = place.share(linear.in_features)
-    if isinstance(linear, MackoLinear):
-        part = _packed(linear, slice_columns(linear.matrix, columns.start, columns.stop), None)
+        module = part if style == _ROWS else GatheredLinear(part)
     else:
-        part = _dense(linear.weight[:, columns].clone(memory_format=torch.contiguous_format), None)
-    model.set_submodule(name, SummedLinear(part, linear.bias, None if style == _COLUMNS else columns))
+        columns = place.share(linear.in_features)
+        if isinstance(linear, MackoLinear):
+            part = _packed(linear, slice_columns(linear.matrix, columns.start, columns.stop), None)
+        else:
+            part = _dense(linear.weight[:, columns].clone(memory_format=torch.contiguous_format), None)
+        module = SummedLinear(part, linear.bias, None if style == _COLUMNS else columns)
+    model.set_submodule(name, module)
+    for parameter in linear._parameters:  # others name the layer still: its group, the gaps that it had
+        linear._parameters[parameter] = None
     return part
 
 

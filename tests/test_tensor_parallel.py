@@ -1,5 +1,6 @@
 """One model in two processes, joined by gloo: what they compute, what each holds, and how they end."""
 
+import gc
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -19,12 +21,12 @@ from transformers import LlamaConfig, PreTrainedModel
 
 import macko_llm
 from macko_llm import ranks, tensor_parallel
-from macko_llm.cli.launching import in_processes
+from macko_llm.cli.launching import in_processes, place_of_torchrun
 from macko_llm.demo.run import MODEL_FOLDER
 from macko_llm.errors import MackoError, UsageError
 from macko_llm.generation import generate
 from macko_llm.linear import MackoLinear
-from macko_llm.models import load_tokenizer
+from macko_llm.models import load_tokenizer, prunable_linears
 from macko_llm.packing import pack_checkpoint
 from macko_llm.pruning import prune_checkpoint
 from macko_llm.ranks import GatheredLinear, Place, SummedLinear
@@ -50,7 +52,7 @@ LLAMA = LlamaConfig(
 """Every linear layer of a block has a bias, the summed ones too, and the head is the embeddings."""
 MODELS = ("llama", "qwen2", "phi3", "biases", "dense", "mixed")
 """Packed but for "dense"; of "mixed", q and down are dense. The plan of phi3 gathers and splits."""
-PACKED_LAYERS = {"phi3": 8, "dense": 0, "mixed": 10}
+PACKED_LAYERS = {"phi3": 8, "dense": 0, "mixed": 10, "demo": 28}
 PROMPT = "Once upon a time"
 NEW_TOKENS = 24
 WRONG_CALL = 2
@@ -144,32 +146,28 @@ def test_the_parts_of_packed_matrices_add_up_to_the_whole(folder: Path) -> None:
     assert max(held) < 0.55 * whole
 
 
-def test_no_two_whole_matrices_are_there_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model: list[PreTrainedModel] = []
+@pytest.mark.parametrize("name", ["demo", "demo-pruned"])
+def test_no_two_whole_matrices_are_there_at_once(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole: WeakSet[MackoLinear | nn.Linear] = WeakSet()
     whole_at_once = []
     put = tensor_parallel._put_slice
 
-    def counted(of: PreTrainedModel, name: str, *rest: Any) -> Any:
-        model[:] = [of]
-        whole = [
-            one
-            for one, layer in of.named_modules()
-            if isinstance(layer, MackoLinear) and not layer.is_arranged and not layer.weight_values.is_meta
-            if layer.out_features * layer.in_features == shapes[one.removesuffix(".part")]
-        ]
-        whole_at_once.append(whole)
-        return put(of, name, *rest)
+    def counted(model: PreTrainedModel, *rest: Any) -> Any:
+        if not whole:
+            whole.update(prunable_linears(model).values() if name == "demo-pruned" else _packed(model))
+        gc.collect()
+        whole_at_once.append(sum(map(_has_weights, whole)))  # in the model or not
+        return put(model, *rest)
 
-    one_process = macko_llm.load(folder / "demo", device="cpu")
-    shapes = {
-        name: layer.out_features * layer.in_features
-        for name, layer in one_process.named_modules()
-        if isinstance(layer, MackoLinear)
-    }
     monkeypatch.setattr(tensor_parallel, "_put_slice", counted)
-    load_slices(folder / "demo", Place(0, 2, 0), CPU)
-    assert len(whole_at_once) == len(shapes) + 1  # and the head
-    assert max(map(len, whole_at_once)) == 1
+    load_slices(folder / name, Place(0, 2, 0), CPU)
+    assert whole_at_once == [1] * PACKED_LAYERS["demo"] + [0]  # and the head
+
+
+def _has_weights(layer: MackoLinear | nn.Linear) -> bool:
+    if isinstance(layer, MackoLinear):
+        return layer.is_arranged or not (layer.weight_values is None or layer.weight_values.is_meta)
+    return not (layer.weight is None or layer.weight.is_meta)
 
 
 def test_a_tied_head_is_a_view_of_the_embeddings(folder: Path) -> None:
@@ -225,6 +223,26 @@ def test_a_model_without_a_plan_is_refused(folder: Path) -> None:
     assert_plain(str(caught.value))
 
 
+@pytest.mark.parametrize(
+    ("gpus", "device", "sentence"),
+    [
+        (0, "cuda", "There is no GPU here; use --device cpu."),
+        (1, "auto", "There is 1 GPU here, and 2 processes need one each; use --device cpu, or fewer processes."),
+    ],
+)
+def test_all_processes_tell_of_missing_gpus(
+    gpus: int, device: str, sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    for rank in range(2):  # of four, two each on two machines
+        for name, value in {"RANK": rank, "WORLD_SIZE": 4, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2}.items():
+            monkeypatch.setenv(name, str(value))
+        with pytest.raises(UsageError) as caught, ranks.joined(place_of_torchrun(), device):
+            pass
+        assert str(caught.value) == sentence
+        assert_plain(sentence)
+
+
 # How they end
 
 
@@ -242,6 +260,25 @@ def _second_dies(place: Place, _: object) -> None:
         time.sleep(600)
 
 
+def _first_has_lost_the_second_before_it_is_gone(place: Place, _: object) -> None:
+    if place.rank == 0:
+        raise RuntimeError("connection closed by peer")
+    time.sleep(0.3)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class _InterruptedWhenItComes:
+    """Ctrl-C in a process that unpickles it, which is before its work begins."""
+
+    def __reduce__(self) -> Any:
+        return os.kill, (_Own(), signal.SIGINT)
+
+
+class _Own:
+    def __reduce__(self) -> Any:
+        return os.getpid, ()
+
+
 def _second_fails_at_work(place: Place, _: object) -> list[str]:
     def work() -> None:
         if place.rank == 1:
@@ -253,6 +290,10 @@ def _second_fails_at_work(place: Place, _: object) -> list[str]:
         except MackoError as error:
             return ranks.gathered(str(error))
     return []
+
+
+def _rank(place: Place, _: object, __: object) -> int:
+    return place.rank
 
 
 def _speaks(place: Place, on_text: Any) -> list[int]:
@@ -272,6 +313,17 @@ def test_a_refusal_in_one_process_ends_all() -> None:
 def test_a_process_that_is_killed_ends_all() -> None:
     with pytest.raises(MackoError, match="Process 1 of 2 was ended from outside"):
         in_processes(2, _second_dies, on_text=None)
+
+
+def test_who_is_killed_is_named_even_if_another_tells_of_the_connection_sooner() -> None:
+    with pytest.raises(MackoError, match="Process 1 of 2 was ended from outside"):
+        in_processes(2, _first_has_lost_the_second_before_it_is_gone, on_text=None)
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="Ctrl-C reaches processes that start, on Windows")
+def test_ctrl_c_is_not_heard_by_processes_that_are_starting(capfd: pytest.CaptureFixture[str]) -> None:
+    assert in_processes(2, _rank, _InterruptedWhenItComes(), on_text=None) == 0
+    assert capfd.readouterr() == ("", "")
 
 
 def test_work_together_fails_everywhere_if_it_fails_once() -> None:
@@ -333,6 +385,12 @@ def test_what_torchrun_has_started_cannot_be_another_number(folder: Path) -> Non
     _, err = _run(TORCHRUN, folder, "--prompt", PROMPT, "--tensor-parallel", "3", exit_code=1)
     sentences = [line for line in err.splitlines() if line.startswith("macko: ")]
     assert sentences == ["macko: torchrun has started 2 processes, and --tensor-parallel asks for 3; leave that out."]
+
+
+def test_processes_that_torchrun_ends_say_nothing_of_it(folder: Path) -> None:
+    _, err = _run(TORCHRUN, folder, "--prompt-file", str(folder / "none.txt"), exit_code=1)
+    (sentence,) = [line for line in err.splitlines() if line.startswith("macko: ")]
+    assert "none.txt cannot be read" in sentence
 
 
 @pytest.mark.parametrize("more", [("--tensor-parallel", "4"), ("--tensor-parallel", "2", "--device", "cuda:1")])

@@ -10,12 +10,12 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
-
-import typer
 
 from macko_llm.cli.console import wants_traceback
 from macko_llm.cli.surroundings import shared_threads
@@ -30,6 +30,8 @@ OnText = Callable[[str], object]
 
 SECONDS_TO_SPEAK = 30
 """For which torchrun's other processes wait after a failure: it ends all with the first to fail, which must be who speaks."""
+SECONDS_TO_END = 2
+"""In which the pipe of a process that is ended is closed, too, after others have lost their connections to it."""
 
 
 def processes_of_torchrun() -> int:
@@ -41,8 +43,9 @@ def place_of_torchrun() -> "Place":
     """Which of torchrun's processes this is."""
     from macko_llm.ranks import Place
 
-    rank, size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    return Place(rank, size, local_rank)
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    rank, size, local_rank, local_size = (int(os.environ[name]) for name in names)
+    return Place(rank, size, local_rank, local_size=local_size)
 
 
 def first_process_speaks(command: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
@@ -52,14 +55,15 @@ def first_process_speaks(command: Callable[Arguments, Result]) -> Callable[Argum
     def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         if not processes_of_torchrun() or os.environ["RANK"] == "0":
             return command(*args, **kwargs)
+        for number in (signal.SIGTERM, signal.SIGINT):  # torchrun sends them to all, and one speaks of it
+            signal.signal(number, signal.SIG_DFL)
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
         warnings.simplefilter("ignore")
         try:
             return command(*args, **kwargs)
-        except MackoError as error:  # which the first process raises, too
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which torchrun sends, and of which nothing need be said
+        except MackoError:  # which the first process raises, too, and all end
             time.sleep(SECONDS_TO_SPEAK)
-            raise typer.Exit(error.exit_code) from None
+            raise  # it has not
 
     return run
 
@@ -91,7 +95,8 @@ def in_processes(count: int, work: Callable[..., Result], *args: Any, on_text: O
                 ours, theirs = context.Pipe()
                 place = Place(rank, count, rank, Path(folder) / "meeting")
                 process = context.Process(target=_run, args=(theirs, place, work, args), daemon=True)
-                process.start()
+                with _deaf_to_interrupts():
+                    process.start()
                 theirs.close()
                 pipes.append(ours)
                 processes.append(process)
@@ -105,6 +110,20 @@ def in_processes(count: int, work: Callable[..., Result], *args: Any, on_text: O
                 process.join()
 
 
+@contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """Have processes that are started inside not hear Ctrl-C, not even while Python starts; this one hears it afterwards."""
+    if not hasattr(signal, "pthread_sigmask"):  # on Windows
+        yield
+        return
+    resource_tracker.ensure_running()  # else it would start with the first process, and clear the mask
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _listen(pipes: list[Connection], on_text: OnText | None) -> Any:
     """Hear all processes out."""
     talking, result = list(pipes), None
@@ -115,20 +134,36 @@ def _listen(pipes: list[Connection], on_text: OnText | None) -> Any:
             try:
                 kind, content = pipe.recv()
             except EOFError:
-                raise MackoError(
-                    f"Process {rank} of {len(pipes)} was ended from outside, perhaps for want of memory; free some, or use "
-                    "more processes."
-                ) from None
+                raise _ended(rank, len(pipes)) from None
             if kind == "text" and on_text is not None:
                 on_text(content)
             elif kind == "warning":
                 warnings.warn(content, MackoWarning, stacklevel=2)
             elif kind == "error":
+                if not isinstance(content, MackoError):  # perhaps of a connection to a process that is there no more
+                    _require_alive(pipes)
                 raise content
             elif kind == "result":
                 talking.remove(pipe)
                 result = content if rank == 0 else result
     return result
+
+
+def _require_alive(pipes: list[Connection]) -> None:
+    """Raise MackoError if a process has ended; all others keep their pipes open until they are told to end."""
+    time.sleep(SECONDS_TO_END)
+    for rank, pipe in enumerate(pipes):
+        try:
+            while pipe.poll():
+                pipe.recv()
+        except (EOFError, OSError):
+            raise _ended(rank, len(pipes)) from None
+
+
+def _ended(rank: int, count: int) -> MackoError:
+    return MackoError(
+        f"Process {rank} of {count} was ended from outside, perhaps for want of memory; free some, or use more processes."
+    )
 
 
 def _run(pipe: Connection, place: "Place", work: Callable[..., object], args: tuple[Any, ...]) -> None:
