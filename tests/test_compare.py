@@ -21,6 +21,7 @@ from macko_llm.cli.compare import print_comparison
 from macko_llm.cli.console import bar
 from macko_llm.cli.main import app
 from macko_llm.loading import load
+from macko_llm.models import load_tokenizer
 from macko_llm.packing import pack_checkpoint
 from macko_llm.pruning import prune_checkpoint
 from macko_llm.recipe import PruneRecipe
@@ -83,6 +84,16 @@ def test_windows_are_as_long_as_all_models_can_read_and_other_tokens_are_told(fo
     assert "different tokens" not in macko("compare", "dense", "pruned", *CALL).stdout
     refused = macko("compare", "dense", "other", *CALL, "--seqlen", "64", exit_code=2)
     assert "48" in refused.stderr
+
+
+def test_more_new_tokens_than_a_model_has_room_for_are_refused_with_the_most_that_it_has(folder: Path) -> None:
+    room = MAX_POSITIONS - len(load_tokenizer(folder / "dense")("Once upon a time")["input_ids"])
+    call = ["compare", "dense", "packed", *CALL[:4], "--device", "cpu", "--new-tokens"]
+    refused = macko(*call, str(room + 1), exit_code=2)
+    assert refused.stderr == (
+        f"macko: The model dense has no room for {room + 1} new tokens; use --new-tokens {room} or less.\n"
+    )
+    macko(*call, str(room))
 
 
 def _report(*speeds: float, **changes: Any) -> CompareReport:
