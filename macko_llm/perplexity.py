@@ -204,7 +204,7 @@ def evaluate(
     """Perplexity of a text under `model`.
 
     The first window scores all its seqlen - 1 predicted tokens, each later one its last min(stride, seqlen - 1), so
-    that with a stride below seqlen no token is scored twice. Losses are fp32, their sum is float64.
+    that with a stride below seqlen no token is scored twice. Losses are fp32, their sum and all divergences are float64.
 
     Args:
         model: a causal language model in eval mode, dense or packed.
@@ -298,18 +298,19 @@ def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def divergences(reference: Tensor, logits: Tensor) -> Tensor:
-    """KL(reference || model) of each token's prediction in nats, [n] fp32, a chunk of tokens at a time.
+    """KL(reference || model) of each token's prediction in nats, [n] float64, a chunk of tokens at a time.
 
     Args:
         reference: [n, vocabulary] logits, any floating-point dtype.
         logits: the model's, [n, vocabulary] on the same device.
     """
-    chunk = max(1, _CHUNK_ELEMENTS // logits.shape[-1])
+    chunk = max(1, _CHUNK_ELEMENTS // 2 // logits.shape[-1])
     parts = []
     for of_reference, of_model in zip(reference.split(chunk), logits.split(chunk), strict=True):
-        expected = of_reference.float().log_softmax(-1)
+        # In float64: between models that hardly differ, fp32 would leave what it rounds, of either sign.
+        expected = of_reference.double().log_softmax(-1)
         weight = expected.exp()
-        terms = weight * (expected - of_model.float().log_softmax(-1))
+        terms = weight * (expected - of_model.double().log_softmax(-1))
         parts.append(terms.masked_fill_(weight == 0, 0).sum(-1))  # 0 log 0 is 0
     return torch.cat(parts)
 

@@ -1,5 +1,6 @@
 """`macko chat`: from a pipe, as its other end sees it, and at a terminal."""
 
+import json
 import os
 import pty
 import select
@@ -103,7 +104,14 @@ def test_a_line_too_long_for_the_model_ends_a_pipe(chatty: Path) -> None:
     result = chat(chatty, "Hi\n" + "word " * 600 + "\nHi\n", "-n", 3, exit_code=2)
     assert result.stdout.count("\n") == 1
     assert "tokens, and the model has 509 before its answer; say it shorter" in result.stderr
-    assert "use --max-new-tokens" in chat(chatty, "", "-n", 512, exit_code=2).stderr
+
+
+@pytest.mark.parametrize("new", [511, 512, 9999])
+def test_answers_that_leave_no_room_for_a_line_are_refused_before_one_is_read(new: int, chatty: Path) -> None:
+    said = f"macko: An answer of {new} tokens leaves no room for what is said before it in the model's 512 positions; "
+    assert chat(chatty, "Hi\n", "-n", new, exit_code=2).stderr == f"{said}use a smaller --max-new-tokens.\n"
+    with_system = chat(chatty, "Hi\n", "-n", new, "--system", "Be kind", exit_code=2).stderr
+    assert with_system == f"{said}use a smaller --max-new-tokens, or say less with --system.\n"
 
 
 def test_a_seed_gives_the_conversation_again_and_other_words_to_each_answer(chatty: Path) -> None:
@@ -113,6 +121,7 @@ def test_a_seed_gives_the_conversation_again_and_other_words_to_each_answer(chat
     assert first == again
     one, other = first.splitlines()[:1], first.splitlines()[-1:]
     assert one != other
+    assert chat(chatty, script, *call[:-1], 2**64 - 1).stdout.endswith(chat(chatty, "Hi\n", *call[:-1], 0).stdout)
 
 
 def _environment() -> dict[str, str]:
@@ -133,6 +142,22 @@ def test_an_answer_comes_before_the_next_line_is_sent() -> None:
         assert process.stdout.readline().strip()
     rest, messages = process.communicate(timeout=TIMEOUT)
     assert (process.returncode, rest, messages) == (0, "", NOTICE)
+
+
+def test_what_an_output_has_no_letters_for_is_said_in_a_sentence(tmp_path: Path) -> None:
+    odd = tmp_path / "odd"
+    shutil.copytree(MODEL_FOLDER, odd)
+    tokens = json.loads((odd / "tokenizer.json").read_text())
+    tokens["decoder"] = {
+        "type": "Sequence",
+        "decoders": [tokens["decoder"], {"type": "Replace", "pattern": {"String": "a"}, "content": "ä"}],
+    }
+    (odd / "tokenizer.json").write_text(json.dumps(tokens))
+    call = [sys.executable, "-m", "macko_llm", "chat", str(odd), "-n", "9"]
+    environment = {**_environment(), "PYTHONIOENCODING": "ascii"}
+    ran = subprocess.run(call, input="Once upon\n", capture_output=True, text=True, env=environment, timeout=TIMEOUT)
+    assert ran.returncode == 1
+    assert ran.stderr == f"{NOTICE}macko: The output's encoding ascii has no '\\xe4'; set PYTHONIOENCODING=utf-8.\n"
 
 
 class Terminal:
@@ -221,6 +246,17 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_ends_the_conversation(tmp_path: Path)
         terminal.wait_for("> ")
         assert process.poll() is None
         terminal.type("\x04")
+        assert process.wait(TIMEOUT) == 0
+
+
+def test_bytes_that_are_no_text_are_no_end_at_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "utf-8:strict")  # as where the locale is one of UTF-8
+    with _at_terminal(str(MODEL_FOLDER), "-n", "3") as (terminal, process):
+        terminal.wait_for("> ")
+        os.write(terminal.descriptor, b"bad \xff\n")
+        terminal.wait_for("What was typed is not utf-8 text; type it again.")
+        terminal.wait_for("> ")
+        terminal.type("/exit\n")
         assert process.wait(TIMEOUT) == 0
 
 

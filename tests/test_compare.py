@@ -1,5 +1,6 @@
 """`macko compare`: its figures against what other commands and the files say, its table, its plot."""
 
+import errno
 import io
 import json
 import sys
@@ -21,6 +22,7 @@ from macko_llm.cli.compare import print_comparison
 from macko_llm.cli.console import bar
 from macko_llm.cli.main import app
 from macko_llm.loading import load
+from macko_llm.models import load_tokenizer
 from macko_llm.packing import pack_checkpoint
 from macko_llm.pruning import prune_checkpoint
 from macko_llm.recipe import PruneRecipe
@@ -85,6 +87,16 @@ def test_windows_are_as_long_as_all_models_can_read_and_other_tokens_are_told(fo
     assert "48" in refused.stderr
 
 
+def test_more_new_tokens_than_a_model_has_room_for_are_refused_with_the_most_that_it_has(folder: Path) -> None:
+    room = MAX_POSITIONS - len(load_tokenizer(folder / "dense")("Once upon a time")["input_ids"])
+    call = ["compare", "dense", "packed", *CALL[:4], "--device", "cpu", "--new-tokens"]
+    refused = macko(*call, str(room + 1), exit_code=2)
+    assert refused.stderr == (
+        f"macko: The model dense has no room for {room + 1} new tokens; use --new-tokens {room} or less.\n"
+    )
+    macko(*call, str(room))
+
+
 def _report(*speeds: float, **changes: Any) -> CompareReport:
     models = tuple(
         Compared(f"m{i}", False, "float16", 1000, 2000, 8.0, speed, {**dict.fromkeys(METRICS, 1.0), **changes})
@@ -103,8 +115,26 @@ def test_bars_are_for_terminals(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
         monkeypatch.setenv(name, value)
     print_comparison(_report(10.0, 5.0))
     lines = {line.split()[0]: line.rstrip() for line in capsys.readouterr().out.splitlines() if " m" in line[:4]}
-    assert lines["m0"].endswith("██████████  10.0  1.00x")
-    assert lines["m1"].endswith(" █████        5.0  1.00x")
+    assert lines["m0"].endswith(" ████████  10.0  1.00x")
+    assert lines["m1"].endswith(" ████       5.0  1.00x")
+
+
+def test_a_terminal_of_80_columns_shows_two_figures_side_by_side(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    for name, value in {"COLUMNS": "80", "TERM": "dumb"}.items():
+        monkeypatch.setenv(name, value)
+    report = _report(10.0, 5.0)
+    large = {"model": "meta-llama/Llama-2-7b", "bytes_on_disk": 13_480_000_000, "bytes_in_memory": 13_480_000_000}
+    print_comparison(replace(report, models=tuple(replace(one, **large) for one in report.models)))
+    headers = [
+        line.split("  ") for line in capsys.readouterr().out.splitlines() if "perplexity  " in line or "on disk" in line
+    ]
+    assert [[name.strip() for name in line if name.strip()] for line in headers] == [
+        ["on disk", "in memory"],
+        ["perplexity", "tokens/s"],
+    ]
 
 
 def test_a_ratio_to_nothing_is_no_number(capsys: pytest.CaptureFixture[str]) -> None:
@@ -121,6 +151,37 @@ def test_a_bar_is_as_long_as_its_share(share: float, drawn: str, monkeypatch: py
     assert bar(share, 4) == drawn
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
     assert bar(share, 4) == drawn.replace("█", "#").replace("▏", " ")
+
+
+def test_a_plot_that_cannot_be_written_is_refused_before_measuring(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="needs macko-llm[plot]")
+    nowhere = tmp_path / f"{'long' * 100}.png"
+    refused = macko("compare", "dense", "packed", *CALL, "--plot", str(nowhere), "--json", exit_code=2)
+    said = f"The plot {nowhere} cannot be written (File name too long); choose another place."
+    assert json.loads(refused.stdout) == {"error": said}
+    assert refused.stderr == f"macko: {said}\n"
+    plots.check_plot(tmp_path / "new.png")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "old.png").write_bytes(b"kept")
+    plots.check_plot(tmp_path / "old.png")
+    assert (tmp_path / "old.png").read_bytes() == b"kept"
+
+
+def test_a_plot_that_fails_in_the_end_leaves_the_figures_as_one_json_object(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    figure = pytest.importorskip("matplotlib.figure", reason="needs macko-llm[plot]").Figure
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(figure, "savefig", full)
+    path = tmp_path / "bars.png"
+    result = macko("compare", "dense", "packed", *CALL, "--plot", str(path), "--json", exit_code=1)
+    assert len(json.loads(result.stdout)["models"]) == 2
+    assert result.stderr.endswith(
+        f"macko: The plot {path} cannot be written (No space left on device); free some space, or choose another place.\n"
+    )
 
 
 def test_the_plot_has_a_bar_for_each_figure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -140,3 +201,18 @@ def test_the_plot_has_a_bar_for_each_figure(monkeypatch: pytest.MonkeyPatch, tmp
         "tokens/s": [10.0, 5.0],
     }
     assert [label.get_text() for label in made.axes[0].get_yticklabels()] == ["m0", "m1"]
+
+
+def test_a_plot_of_large_models_counts_gigabytes_and_long_names_leave_its_bars_as_wide(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    figure = pytest.importorskip("matplotlib.figure", reason="needs macko-llm[plot]").Figure
+    drawn, save = [], figure.savefig
+    monkeypatch.setattr(figure, "savefig", lambda self, path: (save(self, path), drawn.append(self)))
+    for name in ("m", "a/folder/of/a/folder/of/models/" * 4):
+        one = replace(_report(10.0).models[0], model=name, bytes_on_disk=13_000_000_000)
+        plots.plot_compare(replace(_report(), models=(one, one)), tmp_path / "bars.png")
+    assert drawn[0].axes[0].get_title() == "GB on disk"
+    assert drawn[0].axes[0].patches[0].get_width() == pytest.approx(13)
+    short, long = (made.axes[0].get_position().width * made.get_figwidth() for made in drawn)
+    assert long > 0.8 * short

@@ -3,6 +3,7 @@
 import logging
 import math
 from dataclasses import replace
+from decimal import Decimal
 from types import SimpleNamespace
 from typing import Any
 
@@ -232,20 +233,27 @@ def test_the_divergence_by_hand():
     )
 
 
-def test_divergences_of_half_precision_logits_are_computed_in_fp32():
+@pytest.mark.parametrize("difference", [1.0, 1e-2, 1e-4])
+def test_divergences_are_exact_however_little_the_models_differ(difference):
+    """Against the naive sum in decimals; in fp32 the smallest would come out as noise, half of it negative."""
     torch.manual_seed(0)
-    reference, model = (torch.randn(50, 1000).bfloat16() * 4 for _ in range(2))
-    p, q = reference.double().log_softmax(-1), model.double().log_softmax(-1)
-    exact = (p.exp() * (p - q)).sum(-1)
-    torch.testing.assert_close(perplexity.divergences(reference, model).double(), exact, rtol=1e-5, atol=1e-5)
+    reference = torch.randn(8, 200).bfloat16() * 4
+    model = reference.float() + difference * torch.randn(8, 200)
+    exact = [decimal_divergence(p.tolist(), q.tolist()) for p, q in zip(reference, model, strict=True)]
+    assert perplexity.divergences(reference, model).tolist() == pytest.approx(exact, rel=1e-5, abs=0)
+
+
+def decimal_divergence(reference, model):
+    p, q = ([Decimal(logit).exp() for logit in logits] for logits in (reference, model))
+    return float(sum(a / sum(p) * (a / sum(p) / (b / sum(q))).ln() for a, b in zip(p, q, strict=True)))
 
 
 def test_divergences_do_not_depend_on_the_chunks(monkeypatch):
     torch.manual_seed(0)
     reference, model = torch.randn(37, 11).bfloat16(), torch.randn(37, 11)
     whole = perplexity.divergences(reference, model)
-    assert whole.dtype == torch.float32
-    for elements in (1, 11, 100):
+    assert whole.dtype == torch.float64
+    for elements in (1, 22, 200):
         monkeypatch.setattr("macko_llm.perplexity._CHUNK_ELEMENTS", elements)
         assert torch.equal(perplexity.divergences(reference, model), whole)
 

@@ -1,6 +1,7 @@
 """Several checkpoints on one text: what each weighs, how well it predicts, how fast it writes."""
 
 import gc
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from macko_llm import calibration, checkpoint, generation, models, perplexity
 from macko_llm.benchmarks.machine import device_name
 from macko_llm.benchmarks.quality import decode_speed
 from macko_llm.defaults import EVALUATION_SEQLEN
+from macko_llm.errors import UsageError
 from macko_llm.loading import load
 from macko_llm.perplexity import TextWindows
 from macko_llm.progress import Progress, no_progress
@@ -129,7 +131,12 @@ def compare(
         perplexity.window_shape(config, seqlen=seqlen, stride=stride, limit=limit)
     tokenizers = [models.load_tokenizer(folder, trust_remote_code=trust_remote_code) for _, folder in folders]
     prompts = [encode_prompt(tokenizer, PROMPT)[0].tolist() for tokenizer in tokenizers]
-    for prompt, config in zip(prompts, configs, strict=True):
+    for (name, _), prompt, config in zip(folders, prompts, configs, strict=True):
+        room = (models.max_positions(config) or math.inf) - len(prompt)
+        if new_tokens > room:
+            raise UsageError(
+                f"The model {name} has no room for {new_tokens} new tokens; use --new-tokens {room} or less."
+            )
         generation.check_prompts([prompt], new_tokens, config)
     text = calibration.evaluation_text(dataset, split, text_column)
     cut = calibration.evaluation_windows(dataset)

@@ -17,22 +17,31 @@ if TYPE_CHECKING:
 
 PANELS_A_ROW = 3
 GREY = "0.55"
+NAME_INCHES = 0.08
+"""Of a character of a model's name, about."""
 
 
 def check_plot(path: Path) -> None:
     """Refuse a plot that could not be written, before the time for measuring is spent.
 
     Raises:
-        UsageError: no matplotlib, not a .png file, or no such folder.
+        UsageError: no matplotlib, not a .png file, no such folder, or one where it cannot be written.
     """
     try:
         importlib.import_module("matplotlib")
     except ModuleNotFoundError as error:
         raise UsageError("A plot needs matplotlib; install it with `pip install matplotlib`.") from error
-    if path.suffix.lower() != ".png" or path.is_dir():
-        raise UsageError(f"The plot {path} is not a PNG file; give a name that ends in .png.")
-    if not path.absolute().parent.is_dir():
-        raise UsageError(f"There is no folder {path.parent} for the plot; make it, or choose another.")
+    try:
+        if path.suffix.lower() != ".png" or path.is_dir():
+            raise UsageError(f"The plot {path} is not a PNG file; give a name that ends in .png.")
+        if not path.absolute().parent.is_dir():
+            raise UsageError(f"There is no folder {path.parent} for the plot; make it, or choose another.")
+        is_new = not path.exists()
+        path.open("ab").close()
+        if is_new:
+            path.unlink()
+    except OSError as error:
+        raise UsageError(f"The plot {path} cannot be written ({error.strerror}); choose another place.") from error
 
 
 def plot_spmv(report: SpmvReport, path: Path) -> None:
@@ -80,14 +89,17 @@ def plot_compare(report: CompareReport, path: Path) -> None:
     """Write a PNG: a panel each for size, perplexity and speed, and in it a bar a model with its ratio to the first."""
     from matplotlib.figure import Figure
 
+    largest = max(max(one.bytes_on_disk, one.bytes_in_memory) for one in report.models)
+    size, unit = ("GB", 1e-9) if largest >= 1e9 else ("MB", 1e-6)
     titles = {
-        "bytes_on_disk": ("MB on disk", 1e-6),
-        "bytes_in_memory": ("MB in memory", 1e-6),
+        "bytes_on_disk": (f"{size} on disk", unit),
+        "bytes_in_memory": (f"{size} in memory", unit),
         "perplexity": ("perplexity", 1.0),
         "tokens_per_second": ("tokens/s", 1.0),
     }
-    count = len(report.models)
-    figure = Figure(figsize=(3.2 * len(titles), 0.5 * count + 1.6), dpi=150, layout="constrained")
+    count, longest = len(report.models), max(len(one.model) for one in report.models)
+    width = 3 * len(titles) + NAME_INCHES * longest  # so that long names leave the bars their room
+    figure = Figure(figsize=(width, 0.5 * count + 1.6), dpi=150, layout="constrained")
     panels = figure.subplots(1, len(titles), sharey=True)
     for panel, (metric, (title, unit)) in zip(panels, titles.items(), strict=True):
         bars = panel.barh(range(count), [getattr(one, metric) * unit for one in report.models])

@@ -18,7 +18,7 @@ from macko_llm.cli.options import (
     parse_sparsity,
     value_dtypes,
 )
-from macko_llm.cli.reports import note_on_cpu
+from macko_llm.cli.reports import draw, note_on_cpu
 from macko_llm.cli.surroundings import with_threads
 from macko_llm.defaults import LAYOUT, MAX_ENTRIES
 from macko_llm.errors import UsageError
@@ -138,7 +138,7 @@ def spmv(
     else:
         print_spmv(report, command)
     if plot is not None:
-        plots.plot_spmv(report, plot)
+        draw(plots.plot_spmv, report, plot)
 
 
 def parse_shape(text: str) -> tuple[int, int]:

@@ -49,7 +49,8 @@ def chat(
 
     /reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an answer. From a pipe, each line that is not
     empty is a turn. A model without a chat template continues the text of both. Where the model has no room for the
-    whole conversation, its oldest turns are forgotten.
+    whole conversation, its oldest turns are forgotten. It reads all of it anew for each answer, which begins later the more
+    has been said.
 
     Examples:
         macko chat ./packed
@@ -84,7 +85,13 @@ def chat(
     most = max_new_tokens or min(CHAT_NEW_TOKENS, (positions or 2 * CHAT_NEW_TOKENS) // 2)
     room = None if positions is None else positions - most
     # What no line could mend is refused before the weights are read.
-    generation.check_prompts([make_prompt(tokenizer, (), "Hello", system=system).ids], most, config)
+    shortest = make_prompt(tokenizer, (), "Hello", system=system).ids
+    if room is not None and len(shortest) > room:
+        fix = "use a smaller --max-new-tokens" + ("" if system is None else ", or say less with --system")
+        raise UsageError(
+            f"An answer of {most} tokens leaves no room for what is said before it in the model's {positions} positions; {fix}."
+        )
+    generation.check_prompts([shortest], most, config)
     loaded = load(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code, layout=layout)
     at_terminal = sys.stdin.isatty()
     answers = has_template(tokenizer)
@@ -117,7 +124,7 @@ def chat(
             print_error(f"The conversation is longer than the model's {positions} positions; {oldest} forgotten.")
         answer, reason = "", None
         # A draw that began anew with each answer would give the same one to the same words.
-        draw = sampling if seed is None else replace(sampling, seed=seed + answered)
+        draw = sampling if seed is None else replace(sampling, seed=(seed + answered) % 2**64)
         with until_interrupted() if at_terminal else nullcontext():
             for step in generation.stream(loaded, tokenizer, prompt.ids, max_new_tokens=most, sampling=draw):
                 print(step.text, end="", flush=True)
@@ -153,6 +160,9 @@ def _typed_lines() -> Iterator[str]:
             except EOFError:
                 print(file=sys.stdout if own else sys.stderr)
                 return
+            except UnicodeDecodeError as error:
+                print_error(f"What was typed is not {error.encoding} text; type it again.")
+                continue
         if line is None:
             print(f"\n({EXIT} or Ctrl-D ends the conversation)", file=sys.stderr)
         else:

@@ -18,14 +18,14 @@ from macko_llm.cli.options import (
     TrustOption,
     expanded_path,
 )
-from macko_llm.cli.reports import note_on_cpu
+from macko_llm.cli.reports import draw, note_on_cpu
 from macko_llm.cli.surroundings import with_hub, with_threads
 from macko_llm.defaults import EVALUATION_SEQLEN, MAX_NEW_TOKENS
 
 if TYPE_CHECKING:
     from macko_llm.benchmarks.compare import CompareReport
 
-BAR_WIDTH = 10
+BAR_WIDTH = 8
 COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "bytes_on_disk": ("on disk", lambda count: megabytes(int(count))),
     "bytes_in_memory": ("in memory", lambda count: megabytes(int(count))),
@@ -111,7 +111,7 @@ def compare(
     else:
         print_comparison(report)
     if plot is not None:
-        plots.plot_compare(report, plot)
+        draw(plots.plot_compare, report, plot)
 
 
 def print_comparison(report: "CompareReport") -> None:

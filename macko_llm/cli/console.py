@@ -274,6 +274,9 @@ def _sentence(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError) and error.name:
         package = error.name.partition(".")[0]
         return f"The package {package} is missing; install it with `pip install {package}`."
+    if isinstance(error, UnicodeEncodeError) and error.encoding != "utf-8":
+        missing = error.object[error.start]
+        return f"The output's encoding {error.encoding} has no {missing!r}; set PYTHONIOENCODING=utf-8."
     if isinstance(error, OSError) and error.strerror:
         what = "A file" if error.filename is None else os.fsdecode(error.filename)
         return f"{what} cannot be used ({error.strerror}); check the path, its rights and the disk."

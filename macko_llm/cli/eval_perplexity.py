@@ -84,11 +84,10 @@ def eval_perplexity(
 
     with progress_bars() as progress:
         config = models.load_config(folder, trust_remote_code=trust_remote_code)
-        perplexity.window_shape(config, seqlen=seqlen, stride=stride, limit=limit)
+        seqlen, stride = perplexity.window_shape(config, seqlen=seqlen, stride=stride, limit=limit)
         tokenizer = models.load_tokenizer(folder, trust_remote_code=trust_remote_code)
         if reference_folder is not None:
             other = models.load_config(reference_folder, trust_remote_code=trust_remote_code)
-            seqlen, _ = perplexity.window_shape(config, seqlen=seqlen, stride=stride)
             models.check_seqlen(seqlen, other)
             other_tokenizer = models.load_tokenizer(reference_folder, trust_remote_code=trust_remote_code)
             perplexity.check_reference(tokenizer, config, other_tokenizer, other)

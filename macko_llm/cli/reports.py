@@ -1,13 +1,30 @@
 """What more than one command prints."""
 
+from collections.abc import Callable
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
-from macko_llm.cli.console import megabytes, print_table
+import typer
+
+from macko_llm.cli.console import megabytes, print_error, print_table
 
 if TYPE_CHECKING:
     from macko_llm.benchmarks.quality import QualityReport
     from macko_llm.packing import PackReport
+
+Report = TypeVar("Report")
+
+
+def draw(plot: Callable[[Report, Path], None], report: Report, path: Path) -> None:
+    """Write the plot of a report that has been printed: where that fails, stdout with its one JSON object is left as it is."""
+    try:
+        plot(report, path)
+    except OSError as error:
+        print_error(
+            f"The plot {path} cannot be written ({error.strerror or error}); free some space, or choose another place."
+        )
+        raise typer.Exit(1) from None
 
 
 def print_quality(report: "QualityReport") -> None:
