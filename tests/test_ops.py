@@ -91,6 +91,10 @@ def test_a_matrix_without_rows() -> None:
     assert matrix.linear(torch.ones(2, 3, 5), None).shape == (2, 3, 0)
     assert matrix.linear(torch.ones(1, 5), torch.zeros(0)).shape == (1, 0)
     assert canonical.unpack(matrix).shape == (0, 5)
+    x, bias = torch.ones(3, 5, requires_grad=True), torch.ones(0, requires_grad=True)
+    matrix.linear(x, bias).sum().backward()
+    assert torch.equal(x.grad, torch.zeros(3, 5))
+    assert bias.grad.shape == (0,)
 
 
 def every_half(dtype: torch.dtype) -> torch.Tensor:

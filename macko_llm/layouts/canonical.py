@@ -223,7 +223,7 @@ def _keep_packed(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor 
 def _linear_backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, None, None, None, Tensor | None]:
     wants_x, *_, wants_bias = ctx.needs_input_grad
     x = upstream @ torch.ops.macko.unpack(*ctx.saved_tensors, ctx.cols).to(upstream.dtype) if wants_x else None
-    return x, None, None, None, upstream.reshape(-1, upstream.shape[-1]).sum(0) if wants_bias else None
+    return x, None, None, None, upstream.sum_to_size(upstream.shape[-1]) if wants_bias else None
 
 
 torch.library.register_autograd("macko::linear", _linear_backward, setup_context=_keep_packed, lib=_library)
