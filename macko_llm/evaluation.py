@@ -147,7 +147,7 @@ def evaluate_tasks(
         progress: called with (what, requests done, requests to do).
 
     Raises:
-        UsageError: a number outside its range, or a chat template that is not there.
+        UsageError: a number outside its range, more solved examples than a task has, or a chat template that is not there.
         CheckpointError: a batch does not fit the device's memory.
     """
     # Its processes would be forks of one that has a model, threads and perhaps a GPU.
@@ -158,10 +158,11 @@ def evaluate_tasks(
         require_chat_template(tokenizer, "--apply-chat-template")
     scorer = _Scorer(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32")
     scorer.progress = progress
-    for task in tasks.loaded["tasks"].values():
+    for name, task in tasks.loaded["tasks"].items():
         own = task.get_config("num_fewshot")
         if own is None or (num_fewshot is not None and own != 0):  # as lm-eval has it: who writes 0 means it
             task.set_config(key="num_fewshot", value=num_fewshot or 0)
+        _check_solved(name, task)
         task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
     torch.manual_seed(DEFAULT_OTHER_SEED)
     try:
@@ -188,6 +189,18 @@ def evaluate_tasks(
         dtype=str(model.dtype).removeprefix("torch."),
         lm_eval=lm_eval.__version__,
     )
+
+
+def _check_solved(name: str, task: Any) -> None:
+    """Refuse more solved examples than a task has; one that is asked about is not shown, where both are of one split."""
+    asked = task.get_config("num_fewshot")
+    if asked == 0:
+        return
+    solved = len(task.fewshot_docs() or ()) - (1 if task.fewshot_cfg.split == task.config.test_split else 0)
+    if asked > solved:
+        raise UsageError(
+            f"The task {name} has {max(solved, 0)} solved examples, not {asked}; use a smaller --num-fewshot."
+        )
 
 
 class _Scorer(HFLM):

@@ -85,6 +85,7 @@ aggregate_metric_list: [{{metric: acc}}]
 """
 UNSAFE = LAST.replace("tiny_last", "tiny_unsafe") + "unsafe_code: true\n"
 IMAGES = LAST.replace("tiny_last", "tiny_images") + "doc_to_image: [q]\n"
+AMONG = CHOICE.replace("tiny_choice", "tiny_among").replace("fewshot_split: train", "fewshot_split: test")
 FIXED = CHOICE.replace("tiny_choice", "tiny_fixed") + "num_fewshot: 0\n"
 LOST = LAST.replace("tiny_last", "tiny_lost").replace("questions.jsonl", "nowhere.jsonl")
 
@@ -103,7 +104,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pack_checkpoint(folder / "pruned", folder / "packed")
     tasks = folder / "tasks"
     tasks.mkdir()
-    for number, text in enumerate((CHOICE, LAST, ROLLING, ANSWERED, GROUP, UNSAFE, IMAGES, FIXED, LOST)):
+    for number, text in enumerate((CHOICE, LAST, ROLLING, ANSWERED, GROUP, UNSAFE, IMAGES, FIXED, AMONG, LOST)):
         (tasks / f"{number}.yaml").write_text(text.format(folder=tasks))
     (tasks / "questions.jsonl").write_text("\n".join(map(json.dumps, QUESTIONS)))
     (tasks / "solved.jsonl").write_text("\n".join(map(json.dumps, SOLVED)))
@@ -185,6 +186,16 @@ def test_solved_examples_stand_in_front_and_a_limit_takes_the_first(folder, dens
     assert {(score.examples, score.num_fewshot) for score in measured.values()} == {(3, 1)}
     assert run(folder, "tiny_choice", limit=0.5)["acc"].examples == 2
     assert run(folder, "tiny_fixed", num_fewshot=1)["acc"].num_fewshot == 0
+
+
+@pytest.mark.lm_eval
+def test_more_solved_examples_than_there_are_are_refused(folder) -> None:
+    sentence = "^The task tiny_choice has 1 solved examples, not 2; use a smaller --num-fewshot.$"
+    with pytest.raises(UsageError, match=sentence):
+        run(folder, "tiny_choice", num_fewshot=2)
+    assert run(folder, "tiny_among", num_fewshot=len(QUESTIONS) - 1)["acc"].num_fewshot == len(QUESTIONS) - 1
+    with pytest.raises(UsageError, match=f"tiny_among has {len(QUESTIONS) - 1} solved examples, not {len(QUESTIONS)};"):
+        run(folder, "tiny_among", num_fewshot=len(QUESTIONS))  # the one that is asked about is not shown
 
 
 @pytest.mark.lm_eval
