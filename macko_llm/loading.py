@@ -5,6 +5,7 @@ the meta device. Then each tensor is read straight to where it stays. The canoni
 does not keep, take turns in the same memory: there is never more than the model and the arrays of a few layers.
 """
 
+import threading
 from collections import deque
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from macko_llm.transformers_integration import MackoConfig, layer_groups
 
 _GROUPS_AT_A_TIME = 2  # one is read while the one before it is arranged
 _ALIGNMENT = 256  # bytes, of arrays that share memory
+_alone = threading.RLock()  # transformers changes what all threads share while it makes a model
 
 
 def load(
@@ -48,6 +50,8 @@ def load(
         layout: of packed weights on a GPU: "sliced" (for one token at a time), "tiled" (for several) or "auto" (by `tokens`).
         tokens: that packed layers will mostly multiply at a time: the texts of a batch.
 
+    Threads that call it at once wait for each other.
+
     Raises:
         CheckpointError: the model is missing, incomplete, corrupt, or not a causal language model.
         UsageError: unknown dtype, device or layout, tokens below 1, a dtype that the packed values cannot serve, or a layout
@@ -59,19 +63,22 @@ def load(
     stored_as = checkpoint.quantization_method(folder)
     if layout != LAYOUT:
         require_packed(folder)
-    held = config if stored_as == checkpoint.QUANT_METHOD else None
-    if torch_device.type in ("cpu", "cuda") and stored_as in (None, checkpoint.QUANT_METHOD):
-        model = models.load_empty(folder, dtype=dtype, trust_remote_code=trust_remote_code, quantization_config=held)
-        if torch_device.type == "cpu" and dtype == "bfloat16":
-            hold_bfloat16(model)
-        gaps = find_gaps(model, folder)
-        if gaps is not None:
-            with models.plain_errors(folder, torch_device), torch.no_grad():
-                _fill(model, gaps, torch_device)
-            return model
-    return models.load_model(
-        folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code, quantization_config=held
-    )
+    with _alone:
+        held = config if stored_as == checkpoint.QUANT_METHOD else None
+        if torch_device.type in ("cpu", "cuda") and stored_as in (None, checkpoint.QUANT_METHOD):
+            model = models.load_empty(
+                folder, dtype=dtype, trust_remote_code=trust_remote_code, quantization_config=held
+            )
+            if torch_device.type == "cpu" and dtype == "bfloat16":
+                hold_bfloat16(model)
+            gaps = find_gaps(model, folder)
+            if gaps is not None:
+                with models.plain_errors(folder, torch_device), torch.no_grad():
+                    _fill(model, gaps, torch_device)
+                return model
+        return models.load_model(
+            folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code, quantization_config=held
+        )
 
 
 def hold_bfloat16(model: PreTrainedModel) -> None:

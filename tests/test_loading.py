@@ -3,6 +3,7 @@
 import random
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -307,3 +308,12 @@ def test_all_tensors_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     with streaming.TensorReader(torch.device("cpu")) as reader:
         streaming.wait([future for name, info in infos.items() for future in reader.read(info, targets[name])])
     assert all(torch.equal(targets[name], tensor.float()) for name, tensor in tensors.items())
+
+
+def test_threads_that_load_at_once_get_whole_models(llama: dict[str, Path]) -> None:
+    folders = [llama["packed"], llama["dense"]] * 4
+    expected = {folder: loading.load(folder, device="cpu")(TOKENS).logits for folder in set(folders)}
+    with ThreadPoolExecutor(len(folders)) as threads:
+        found = threads.map(lambda folder: loading.load(folder, device="cpu"), folders)
+        for folder, model in zip(folders, found, strict=True):
+            assert torch.equal(model(TOKENS).logits, expected[folder])
