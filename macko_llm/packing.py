@@ -404,6 +404,11 @@ def _forget_named_weights(config: dict[str, Any]) -> None:
 
 def _check_dense(linears: dict[str, tuple[int, int]], infos: dict[str, TensorInfo]) -> None:
     """Raise CheckpointError unless the checkpoint holds a dense weight for each of the linears."""
+    if linears and infos and not any(f"{name}.weight" in infos for name in linears):
+        raise CheckpointError(
+            f"The files call the weights of the model's layers otherwise than {next(iter(linears))}.weight, as those of "
+            "models for text and images do; pack a checkpoint of the text model alone."
+        )
     for name, shape in linears.items():
         info = infos.get(f"{name}.weight")
         if info is None:

@@ -13,7 +13,7 @@ from families import FAMILIES, random_tokens, save_model
 from helpers import assert_plain, copy_model, edit_config, edit_weights, weights
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
 from typer.testing import CliRunner
 
 import macko_llm
@@ -552,6 +552,22 @@ def test_checkpoints_that_cannot_be_packed(llama: Path, tmp_path: Path) -> None:
         assert UP in str(caught.value)
         assert_plain(str(caught.value))
     assert not (tmp_path / "packed").exists()
+
+
+def test_files_that_name_the_layers_otherwise_are_told_from_incomplete_ones(tmp_path: Path) -> None:
+    """Gemma 3 for text and images: transformers translates its names on the way."""
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "head_dim": 32}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    config = Gemma3Config(
+        text_config={**text, **heads},
+        vision_config={**vision, "image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=1,
+    )
+    Gemma3ForConditionalGeneration(config).half().save_pretrained(tmp_path / "model")
+    with pytest.raises(CheckpointError, match=r"^The files call the weights .* otherwise .*text model alone") as caught:
+        pack_checkpoint(tmp_path / "model", tmp_path / "packed")
+    assert_plain(str(caught.value))
 
 
 @pytest.mark.parametrize("job", [pack_checkpoint, unpack_checkpoint])
