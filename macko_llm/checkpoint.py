@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from macko_llm.errors import CheckpointError, UsageError
 from macko_llm.version import __version__
 
 if TYPE_CHECKING:
-    pass
+    from torch import Tensor
 
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
@@ -206,6 +206,13 @@ def weight_files(folder: Path, named: str | None = None) -> list[Path]:
     raise CheckpointError(f"{folder} has no safetensors weights; save the model with save_pretrained first.")
 
 
+def forget_named_weights(config: dict[str, Any]) -> None:
+    """Take out of a config what its weights were called: the new ones have the usual names."""
+    for part in (config, *config.values()):
+        if isinstance(part, dict):
+            part.pop("transformers_weights", None)
+
+
 def _is_usable(folder: Path, named: object) -> bool:
     if not isinstance(named, str) or not named.endswith((".safetensors", ".safetensors.index.json")):
         return False
@@ -233,6 +240,17 @@ def tensor_infos(files: list[Path]) -> dict[str, TensorInfo]:
             offset = LENGTH_BYTES + size + entry["data_offsets"][0]
             infos[name] = TensorInfo(file, entry["dtype"], tuple(entry["shape"]), offset)
     return infos
+
+
+def tensors(infos: Mapping[str, TensorInfo]) -> Iterator[tuple[str, Tensor]]:
+    """All tensors, one file open at a time."""
+    files: dict[Path, list[str]] = {}
+    for name, info in infos.items():
+        files.setdefault(info.file, []).append(name)
+    for file, names in files.items():
+        with open_tensors(file) as reader:
+            for name in names:
+                yield name, reader.get_tensor(name)
 
 
 def natural_order(name: str) -> list[tuple[bool, int, str]]:

@@ -34,5 +34,7 @@ HEADERS = {row.header: row.torch for row in _TABLE}
 """Those that files may hold, by their names in safetensors headers; tensors of others cannot be read here."""
 VALUE_HEADERS = {name: next(row.header for row in _TABLE if row.torch == dtype) for name, dtype in VALUE_DTYPES.items()}
 """What safetensors calls those of packed values, by name."""
+CAST_HEADERS = (*VALUE_HEADERS.values(), "F32", "F64")
+"""What it calls those that packing casts to values; other floating-point ones need scales to be understood."""
 CODES = {row.torch: row.code for row in _TABLE if row.code is not None}
 """What the native library is told."""

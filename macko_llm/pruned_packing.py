@@ -10,12 +10,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from macko_llm import checkpoint, models, refusals
+from macko_llm.checkpoint_contents import tensor_infos
 from macko_llm.defaults import HIDDEN_STATES, MAX_SHARD_SIZE
 from macko_llm.dtypes import HEADERS
 from macko_llm.format import MackoMatrix
 from macko_llm.layouts import canonical
+from macko_llm.pack_report import PackReport
 from macko_llm.packed_checkpoint import array_keys
-from macko_llm.packing import PackedWriter, PackReport, own_value_dtype
+from macko_llm.packed_writer import PackedWriter
+from macko_llm.packing import own_value_dtype
 from macko_llm.progress import Progress, no_progress
 from macko_llm.pruning import PruneReport, prune_checkpoint
 from macko_llm.pruning.sinks import write_generation_config
@@ -59,8 +62,7 @@ def prune_packed(
     skeleton = models.skeleton(folder, trust_remote_code=trust_remote_code)
     linears = [*models.prunable_linears(skeleton)]
     if recipe.dtype == "auto":
-        files = checkpoint.weight_files(folder, getattr(skeleton.config, "transformers_weights", None))
-        infos = checkpoint.tensor_infos(files)
+        infos = tensor_infos(folder, skeleton)
         stored = {infos[key].dtype for name in linears if (key := f"{name}.weight") in infos}
         recipe = replace(recipe, dtype=own_value_dtype(stored, checkpoint.read_config(folder)))
     sinks: list[PackedSink] = []

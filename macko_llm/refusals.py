@@ -56,7 +56,7 @@ def check_pack(source: Path, target: Path | None, *, dtype: str | None, max_shar
 
 
 def check_unpack(source: Path, target: Path, *, max_shard_size: str, overwrite: bool) -> int:
-    """The bytes of a shard, for `packing.unpack_checkpoint`.
+    """The bytes of a shard, for `unpacking.unpack_checkpoint`.
 
     Raises:
         UsageError: `source` is not packed, `target` would cost data, no such size.

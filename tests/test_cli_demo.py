@@ -9,7 +9,7 @@ import pytest
 from helpers import edit_config, quiet_transformers
 from typer.testing import CliRunner
 
-from macko_llm import checkpoint, packing
+from macko_llm import checkpoint, inspecting
 from macko_llm.benchmarks import quality
 from macko_llm.calibration import calibration_tokens, tokens_sha256
 from macko_llm.cli.main import app
@@ -56,7 +56,7 @@ def test_the_demo(demo_folder: Path) -> None:
     assert all(row["tokens_per_second"] > 0 for row in rows.values())
     for name, row in zip(("dense", "magnitude-50", "wanda-50", "packed-50"), rows.values(), strict=True):
         assert checkpoint.folder_bytes(demo_folder / name) == row["bytes_on_disk"]
-    assert packing.inspect_checkpoint(demo_folder / "packed-50").kept_dense == []
+    assert inspecting.inspect_checkpoint(demo_folder / "packed-50").kept_dense == []
     assert content["prompt"] == "Once upon a time"
     assert len(content["story"].split()) > 20
     assert "writing stories: 0/1" in result.stderr.splitlines()

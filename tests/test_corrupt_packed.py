@@ -13,10 +13,12 @@ from transformers import AutoModelForCausalLM
 import macko_llm
 from macko_llm import checkpoint
 from macko_llm.errors import CheckpointError
+from macko_llm.inspecting import inspect_checkpoint
 from macko_llm.linear import ARRAY_NAMES
-from macko_llm.packing import inspect_checkpoint, pack_checkpoint, unpack_checkpoint
+from macko_llm.packing import pack_checkpoint
 from macko_llm.pruning import prune_checkpoint
 from macko_llm.recipe import PruneRecipe
+from macko_llm.unpacking import unpack_checkpoint
 
 LAYER = "model.layers.1.mlp.up_proj"
 COLUMNS = 64

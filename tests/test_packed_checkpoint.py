@@ -18,11 +18,13 @@ import macko_llm
 from macko_llm import checkpoint
 from macko_llm.errors import FormatError, MackoError
 from macko_llm.format import MackoMatrix, unpack
+from macko_llm.inspecting import inspect_checkpoint
 from macko_llm.linear import MackoLinear
 from macko_llm.packed_checkpoint import ARRAY_NAMES
-from macko_llm.packing import inspect_checkpoint, pack_checkpoint, unpack_checkpoint
+from macko_llm.packing import pack_checkpoint
 from macko_llm.pruning import prune_checkpoint
 from macko_llm.recipe import PruneRecipe
+from macko_llm.unpacking import unpack_checkpoint
 
 LAYER = "model.layers.1.mlp.up_proj"
 DENSE_LAYER = "model.layers.0.self_attn.q_proj"

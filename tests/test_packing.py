@@ -17,24 +17,19 @@ from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config, Gemma3F
 from typer.testing import CliRunner
 
 import macko_llm
-from macko_llm import checkpoint, generation, models, outputs, packing
+from macko_llm import checkpoint, generation, models, outputs, packed_writer
 from macko_llm.cli.main import app
 from macko_llm.errors import CheckpointError, NonFiniteError, UsageError
+from macko_llm.inspecting import inspect_checkpoint
 from macko_llm.linear import ARRAY_NAMES, MackoLinear
-from macko_llm.packing import (
-    KindReport,
-    LayerReport,
-    PackedWriter,
-    PackReport,
-    Rounding,
-    inspect_checkpoint,
-    pack_checkpoint,
-    unpack_checkpoint,
-)
+from macko_llm.pack_report import KindReport, LayerReport, PackReport, Rounding
+from macko_llm.packed_writer import PackedWriter
+from macko_llm.packing import pack_checkpoint
 from macko_llm.pruning import prune_checkpoint
 from macko_llm.recipe import PruneRecipe
 from macko_llm.shards import ShardWriter
 from macko_llm.text import encode_prompt
+from macko_llm.unpacking import unpack_checkpoint
 
 UP = "model.layers.0.mlp.up_proj"
 
@@ -127,7 +122,7 @@ def test_packed_generation_is_token_for_token_the_dense_one(family: str, tmp_pat
 def test_what_was_rounded_is_reported(
     stored: torch.dtype, asked: str | None, rounds: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packing, "_ROUNDED_AT_ONCE", 1000)
+    monkeypatch.setattr(packed_writer, "_ROUNDED_AT_ONCE", 1000)
     pruned = _pruned(tmp_path, "llama", stored)
     tiny = weights(pruned)[f"{UP}.weight"]
     # In float16 nothing is left of three of them, and little precision of the fourth.

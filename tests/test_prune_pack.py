@@ -14,7 +14,7 @@ from transformers import LlamaConfig
 from typer.testing import CliRunner
 
 import macko_llm
-from macko_llm import packing, pruned_packing
+from macko_llm import inspecting, pruned_packing
 from macko_llm.cli.main import app
 from macko_llm.errors import NonFiniteError, UsageError
 from macko_llm.packing import pack_checkpoint
@@ -154,7 +154,7 @@ def test_the_command_packs_and_the_other_commands_take_the_result(llamas: Path, 
     call = ("prune", llamas / "float16", "--calibration", text, "--nsamples", 4, "--seqlen", 24, "--sparsity", 0.6)
     out = tmp_path / "out"
     said = _macko(*call, "-o", out, "--pack")
-    sizes = packing.inspect_checkpoint(out)
+    sizes = inspecting.inspect_checkpoint(out)
     assert said.startswith(f"Pruned 14 layers to {sizes.sparsity:.1%}")
     assert (
         f" sparsity with wanda, packed {sizes.bytes_dense / 1e3:.2f} kB into {sizes.bytes_packed / 1e3:.2f} kB, in "

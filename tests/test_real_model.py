@@ -12,10 +12,12 @@ import torch
 
 import macko_llm
 from macko_llm import calibration, checkpoint, generation, models, perplexity
-from macko_llm.packing import inspect_checkpoint, pack_checkpoint, unpack_checkpoint
+from macko_llm.inspecting import inspect_checkpoint
+from macko_llm.packing import pack_checkpoint
 from macko_llm.pruning import prune_checkpoint
 from macko_llm.recipe import PruneRecipe
 from macko_llm.text import encode_prompt
+from macko_llm.unpacking import unpack_checkpoint
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 MODEL = SHARED / "models" / "tinystories-656k"

@@ -20,9 +20,10 @@ from transformers import AutoModelForCausalLM
 import macko_llm
 from macko_llm import outputs
 from macko_llm.errors import UsageError
-from macko_llm.packing import pack_checkpoint, unpack_checkpoint
+from macko_llm.packing import pack_checkpoint
 from macko_llm.pruning import prune_checkpoint
 from macko_llm.recipe import PruneRecipe
+from macko_llm.unpacking import unpack_checkpoint
 
 ADDED = ("macko.json", "README.md")
 

@@ -20,8 +20,9 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 import macko_llm
 from macko_llm import checkpoint, models
 from macko_llm.errors import FormatError, MackoError, UsageError
+from macko_llm.inspecting import inspect_checkpoint
 from macko_llm.linear import ARRAY_NAMES, MackoLinear
-from macko_llm.packing import inspect_checkpoint, pack_checkpoint
+from macko_llm.packing import pack_checkpoint
 from macko_llm.pruning import prune_checkpoint
 from macko_llm.recipe import PruneRecipe
 from macko_llm.transformers_integration import MackoConfig, fuse_projections

@@ -22,7 +22,7 @@ def inspect(packed: PackedArgument, trust_remote_code: TrustOption = False, as_j
     refusals.require_packed(folder)
 
     from macko_llm import models
-    from macko_llm.packing import inspect_checkpoint  # takes seconds, which a wrong call need not wait for
+    from macko_llm.inspecting import inspect_checkpoint  # takes seconds, which a wrong call need not wait for
 
     with progress_bars() as progress:
         report = inspect_checkpoint(folder, trust_remote_code=trust_remote_code, progress=progress)

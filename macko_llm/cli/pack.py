@@ -23,7 +23,7 @@ from macko_llm.defaults import MAX_SHARD_SIZE
 from macko_llm.errors import UsageError
 
 if TYPE_CHECKING:
-    from macko_llm.packing import PackReport
+    from macko_llm.pack_report import PackReport
 
 
 NAMES_LISTED = 8

@@ -31,7 +31,7 @@ from macko_llm.defaults import CALIBRATION_SEQLEN, HIDDEN_STATES
 from macko_llm.recipe import ALLOCATIONS, METHODS, UNIFORM, UPDATES, PruneRecipe, load_recipe, make_recipe, one_of
 
 if TYPE_CHECKING:
-    from macko_llm.packing import PackReport
+    from macko_llm.pack_report import PackReport
 
 
 def _help(text: str, setting: str) -> str:

@@ -11,7 +11,7 @@ from macko_llm.cli.console import megabytes, print_error, print_table
 
 if TYPE_CHECKING:
     from macko_llm.benchmarks.quality import QualityReport
-    from macko_llm.packing import PackReport
+    from macko_llm.pack_report import PackReport
 
 Report = TypeVar("Report")
 

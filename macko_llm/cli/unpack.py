@@ -34,7 +34,7 @@ def unpack(
     folder = checkpoint.locate(packed)
     refusals.check_unpack(folder, output, max_shard_size=max_shard_size, overwrite=overwrite)
 
-    from macko_llm.packing import unpack_checkpoint  # takes seconds, which a wrong call need not wait for
+    from macko_llm.unpacking import unpack_checkpoint  # takes seconds, which a wrong call need not wait for
 
     with progress_bars() as progress:
         unpack_checkpoint(

@@ -77,7 +77,7 @@ def test_auto_is_the_gpu(pruned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         devices.add(tensor.device.type)
         return original(tensor)
 
-    monkeypatch.setattr("macko_llm.packing.all_finite", look)
+    monkeypatch.setattr("macko_llm.packed_writer.all_finite", look)
     pack_checkpoint(pruned, None)
     assert devices == {"cuda"}
     pack_checkpoint(pruned, None, device="cpu")
