@@ -34,60 +34,49 @@ QUESTIONS = [
     {"q": "Lily saw a red", "choices": ["ball", "hat", "stone"], "a": 0},
 ]
 SOLVED = [{"q": "Tom had a", "choices": ["ball", "cat", "hat"], "a": 1}]
-CHOICE = """
-task: tiny_choice
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {folder}/questions.jsonl, train: {folder}/solved.jsonl}}}}
-output_type: multiple_choice
-test_split: test
-fewshot_split: train
-fewshot_config: {{sampler: first_n}}
-doc_to_text: "{{{{q}}}}"
-doc_to_choice: choices
-doc_to_target: a
-metric_list: [{{metric: acc}}, {{metric: acc_norm}}, {{metric: brier_score}}]
-"""
-LAST = """
-task: tiny_last
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {folder}/questions.jsonl}}}}
-output_type: loglikelihood
-test_split: test
-doc_to_text: "{{{{q}}}}"
-doc_to_target: " {{{{choices[a]}}}}"
-metric_list: [{{metric: perplexity}}]
-"""
-ROLLING = """
-task: tiny_rolling
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {folder}/questions.jsonl}}}}
-output_type: loglikelihood_rolling
-test_split: test
-doc_to_text: ""
-doc_to_target: "{{{{q}}}}"
-metric_list: [{{metric: byte_perplexity}}]
-"""
-ANSWERED = """
-task: tiny_answered
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {folder}/answered.jsonl}}}}
-output_type: generate_until
-test_split: test
-doc_to_text: "{{{{q}}}}"
-doc_to_target: "{{{{answer}}}}"
-generation_kwargs: {{until: ["<never>"], max_gen_toks: 8, do_sample: false}}
-metric_list: [{{metric: exact_match}}]
-"""
-GROUP = """
-group: tiny_group
-task: [tiny_choice]
-aggregate_metric_list: [{{metric: acc}}]
-"""
-UNSAFE = LAST.replace("tiny_last", "tiny_unsafe") + "unsafe_code: true\n"
-IMAGES = LAST.replace("tiny_last", "tiny_images") + "doc_to_image: [q]\n"
-AMONG = CHOICE.replace("tiny_choice", "tiny_among").replace("fewshot_split: train", "fewshot_split: test")
-FIXED = CHOICE.replace("tiny_choice", "tiny_fixed") + "num_fewshot: 0\n"
-LOST = LAST.replace("tiny_last", "tiny_lost").replace("questions.jsonl", "nowhere.jsonl")
+
+
+def _task(name: str, kind: str, files: dict[str, str], target: str, *metrics: str, **more: Any) -> dict[str, Any]:
+    return {
+        "task": name,
+        "output_type": kind,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": files},
+        "test_split": "test",
+        "doc_to_text": "{{q}}",
+        "doc_to_target": target,
+        "metric_list": [{"metric": metric} for metric in metrics],
+        **more,
+    }
+
+
+def tasks_in(folder: Path) -> list[dict[str, Any]]:
+    """What the files of lm-eval's tasks say; the questions lie in that folder."""
+    questions = {"test": f"{folder}/questions.jsonl"}
+    with_solved = {**questions, "train": f"{folder}/solved.jsonl"}
+    choice = _task(
+        "tiny_choice", "multiple_choice", with_solved, "a", "acc", "acc_norm", "brier_score",
+        doc_to_choice="choices", fewshot_split="train", fewshot_config={"sampler": "first_n"},
+    )  # fmt: skip
+    last = _task("tiny_last", "loglikelihood", questions, " {{choices[a]}}", "perplexity")
+    lost = _task("tiny_lost", "loglikelihood", {"test": f"{folder}/nowhere.jsonl"}, "", "perplexity")
+    rolling = _task("tiny_rolling", "loglikelihood_rolling", questions, "{{q}}", "byte_perplexity", doc_to_text="")
+    answered = _task(
+        "tiny_answered", "generate_until", {"test": f"{folder}/answered.jsonl"}, "{{answer}}", "exact_match",
+        generation_kwargs={"until": ["<never>"], "max_gen_toks": 8, "do_sample": False},
+    )  # fmt: skip
+    return [
+        choice,
+        {**choice, "task": "tiny_among", "fewshot_split": "test"},
+        {**choice, "task": "tiny_fixed", "num_fewshot": 0},
+        {"group": "tiny_group", "task": ["tiny_choice"], "aggregate_metric_list": [{"metric": "acc"}]},
+        last,
+        {**last, "task": "tiny_unsafe", "unsafe_code": True},
+        {**last, "task": "tiny_images", "doc_to_image": ["q"]},
+        lost,
+        rolling,
+        answered,
+    ]
 
 
 @pytest.fixture(autouse=True)
@@ -104,8 +93,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pack_checkpoint(folder / "pruned", folder / "packed")
     tasks = folder / "tasks"
     tasks.mkdir()
-    for number, text in enumerate((CHOICE, LAST, ROLLING, ANSWERED, GROUP, UNSAFE, IMAGES, FIXED, AMONG, LOST)):
-        (tasks / f"{number}.yaml").write_text(text.format(folder=tasks))
+    for number, task in enumerate(tasks_in(tasks)):
+        (tasks / f"{number}.yaml").write_text(json.dumps(task))  # which is YAML, too
     (tasks / "questions.jsonl").write_text("\n".join(map(json.dumps, QUESTIONS)))
     (tasks / "solved.jsonl").write_text("\n".join(map(json.dumps, SOLVED)))
     return folder
