@@ -39,6 +39,9 @@ RUN_AHEAD = 4
 CALIBRATION_SEQLEN = 2048
 """Tokens in a calibration sequence, where the model takes that many."""
 
+EVALUATION_DATASET = "wikitext2"
+"""What perplexity is measured on."""
+
 EVALUATION_SEQLEN = 2048
 """Tokens in a window of perplexity, where the model takes that many."""
 
