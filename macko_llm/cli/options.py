@@ -127,6 +127,9 @@ StrideOption = Annotated[
     int | None, typer.Option(help="Tokens from one window to the next. [default: seqlen, no overlap]")
 ]
 LimitOption = Annotated[int | None, typer.Option(metavar="WINDOWS", help="Use at most this many windows.")]
+TemperatureOption = Annotated[float, typer.Option(help="0 is greedy; above 0 tokens are drawn.")]
+TopPOption = Annotated[float | None, typer.Option(help="Draw among the fewest tokens that hold this probability.")]
+DrawSeedOption = Annotated[int | None, typer.Option(help="Makes the draw reproducible.")]
 
 
 def parse_list(texts: Sequence[str] | None, parse: Callable[[str], Value]) -> list[Value]:
