@@ -36,3 +36,8 @@ VALUE_HEADERS = {name: next(row.header for row in _TABLE if row.torch == dtype) 
 """What safetensors calls those of packed values, by name."""
 CODES = {row.torch: row.code for row in _TABLE if row.code is not None}
 """What the native library is told."""
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Of any dtype, as in config.json and on the command line: "float16"."""
+    return str(dtype).removeprefix("torch.")

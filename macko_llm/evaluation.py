@@ -21,6 +21,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from macko_llm.dtypes import dtype_name
 from macko_llm.errors import CalibrationError, CheckpointError, UsageError
 from macko_llm.progress import Progress, no_progress
 from macko_llm.refusals import check_batch_size, check_tasks
@@ -186,7 +187,7 @@ def evaluate_tasks(
         limit=limit,
         chat_template=apply_chat_template,
         batch_size=batch_size,
-        dtype=str(model.dtype).removeprefix("torch."),
+        dtype=dtype_name(model.dtype),
         lm_eval=lm_eval.__version__,
     )
 
