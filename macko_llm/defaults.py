@@ -56,6 +56,9 @@ HIDDEN_STATE_PLACES = (HIDDEN_STATES, "device", "host", "disk")
 MAX_SHARD_SIZE = "5GB"
 """Largest weight file."""
 
+BENCHMARK_PROMPT = "Once upon a time"
+"""What the models of the demo, of `macko bench quality` and of `macko compare` continue."""
+
 BENCHMARK_CONTEXT = 32
 """Tokens of the prompt behind which decoding is timed."""
 
