@@ -261,12 +261,4 @@ def _merge(stored: Any, given: Any) -> Any:
 if _merge_configs is not None:
     AutoHfQuantizer.merge_quantization_configs = staticmethod(_merge)  # type: ignore[method-assign,assignment]
 
-
-def _origin_of(model: PreTrainedModel) -> saving.Origin | None:
-    """What a packed model was loaded from; None where transformers saves only the adapters that it has put into it."""
-    quantizer = getattr(model, "hf_quantizer", None)
-    adapted = getattr(model, "_hf_peft_config_loaded", False)
-    return quantizer.origin if isinstance(quantizer, MackoQuantizer) and not adapted else None
-
-
-saving.extend(PreTrainedModel, _origin_of)
+saving.extend(PreTrainedModel)
