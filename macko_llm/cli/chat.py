@@ -82,8 +82,9 @@ def chat(
         refusals.require_packed(folder)
 
     from macko_llm import generation, models  # takes seconds, which a wrong call need not wait for
-    from macko_llm.chat import Turn, has_template, make_prompt
+    from macko_llm.chat import Turn, make_prompt
     from macko_llm.loading import load
+    from macko_llm.text import has_chat_template
 
     refusals.check_layout(layout, models.resolve_device(device).type)
     config = models.load_config(folder, trust_remote_code=trust_remote_code)
@@ -101,7 +102,7 @@ def chat(
     generation.check_prompts([shortest], most, config)
     loaded = load(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code, layout=layout)
     at_terminal = sys.stdin.isatty()
-    answers = has_template(tokenizer)
+    answers = has_chat_template(tokenizer)
     if not answers:
         print_error("The model has no chat template, so it continues what you write.")
     if at_terminal:
