@@ -194,13 +194,15 @@ def _libraries_found(nvcc: Path) -> Iterator[None]:
 
 
 def _caches(build_dir: list[str] | str | None) -> list[Path]:
-    return [*Path().glob("build/*/CMakeCache.txt")] if build_dir is None else [Path(str(build_dir), "CMakeCache.txt")]
+    usual = Path().glob("build/*/CMakeCache.txt")
+    named = usual if build_dir is None else [Path(str(build_dir), "CMakeCache.txt")]
+    return [cache for cache in named if cache.is_file()]
 
 
 def _keep_what_is_compiled(build_dir: list[str] | str | None) -> None:
     # scikit-build-core starts over in each isolated environment, because the last one's tools are gone. Where they are the
     # machine's, they are not, and ninja knows what to compile again.
-    for cache in filter(Path.is_file, _caches(build_dir)):
+    for cache in _caches(build_dir):
         information = cache.with_name(".skbuild-info.json")
         tools = re.findall(r"^CMAKE_(?:COMMAND|MAKE_PROGRAM|\w+_COMPILER):\w+=(.+)$", cache.read_text(), re.MULTILINE)
         if information.is_file() and all(Path(tool).is_file() for tool in tools):
@@ -212,7 +214,7 @@ def _keep_what_is_compiled(build_dir: list[str] | str | None) -> None:
 def _forget_other_compilers(nvcc: Path, build_dir: list[str] | str | None) -> None:
     # CMake answers a changed compiler by dropping every setting that it was given: the build would go on without CUDA.
     for cache in _caches(build_dir):
-        named = cache.is_file() and re.search(r"^CMAKE_CUDA_COMPILER:\w+=(.*)$", cache.read_text(), re.MULTILINE)
+        named = re.search(r"^CMAKE_CUDA_COMPILER:\w+=(.*)$", cache.read_text(), re.MULTILINE)
         if named and named[1] != str(nvcc):
             shutil.rmtree(cache.parent / "CMakeFiles", ignore_errors=True)
             cache.unlink()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from macko_llm.errors import UsageError
-from macko_llm.text import encode_text, render_conversation
+from macko_llm.text import encode_text, has_chat_template, render_conversation
 
 SYSTEM_OPTION = "--system"
 
@@ -32,11 +32,6 @@ class Prompt:
     turns: tuple[Turn, ...]
 
 
-def has_template(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a conversation has roles; without a template the model continues what all have written so far."""
-    return getattr(tokenizer, "chat_template", None) is not None
-
-
 def make_prompt(
     tokenizer: PreTrainedTokenizerBase,
     turns: Sequence[Turn],
@@ -59,7 +54,7 @@ def make_prompt(
         UsageError: `said` alone has more than `room` tokens, a system prompt without a chat template, or a template that
             refuses one; what `text.encode_text` refuses.
     """
-    if system is not None and not has_template(tokenizer):
+    if system is not None and not has_chat_template(tokenizer):
         raise UsageError(f"The model has no chat template, where a system prompt would stand; drop {SYSTEM_OPTION}.")
     kept = tuple(turns)
     while True:
@@ -75,7 +70,7 @@ def make_prompt(
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], said: str, system: str | None) -> list[int]:
-    if not has_template(tokenizer):
+    if not has_chat_template(tokenizer):
         text = "".join(f"{turn.said}{turn.answer}\n" for turn in turns) + said
         return encode_text(tokenizer, text)[0].tolist()
     messages = [] if system is None else [{"role": "system", "content": system}]

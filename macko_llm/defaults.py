@@ -39,6 +39,9 @@ RUN_AHEAD = 4
 CALIBRATION_SEQLEN = 2048
 """Tokens in a calibration sequence, where the model takes that many."""
 
+EVALUATION_DATASET = "wikitext2"
+"""What perplexity is measured on."""
+
 EVALUATION_SEQLEN = 2048
 """Tokens in a window of perplexity, where the model takes that many."""
 
@@ -52,6 +55,9 @@ HIDDEN_STATE_PLACES = (HIDDEN_STATES, "device", "host", "disk")
 
 MAX_SHARD_SIZE = "5GB"
 """Largest weight file."""
+
+BENCHMARK_PROMPT = "Once upon a time"
+"""What the models of the demo, of `macko bench quality` and of `macko compare` continue."""
 
 BENCHMARK_CONTEXT = 32
 """Tokens of the prompt behind which decoding is timed."""

@@ -38,3 +38,8 @@ CAST_HEADERS = (*VALUE_HEADERS.values(), "F32", "F64")
 """What it calls those that packing casts to values; other floating-point ones need scales to be understood."""
 CODES = {row.torch: row.code for row in _TABLE if row.code is not None}
 """What the native library is told."""
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Of any dtype, as in config.json and on the command line: "float16"."""
+    return str(dtype).removeprefix("torch.")

@@ -21,9 +21,10 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from macko_llm.dtypes import dtype_name
 from macko_llm.errors import CalibrationError, CheckpointError, UsageError
 from macko_llm.progress import Progress, no_progress
-from macko_llm.refusals import check_batch_size, check_tasks
+from macko_llm.refusals import check_batch_size, check_examples, check_tasks
 from macko_llm.text import require_chat_template
 
 _DRAWS = 1000
@@ -98,7 +99,7 @@ def find_tasks(names: Sequence[str], *, include_path: Path | None = None) -> Tas
         UsageError: no names, a name that lm-eval does not know, a task that runs code or shows images, no such folder.
         CalibrationError: the tasks' data cannot be read.
     """
-    check_tasks(names, include_path=include_path)
+    check_tasks(names, include_path)
     manager = TaskManager(include_path=None if include_path is None else str(include_path))
     found: list[str] = []
     for name in names:
@@ -152,7 +153,7 @@ def evaluate_tasks(
     """
     # Its processes would be forks of one that has a model, threads and perhaps a GPU.
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
-    check_tasks(None, num_fewshot=num_fewshot, limit=limit)
+    check_examples(num_fewshot, limit)
     check_batch_size(batch_size, "texts")
     if apply_chat_template:
         require_chat_template(tokenizer, "--apply-chat-template")
@@ -186,7 +187,7 @@ def evaluate_tasks(
         limit=limit,
         chat_template=apply_chat_template,
         batch_size=batch_size,
-        dtype=str(model.dtype).removeprefix("torch."),
+        dtype=dtype_name(model.dtype),
         lm_eval=lm_eval.__version__,
     )
 

@@ -63,22 +63,30 @@ def load(
     stored_as = checkpoint.quantization_method(folder)
     if layout != LAYOUT:
         require_packed(folder)
+    held = config if stored_as == checkpoint.QUANT_METHOD else None
     with _alone:
-        held = config if stored_as == checkpoint.QUANT_METHOD else None
         if torch_device.type in ("cpu", "cuda") and stored_as in (None, checkpoint.QUANT_METHOD):
-            model = models.load_empty(
-                folder, dtype=dtype, trust_remote_code=trust_remote_code, quantization_config=held
-            )
-            if torch_device.type == "cpu" and dtype == "bfloat16":
-                hold_bfloat16(model)
-            gaps = find_gaps(model, folder)
-            if gaps is not None:
-                with models.plain_errors(folder, torch_device), torch.no_grad():
-                    _fill(model, gaps, torch_device)
+            model = _stream(folder, dtype, torch_device, trust_remote_code, held)
+            if model is not None:
                 return model
         return models.load_model(
             folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code, quantization_config=held
         )
+
+
+def _stream(
+    folder: Path, dtype: str, device: torch.device, trust_remote_code: bool, config: MackoConfig | None
+) -> PreTrainedModel | None:
+    """The model with its weights; None where `find_gaps` knows no way to read them one by one."""
+    model = models.load_empty(folder, dtype=dtype, trust_remote_code=trust_remote_code, quantization_config=config)
+    if device.type == "cpu" and dtype == "bfloat16":
+        hold_bfloat16(model)
+    gaps = find_gaps(model, folder)
+    if gaps is None:
+        return None
+    with models.plain_errors(folder, device), torch.no_grad():
+        _fill(model, gaps, device)
+    return model
 
 
 def hold_bfloat16(model: PreTrainedModel) -> None:

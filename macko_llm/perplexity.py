@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from macko_llm.defaults import EVALUATION_SEQLEN
+from macko_llm.dtypes import dtype_name
 from macko_llm.errors import CalibrationError, CheckpointError, NonFiniteError, UsageError
 from macko_llm.models import check_seqlen, check_token_ids, max_positions
 from macko_llm.progress import Progress, no_progress
@@ -254,19 +255,15 @@ def evaluate(
         stride=text.stride,
         dataset=dataset,
         split=split,
-        dtype=_dtype_name(model),
+        dtype=dtype_name(model.dtype),
         reference=None
         if reference is None
-        else ReferenceReport(_exp(reference_nll), reference_nll, divergence, agreement, _dtype_name(reference)),
+        else ReferenceReport(_exp(reference_nll), reference_nll, divergence, agreement, dtype_name(reference.dtype)),
     )
 
 
 def _exp(nll: float) -> float:
     return math.exp(nll) if nll < 709 else math.inf  # a broken model can be worse than a float can say
-
-
-def _dtype_name(model: PreTrainedModel) -> str:
-    return str(model.dtype).removeprefix("torch.")
 
 
 def _together(text: TextWindows, batch_size: int) -> Iterator[tuple[Tensor, int]]:

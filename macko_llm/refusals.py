@@ -256,15 +256,9 @@ def check_batch_size(batch_size: int, what: str = "windows") -> None:
         raise UsageError(f"Batches of {batch_size} {what} evaluate nothing; use --batch-size 1 or more.")
 
 
-def check_tasks(
-    names: Sequence[str] | None,
-    *,
-    include_path: Path | None = None,
-    num_fewshot: int | None = None,
-    limit: float | None = None,
-) -> None:
-    """Raise UsageError unless a model can be evaluated on tasks so; see `evaluation`. None is not looked at."""
-    if names is not None and not all(names):
+def check_tasks(names: Sequence[str], include_path: Path | None) -> None:
+    """Raise UsageError unless tasks can be looked up by these names, and in this folder; see `evaluation.find_tasks`."""
+    if not (names and all(names)):
         raise UsageError(
             "A task has no name; use --tasks with names and commas between them, as in arc_easy,hellaswag."
         )
@@ -272,6 +266,10 @@ def check_tasks(
         raise UsageError(
             f"There is no folder {include_path}; name one with YAML files of tasks, or drop --include-path."
         )
+
+
+def check_examples(num_fewshot: int | None, limit: float | None) -> None:
+    """Raise UsageError unless tasks can have so many solved examples and others; see `evaluation.evaluate_tasks`."""
     if num_fewshot is not None and num_fewshot < 0:
         raise UsageError(f"There are no {num_fewshot} solved examples; use --num-fewshot 0 or more.")
     if limit is not None and (not limit > 0 or (limit > 1 and not float(limit).is_integer())):

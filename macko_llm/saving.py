@@ -6,9 +6,9 @@ extended: the one that saves, and the one that uploads what was saved.
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -59,47 +59,46 @@ class Origin:
                 hf_hub_download(repository.replace("--", "/"), name, subfolder=inside, revision=commit, cache_dir=cache)
         return Origin.read(self.folder)
 
-    def write(self, folder: Path, *, replace_card: bool = True) -> None:
+    def write(self, folder: Path, *, for_upload: bool = False) -> None:
         """Put macko.json and the card beside the model that was saved there, if there is a macko.json.
 
         Args:
             folder: of the model. A README.md stays that neither macko nor transformers wrote.
-            replace_card: False has any README.md stay.
+            for_upload: transformers has put a README.md there already: the one of the hub, which stays, or one that says
+                nothing but tags.
         """
         if not self.provenance:
             return
         if not _read_provenance(folder):  # none, or one that cannot be read, which lists nothing
             (folder / PROVENANCE_FILE).unlink(missing_ok=True)
-        record, card = dict(self.provenance), self.card
-        dtypes = _dtypes(folder)
-        if dtypes and self.dtypes and dtypes != self.dtypes:
-            dense, packed = dtypes
-            pack = record.get("pack", {})
-            record["pack"] = {**pack, "cast": [*pack.get("cast", []), {"dtype": dense, "value_dtype": packed}]}
-            card = card and (
-                f"{card}\nThen it was cast and saved again, dense weights as {dense} and packed ones as {packed}; "
-                "the sizes above are those before.\n"
-            )
+        saved, file = self._cast_to(_dtypes(folder)), folder / CARD_FILE
         files = outputs.replaceable(folder) | {PROVENANCE_FILE}
-        present = (folder / CARD_FILE).exists()
-        if card is not None and (not present or (replace_card and CARD_FILE in files)):
-            (folder / CARD_FILE).write_bytes(card.encode())
+        card = saved.card
+        if card is not None and file.exists():
+            if for_upload:
+                card = _with_tags_of(file.read_text(encoding="utf-8"), card)
+            elif CARD_FILE not in files:
+                card = None
+        if card is not None:
+            file.write_bytes(card.encode())
             files.add(CARD_FILE)
-        record.pop(outputs.FILES, None)
-        checkpoint.write_provenance(folder, {**record, outputs.FILES: sorted(files)})
+        checkpoint.write_provenance(folder, {**saved.provenance, outputs.FILES: sorted(files)})
 
-    def write_for_upload(self, folder: Path) -> None:
-        """The same where transformers has put a card already: that of the hub, which stays, or one that says nothing."""
-        card = folder / CARD_FILE
-        made = card.read_text(encoding="utf-8") if card.is_file() else ""
-        origin = self
-        if self.card is not None and _CARD_OF_TRANSFORMERS in made:
-            origin = replace(self, card=_with_tags(self.card, made))
-            card.unlink()
-        origin.write(folder, replace_card=False)
+    def _cast_to(self, dtypes: tuple[str, str] | None) -> "Origin":
+        """The same, and that the model was cast since, if it was."""
+        if dtypes is None or self.dtypes is None or dtypes == self.dtypes:
+            return self
+        dense, packed = dtypes
+        pack = self.provenance.get("pack", {})
+        casts = [*pack.get("cast", []), {"dtype": dense, "value_dtype": packed}]
+        card = self.card and (
+            f"{self.card}\nThen it was cast and saved again, dense weights as {dense} and packed ones as {packed}; "
+            "the sizes above are those before.\n"
+        )
+        return Origin(self.folder, dtypes, {**self.provenance, "pack": {**pack, "cast": casts}}, card)
 
 
-def extend(cls: Any, origin_of: Callable[[Any], Origin | None]) -> None:
+def extend(cls: Any) -> None:
     """Have `save_pretrained` and `push_to_hub` of a class of models write macko.json and README.md as well.
 
     A model cannot have such methods of its own: with a strong reference to it memory would not be freed with the last other
@@ -107,7 +106,6 @@ def extend(cls: Any, origin_of: Callable[[Any], Origin | None]) -> None:
 
     Args:
         cls: `PreTrainedModel`.
-        origin_of: what a model was loaded from; None for those that have nothing to add.
     """
     save_pretrained = cls.save_pretrained
 
@@ -122,7 +120,7 @@ def extend(cls: Any, origin_of: Callable[[Any], Origin | None]) -> None:
         **options: Any,
     ) -> None:
         save_pretrained(self, save_directory, is_main_process, state_dict, push_to_hub, *arguments, **options)
-        origin, folder = origin_of(self), Path(save_directory)
+        origin, folder = _origin_of(self), Path(save_directory)
         if origin is not None and is_main_process and not push_to_hub and folder.is_dir():
             origin.complete().write(folder)
 
@@ -133,12 +131,19 @@ def extend(cls: Any, origin_of: Callable[[Any], Origin | None]) -> None:
 
     @wraps(upload)
     def upload_all(self: Any, working_dir: str | os.PathLike[str], *arguments: Any, **options: Any) -> Any:
-        origin = origin_of(self)
+        origin = _origin_of(self)
         if origin is not None:
-            origin.complete().write_for_upload(Path(working_dir))
+            origin.complete().write(Path(working_dir), for_upload=True)
         return upload(self, working_dir, *arguments, **options)
 
     cls._upload_modified_files = upload_all
+
+
+def _origin_of(model: Any) -> Origin | None:
+    """What a packed model was loaded from; None where transformers saves only the adapters that it has put into it."""
+    origin = getattr(getattr(model, "hf_quantizer", None), "origin", None)
+    adapted = getattr(model, "_hf_peft_config_loaded", False)
+    return origin if isinstance(origin, Origin) and not adapted else None
 
 
 def _read_provenance(folder: Path) -> dict[str, Any]:
@@ -156,9 +161,11 @@ def _dtypes(folder: Path) -> tuple[str, str] | None:
     return None
 
 
-def _with_tags(card: str, others: str) -> str:
-    """A card with the tags of another one, too."""
-    ours, more = ModelCard(card), ModelCard(others).data.get("tags") or []
+def _with_tags_of(there: str, card: str) -> str | None:
+    """The card with the tags of the one that transformers has made; None for one that it has not."""
+    if _CARD_OF_TRANSFORMERS not in there:
+        return None
+    ours, more = ModelCard(card), ModelCard(there).data.get("tags") or []
     if not more:
         return card
     ours.data["tags"] = list(dict.fromkeys([*(ours.data.get("tags") or []), *more]))

@@ -151,9 +151,14 @@ def _overlap(text: str, string: str) -> int:
     return next((n for n in range(min(len(text), len(string) - 1), 0, -1) if text.endswith(string[:n])), 0)
 
 
+def has_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer knows how a conversation is written."""
+    return getattr(tokenizer, "chat_template", None) is not None
+
+
 def require_chat_template(tokenizer: PreTrainedTokenizerBase, option: str) -> None:
     """Raise UsageError, which names the option that asked for it, unless the tokenizer has a chat template."""
-    if getattr(tokenizer, "chat_template", None) is None:
+    if not has_chat_template(tokenizer):
         raise UsageError(f"The tokenizer has no chat template; use a chat model, or drop {option}.")
 
 

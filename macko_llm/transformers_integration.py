@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers import (
@@ -114,8 +113,7 @@ class MackoQuantizer(HfQuantizer):
         shapes = {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
         for name in packed_checkpoint.check_headers(shapes, infos, self.quantization_config.value_dtype):
             padded = infos[packed_checkpoint.array_keys(name)[0]].shape[0]
-            dtype = VALUE_DTYPES[self.quantization_config.value_dtype]
-            model.set_submodule(name, self._placeholder(linears[name], padded, dtype))
+            model.set_submodule(name, self._placeholder(linears[name], padded))
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
@@ -147,12 +145,11 @@ class MackoQuantizer(HfQuantizer):
 
     def _pack(self, model: PreTrainedModel) -> None:
         """Pack the layers of a dense model, one after the other, and say so in its config."""
-        linears = models.prunable_linears(model)
+        config, linears = self.quantization_config, models.prunable_linears(model)
         if any(linear.weight.is_meta for linear in linears.values()):
             raise UsageError("An offloaded model is not packed on loading; pack it first with `macko pack`.")
         held = {linear.weight.dtype for linear in linears.values()}
-        names = [name for name, dtype in VALUE_DTYPES.items() if held == {dtype}]
-        value_dtype = names[0] if names else self.quantization_config.value_dtype
+        value_dtype = next((name for name, dtype in VALUE_DTYPES.items() if held == {dtype}), config.value_dtype)
         dtype = VALUE_DTYPES[value_dtype]
         for name in list(linears):
             linear = linears.pop(name)  # lets go of its dense weight before the next one is packed
@@ -164,17 +161,15 @@ class MackoQuantizer(HfQuantizer):
                 )
             matrix = canonical.pack_finite(weight)
             if matrix.nbytes < weight.nbytes:
-                layer = self._placeholder(linear, len(matrix.values), dtype)
-                for array, tensor in zip(ARRAY_NAMES, (matrix.values, matrix.deltas, matrix.row_offsets), strict=True):
-                    setattr(layer, array, nn.Parameter(tensor, requires_grad=False))
-                layer.validate(name)
+                layer = MackoLinear.from_matrix(matrix, linear.bias)
+                layer.layout, layer.tokens = config.layout, config.tokens
                 model.set_submodule(name, layer)
         if not _packed_layers(model):
             raise UsageError(
                 "No layer has enough zeros to be smaller packed; prune the model first with `macko prune`."
             )
         dense = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-        self.quantization_config.__dict__.update(PackedConfig(value_dtype, dense).entries())
+        config.__dict__.update(PackedConfig(value_dtype, dense).entries())
 
     def _not_stored(self, model: PreTrainedModel) -> Iterator[str]:
         """Parameters that transformers started from random values (it marks those that it read), or took in another shape."""
@@ -183,13 +178,13 @@ class MackoQuantizer(HfQuantizer):
             if random or parameter.shape != self._shapes.get(name, parameter.shape):
                 yield name
 
-    def _placeholder(self, linear: nn.Linear, padded: int, dtype: torch.dtype) -> MackoLinear:
+    def _placeholder(self, linear: nn.Linear, padded: int) -> MackoLinear:
         config = self.quantization_config
         layer = MackoLinear(
             linear.in_features,
             linear.out_features,
             padded,
-            dtype=dtype,
+            dtype=VALUE_DTYPES[config.value_dtype],
             device="meta",
             layout=config.layout,
             tokens=config.tokens,
@@ -261,12 +256,4 @@ def _merge(stored: Any, given: Any) -> Any:
 if _merge_configs is not None:
     AutoHfQuantizer.merge_quantization_configs = staticmethod(_merge)  # type: ignore[method-assign,assignment]
 
-
-def _origin_of(model: PreTrainedModel) -> saving.Origin | None:
-    """What a packed model was loaded from; None where transformers saves only the adapters that it has put into it."""
-    quantizer = getattr(model, "hf_quantizer", None)
-    adapted = getattr(model, "_hf_peft_config_loaded", False)
-    return quantizer.origin if isinstance(quantizer, MackoQuantizer) and not adapted else None
-
-
-saving.extend(PreTrainedModel, _origin_of)
+saving.extend(PreTrainedModel)

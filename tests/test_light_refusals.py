@@ -226,3 +226,9 @@ def test_a_device_that_some_machine_has_is_left_to_torch(name: str) -> None:
 def test_a_name_that_no_device_has_is_refused(name: str) -> None:
     with pytest.raises(UsageError, match="is not available; use cpu"):
         refusals.check_device(name)
+
+
+@pytest.mark.parametrize("names", [[], [""], ["arc_easy", ""]])
+def test_tasks_without_a_name_are_refused(names: list[str]) -> None:
+    with pytest.raises(UsageError, match="use --tasks with names"):
+        refusals.check_tasks(names, None)

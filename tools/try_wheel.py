@@ -99,16 +99,17 @@ def other_pythons(tried: str) -> list[str]:
 
 def macko(python: str, folder: Path, *arguments: str) -> str:
     """What a command of the environment's macko prints."""
-    command = [str(Path(python).with_name("macko")), *arguments]
-    return subprocess.run(command, cwd=folder, env=clean(), check=True, stdout=subprocess.PIPE, text=True).stdout
+    return output_of([str(Path(python).with_name("macko")), *arguments], folder)
 
 
 def ask(python: str, program: str, folder: Path | None = None) -> str:
     """What a Python program prints."""
-    command = [python, "-c", program]
-    return subprocess.run(
-        command, cwd=folder, env=clean(), check=True, stdout=subprocess.PIPE, text=True
-    ).stdout.strip()
+    return output_of([python, "-c", program], folder).strip()
+
+
+def output_of(command: list[str], folder: Path | None) -> str:
+    """What a command prints that ends well."""
+    return subprocess.run(command, cwd=folder, env=clean(), check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def clean() -> dict[str, str]:

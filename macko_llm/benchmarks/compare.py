@@ -1,18 +1,19 @@
 """Several checkpoints on one text: what each weighs, how well it predicts, how fast it writes."""
 
+import functools
 import gc
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from macko_llm import calibration, checkpoint, generation, models, perplexity
 from macko_llm.benchmarks.machine import device_name
 from macko_llm.benchmarks.quality import decode_speed
-from macko_llm.defaults import EVALUATION_SEQLEN
+from macko_llm.defaults import BENCHMARK_PROMPT
 from macko_llm.errors import UsageError
 from macko_llm.loading import load
 from macko_llm.perplexity import TextWindows
@@ -20,7 +21,6 @@ from macko_llm.progress import Progress, no_progress
 from macko_llm.refusals import check_batch_size
 from macko_llm.text import encode_prompt
 
-PROMPT = "Once upon a time"
 METRICS = ("bytes_on_disk", "bytes_in_memory", "perplexity", "tokens_per_second")
 """What models are compared by."""
 
@@ -125,12 +125,11 @@ def compare(
     check_batch_size(batch_size)
     configs = [models.load_config(folder, trust_remote_code=trust_remote_code) for _, folder in folders]
     if seqlen is None:
-        seqlen = min(models.max_positions(config) or EVALUATION_SEQLEN for config in configs)
-        seqlen = min(seqlen, EVALUATION_SEQLEN)
+        seqlen = min(perplexity.window_shape(config)[0] for config in configs)
     for config in configs:
         perplexity.window_shape(config, seqlen=seqlen, stride=stride, limit=limit)
     tokenizers = [models.load_tokenizer(folder, trust_remote_code=trust_remote_code) for _, folder in folders]
-    prompts = [encode_prompt(tokenizer, PROMPT)[0].tolist() for tokenizer in tokenizers]
+    prompts = [encode_prompt(tokenizer, BENCHMARK_PROMPT)[0].tolist() for tokenizer in tokenizers]
     for (name, _), prompt, config in zip(folders, prompts, configs, strict=True):
         room = (models.max_positions(config) or math.inf) - len(prompt)
         if new_tokens > room:
@@ -150,11 +149,8 @@ def compare(
         )
         for (name, folder), config, tokenizer, prompt in zip(folders, configs, tokenizers, prompts, strict=True)
     ]
-    measured = []
-    for subject in subjects:
-        options = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
-        measured.append(_measure(subject, options, dataset, batch_size, new_tokens, progress))
-    where = models.resolve_device(device)
+    load_as = functools.partial(load, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    measured = [_measure(subject, load_as, dataset, batch_size, new_tokens, progress) for subject in subjects]
     windows = subjects[0].windows
     return CompareReport(
         dataset=dataset,
@@ -163,17 +159,22 @@ def compare(
         stride=windows.stride,
         same_tokens=all(torch.equal(windows.batches, subject.windows.batches) for subject in subjects),
         new_tokens=new_tokens,
-        device=device_name(where),
+        device=device_name(models.resolve_device(device)),
         threads=torch.get_num_threads(),
         models=tuple(_with_ratios(one, measured[0]) for one in measured),
     )
 
 
 def _measure(
-    subject: _Subject, options: dict, dataset: str, batch_size: int, new_tokens: int, progress: Progress
+    subject: _Subject,
+    load_as: Callable[[Path], PreTrainedModel],
+    dataset: str,
+    batch_size: int,
+    new_tokens: int,
+    progress: Progress,
 ) -> Compared:
     _free()  # the model before
-    loaded = load(subject.folder, **options)
+    loaded = load_as(subject.folder)
     scored = perplexity.evaluate(
         loaded, subject.windows, dataset=f"{dataset} of {subject.name}", batch_size=batch_size, progress=progress
     )
@@ -193,7 +194,7 @@ def _measure(
 def _with_ratios(one: Compared, first: Compared) -> Compared:
     pairs = {name: (getattr(one, name), getattr(first, name)) for name in METRICS}
     ratios = {name: own / base if base else None for name, (own, base) in pairs.items()}
-    return Compared(**{**vars(one), "ratios": ratios})
+    return replace(one, ratios=ratios)
 
 
 def _free() -> None:

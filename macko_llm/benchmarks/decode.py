@@ -22,7 +22,7 @@ from macko_llm.benchmarks.machine import Machine, describe_machine, is_out_of_me
 from macko_llm.benchmarks.parts import Parts, PartsProfile, split
 from macko_llm.benchmarks.subjects import Subject, packed_sparsity
 from macko_llm.benchmarks.transformers_loop import TransformersLoop
-from macko_llm.dtypes import MODEL_DTYPES
+from macko_llm.dtypes import MODEL_DTYPES, dtype_name
 from macko_llm.engine import Engine, make_engine
 from macko_llm.errors import UsageError
 from macko_llm.progress import Progress, no_progress
@@ -316,7 +316,7 @@ def _measured(model: PreTrainedModel, task: Task, milliseconds: float, **rest: A
         tokens_per_second=speed,
         total_tokens_per_second=speed * task.batch,
         milliseconds_per_token=milliseconds,
-        dtype=str(model.dtype).removeprefix("torch."),
+        dtype=dtype_name(model.dtype),
         **rest,
     )
 

@@ -64,10 +64,8 @@ def plot_spmv(report: SpmvReport, path: Path) -> None:
     for panel, (title, cases) in zip(panels.flat, groups.items(), strict=False):
         (_draw_over_tokens if over_tokens else _draw_over_sparsity)(panel, cases)
         panel.axhline(1, color="black", linewidth=0.8, label="dense")
-        panel.set_title(title, fontsize=10)
+        _dress(panel, title)
         panel.grid(alpha=0.25)
-        for side in ("top", "right"):
-            panel.spines[side].set_visible(False)
     # The panels share the axis. What was measured fills it; limits far out of reach may leave it.
     csr = [] if over_tokens else _csr_speedups(report.cases)
     fastest = max(1.0, *(case.speedup for case in report.cases), *csr)
@@ -101,18 +99,22 @@ def plot_compare(report: CompareReport, path: Path) -> None:
     width = 3 * len(titles) + NAME_INCHES * longest  # so that long names leave the bars their room
     figure = Figure(figsize=(width, 0.5 * count + 1.6), dpi=150, layout="constrained")
     panels = figure.subplots(1, len(titles), sharey=True)
-    for panel, (metric, (title, unit)) in zip(panels, titles.items(), strict=True):
-        bars = panel.barh(range(count), [getattr(one, metric) * unit for one in report.models])
+    for panel, (metric, (title, scale)) in zip(panels, titles.items(), strict=True):
+        bars = panel.barh(range(count), [getattr(one, metric) * scale for one in report.models])
         ratios = [one.ratios[metric] for one in report.models]
         panel.bar_label(bars, ["" if ratio is None else f"{ratio:.2f}x" for ratio in ratios], padding=3, fontsize=8)
-        panel.set_title(title, fontsize=10)
+        _dress(panel, title)
         panel.margins(x=0.25)
-        for side in ("top", "right"):
-            panel.spines[side].set_visible(False)
     panels[0].set_yticks(range(count), [one.model for one in report.models])
     panels[0].invert_yaxis()  # the first stands at the top
     figure.suptitle(f"{report.device}: perplexity on {report.dataset}, windows of {report.seqlen} tokens", fontsize=11)
     figure.savefig(path)
+
+
+def _dress(panel: Axes, title: str) -> None:
+    panel.set_title(title, fontsize=10)
+    for side in ("top", "right"):
+        panel.spines[side].set_visible(False)
 
 
 def _draw_over_sparsity(panel: Axes, cases: Sequence[Case]) -> None:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from macko_llm import calibration, checkpoint, generation, models, outputs, packing, perplexity
 from macko_llm.benchmarks.machine import device_name
+from macko_llm.defaults import BENCHMARK_PROMPT
 from macko_llm.loading import load
 from macko_llm.progress import Progress, no_progress
 from macko_llm.pruning.pipeline import prune_checkpoint
@@ -68,7 +69,6 @@ def measure_chain(
     text_column: str | None = None,
     seqlen: int | None = None,
     limit: int | None = None,
-    prompt: str = "Once upon a time",
     device: str = "auto",
     progress: Progress = no_progress,
 ) -> QualityReport:
@@ -85,7 +85,6 @@ def measure_chain(
         text_column: of the dataset, or the field of .json, .jsonl and .parquet files; None is "text".
         seqlen: tokens in an evaluation window; None is 2048, or the model's longest context where that is shorter.
         limit: at most this many windows.
-        prompt: what the speed runs continue.
         device: where to compute.
         progress: told of each step.
 
@@ -108,7 +107,7 @@ def measure_chain(
     text = calibration.evaluation_text(dataset, split, text_column)
     cut = calibration.evaluation_windows(dataset)
     windows = perplexity.cut_text(tokenizer, text, config, seqlen=seqlen, limit=limit, cut=cut)
-    ids = encode_prompt(tokenizer, prompt)
+    ids = encode_prompt(tokenizer, BENCHMARK_PROMPT)
     measurements: list[Measurement] = []
 
     def measure(name: str, folder: Path, sparsity: float) -> None:

@@ -15,7 +15,7 @@ from macko_llm.benchmarks import weights
 from macko_llm.benchmarks.machine import Machine, describe_machine, is_out_of_memory, read_bandwidth
 from macko_llm.benchmarks.timing import Timing, measure
 from macko_llm.defaults import LAYOUT
-from macko_llm.dtypes import VALUE_DTYPES
+from macko_llm.dtypes import VALUE_DTYPES, dtype_name
 from macko_llm.errors import UsageError
 from macko_llm.linear import MackoLinear
 from macko_llm.progress import Progress, no_progress
@@ -309,7 +309,7 @@ def _method(
         nbytes=nbytes,
         copies=len(copies),
         relative_error=error.item(),
-        dtype=str(x.dtype).removeprefix("torch."),
+        dtype=dtype_name(x.dtype),
     )
 
 

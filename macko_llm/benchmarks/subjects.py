@@ -17,7 +17,7 @@ from macko_llm import checkpoint, models
 from macko_llm.benchmarks.shapes import shape_config
 from macko_llm.benchmarks.weights import random_pruned
 from macko_llm.defaults import TOKENS_AT_A_TIME
-from macko_llm.dtypes import VALUE_DTYPES
+from macko_llm.dtypes import VALUE_DTYPES, dtype_name
 from macko_llm.errors import UsageError
 from macko_llm.layouts import canonical
 from macko_llm.linear import MackoLinear, arrange_group
@@ -190,8 +190,7 @@ def require_packable(dtype: torch.dtype) -> None:
         UsageError: it is neither float16 nor bfloat16.
     """
     if dtype not in VALUE_DTYPES.values():
-        name = str(dtype).removeprefix("torch.")
-        raise UsageError(f"Weights in {name} cannot be packed; use --dtype float16 or bfloat16.")
+        raise UsageError(f"Weights in {dtype_name(dtype)} cannot be packed; use --dtype float16 or bfloat16.")
 
 
 def pack_linears(model: PreTrainedModel, weight_of: Weights, tokens: int) -> None:

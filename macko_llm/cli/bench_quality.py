@@ -12,7 +12,7 @@ from macko_llm.cli.console import plain_errors, print_json, progress_bars
 from macko_llm.cli.options import DeviceOption, JsonOption, expanded_path
 from macko_llm.cli.reports import print_quality
 from macko_llm.cli.surroundings import with_hub, with_threads
-from macko_llm.defaults import QUALITY_SEQLEN
+from macko_llm.defaults import EVALUATION_DATASET, QUALITY_SEQLEN
 from macko_llm.recipe import PruneRecipe
 
 
@@ -27,7 +27,9 @@ def quality(
     ] = None,
     dataset: Annotated[
         str | None,
-        typer.Option(help="As for eval-perplexity. [default: generated stories for the bundled model, else wikitext2]"),
+        typer.Option(
+            help=f"As for eval-perplexity. [default: generated stories for the bundled model, else {EVALUATION_DATASET}]"
+        ),
     ] = None,
     calibration_split: Annotated[
         str | None, typer.Option(help="Of a dataset to calibrate on. [default: train]")
@@ -90,7 +92,7 @@ def quality(
     refusals.check_device(device)
     folder = None
     if model is not None:
-        calibration, dataset = calibration or PruneRecipe.calibration, dataset or "wikitext2"
+        calibration, dataset = calibration or PruneRecipe.calibration, dataset or EVALUATION_DATASET
         check_source(calibration, calibration_split, calibration_column, chat_template=chat_template)
         check_source(dataset, dataset_split, dataset_column)
         folder = refusals.find_model(model)

@@ -9,7 +9,16 @@ from typing import Annotated
 import typer
 
 from macko_llm.cli.console import plain_errors, print_error, until_interrupted
-from macko_llm.cli.options import DeviceOption, DtypeOption, LayoutOption, ModelArgument, TrustOption
+from macko_llm.cli.options import (
+    DeviceOption,
+    DrawSeedOption,
+    DtypeOption,
+    LayoutOption,
+    ModelArgument,
+    TemperatureOption,
+    TopPOption,
+    TrustOption,
+)
 from macko_llm.cli.surroundings import with_hub, with_threads
 from macko_llm.defaults import CHAT_NEW_TOKENS, LAYOUT, TEMPERATURE
 from macko_llm.errors import UsageError
@@ -35,11 +44,9 @@ def chat(
             f"[default: {CHAT_NEW_TOKENS}, or half of the model's positions]",
         ),
     ] = None,
-    temperature: Annotated[float, typer.Option(help="0 is greedy; above 0 tokens are drawn.")] = TEMPERATURE,
-    top_p: Annotated[
-        float | None, typer.Option(help="Draw among the fewest tokens that hold this probability.")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Makes the draw reproducible.")] = None,
+    temperature: TemperatureOption = TEMPERATURE,
+    top_p: TopPOption = None,
+    seed: DrawSeedOption = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     layout: LayoutOption = LAYOUT,
@@ -75,8 +82,9 @@ def chat(
         refusals.require_packed(folder)
 
     from macko_llm import generation, models  # takes seconds, which a wrong call need not wait for
-    from macko_llm.chat import Turn, has_template, make_prompt
+    from macko_llm.chat import Turn, make_prompt
     from macko_llm.loading import load
+    from macko_llm.text import has_chat_template
 
     refusals.check_layout(layout, models.resolve_device(device).type)
     config = models.load_config(folder, trust_remote_code=trust_remote_code)
@@ -94,7 +102,7 @@ def chat(
     generation.check_prompts([shortest], most, config)
     loaded = load(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code, layout=layout)
     at_terminal = sys.stdin.isatty()
-    answers = has_template(tokenizer)
+    answers = has_chat_template(tokenizer)
     if not answers:
         print_error("The model has no chat template, so it continues what you write.")
     if at_terminal:

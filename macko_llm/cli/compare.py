@@ -10,17 +10,20 @@ import typer
 
 from macko_llm.cli.console import bar, megabytes, plain_errors, print_json, print_table, progress_bars
 from macko_llm.cli.options import (
-    SOURCES,
-    TEXT_COLUMN_HELP,
     DeviceOption,
     DtypeOption,
+    EvaluationTextOption,
     JsonOption,
+    LimitOption,
+    StrideOption,
+    TestSplitOption,
+    TextColumnOption,
     TrustOption,
     expanded_path,
 )
 from macko_llm.cli.reports import draw, note_on_cpu
 from macko_llm.cli.surroundings import with_hub, with_threads
-from macko_llm.defaults import EVALUATION_SEQLEN, MAX_NEW_TOKENS
+from macko_llm.defaults import EVALUATION_DATASET, EVALUATION_SEQLEN, MAX_NEW_TOKENS
 
 if TYPE_CHECKING:
     from macko_llm.benchmarks.compare import CompareReport
@@ -44,17 +47,15 @@ def compare(
             metavar="MODEL...", help="Folders or hub ids (also ID@REVISION), dense or packed; ratios are to the first."
         ),
     ],
-    dataset: Annotated[str, typer.Option(help=f"wikitext2, c4, {SOURCES}.")] = "wikitext2",
-    split: Annotated[str | None, typer.Option(help="Of a dataset. [default: test]")] = None,
-    text_column: Annotated[str | None, typer.Option(help=TEXT_COLUMN_HELP)] = None,
+    dataset: EvaluationTextOption = EVALUATION_DATASET,
+    split: TestSplitOption = None,
+    text_column: TextColumnOption = None,
     seqlen: Annotated[
         int | None,
         typer.Option(help=f"Tokens in a window. [default: {EVALUATION_SEQLEN}, or what all models can read]"),
     ] = None,
-    stride: Annotated[
-        int | None, typer.Option(help="Tokens from one window to the next. [default: seqlen, no overlap]")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(metavar="WINDOWS", help="Use at most this many windows.")] = None,
+    stride: StrideOption = None,
+    limit: LimitOption = None,
     batch_size: Annotated[int, typer.Option(help="Windows evaluated together.")] = 1,
     new_tokens: Annotated[int, typer.Option(help="Tokens of each text that is timed.")] = MAX_NEW_TOKENS,
     dtype: DtypeOption = "auto",

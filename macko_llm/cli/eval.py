@@ -68,7 +68,8 @@ def evaluate(
     from macko_llm import refusals
 
     names = parse_list(tasks, str)
-    refusals.check_tasks(names, include_path=include_path, num_fewshot=num_fewshot, limit=limit)
+    refusals.check_tasks(names, include_path)
+    refusals.check_examples(num_fewshot, limit)
     refusals.check_batch_size(batch_size, "texts")
     refusals.check_dtype(dtype)
     refusals.check_device(device)

@@ -8,16 +8,19 @@ import typer
 
 from macko_llm.cli.console import plain_errors, print_json, progress_bars
 from macko_llm.cli.options import (
-    SOURCES,
-    TEXT_COLUMN_HELP,
     DeviceOption,
     DtypeOption,
+    EvaluationTextOption,
     JsonOption,
+    LimitOption,
     ModelArgument,
+    StrideOption,
+    TestSplitOption,
+    TextColumnOption,
     TrustOption,
 )
 from macko_llm.cli.surroundings import with_hub, with_threads
-from macko_llm.defaults import EVALUATION_SEQLEN
+from macko_llm.defaults import EVALUATION_DATASET, EVALUATION_SEQLEN
 
 
 @plain_errors
@@ -25,17 +28,15 @@ from macko_llm.defaults import EVALUATION_SEQLEN
 @with_threads
 def eval_perplexity(
     model: ModelArgument,
-    dataset: Annotated[str, typer.Option(help=f"wikitext2, c4, {SOURCES}.")] = "wikitext2",
-    split: Annotated[str | None, typer.Option(help="Of a dataset. [default: test]")] = None,
-    text_column: Annotated[str | None, typer.Option(help=TEXT_COLUMN_HELP)] = None,
+    dataset: EvaluationTextOption = EVALUATION_DATASET,
+    split: TestSplitOption = None,
+    text_column: TextColumnOption = None,
     seqlen: Annotated[
         int | None,
         typer.Option(help=f"Tokens in a window. [default: {EVALUATION_SEQLEN}, or the longest context]"),
     ] = None,
-    stride: Annotated[
-        int | None, typer.Option(help="Tokens from one window to the next. [default: seqlen, no overlap]")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(metavar="WINDOWS", help="Use at most this many windows.")] = None,
+    stride: StrideOption = None,
+    limit: LimitOption = None,
     batch_size: Annotated[
         int,
         typer.Option(

@@ -19,10 +19,13 @@ from macko_llm.cli.launching import (
 )
 from macko_llm.cli.options import (
     DeviceOption,
+    DrawSeedOption,
     DtypeOption,
     JsonOption,
     LayoutOption,
     ModelArgument,
+    TemperatureOption,
+    TopPOption,
     TrustOption,
     expanded_path,
 )
@@ -62,18 +65,16 @@ def generate(
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", "-n", help="Stop after this many tokens.")
     ] = MAX_NEW_TOKENS,
-    temperature: Annotated[float, typer.Option(help="0 is greedy; above 0 tokens are drawn.")] = TEMPERATURE,
+    temperature: TemperatureOption = TEMPERATURE,
     top_k: Annotated[int | None, typer.Option(help="Draw among this many most probable tokens.")] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Draw among the fewest tokens that hold this probability.")
-    ] = None,
+    top_p: TopPOption = None,
     min_p: Annotated[
         float | None, typer.Option(help="Draw no token below this share of the most probable one's probability.")
     ] = None,
     repetition_penalty: Annotated[
         float, typer.Option(help="Above 1, tokens of the prompt and the text so far become less probable.")
     ] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="Makes the draw reproducible.")] = None,
+    seed: DrawSeedOption = None,
     stop: Annotated[
         list[str] | None, typer.Option(help="The text ends before this; may be given several times.")
     ] = None,

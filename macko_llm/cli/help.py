@@ -7,7 +7,7 @@ from typing import Any
 import typer.core
 
 
-def with_plain_words(parameters: Sequence[Any]) -> list[Any]:
+def _with_plain_words(parameters: Sequence[Any]) -> list[Any]:
     """Parameters of a command as help shall show them: flags without a value, others with a word in capitals."""
     for parameter in parameters:
         if parameter.param_type_name == "argument":
@@ -33,19 +33,25 @@ def _shown_type(option: Any) -> str:
     return str(describe()) if describe else ""
 
 
-class PlainCommand(typer.core.TyperCommand):
-    """A command whose help says what a user writes."""
+class PlainHelp:
+    """For a command or a group of them: help that says what a user writes."""
+
+    help: str | None
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.help = examples_as_block(self.help or "")
+        self.help = _examples_as_block(self.help or "")
 
     def get_params(self, ctx: Any) -> list[Any]:
         """See click's `Command.get_params`."""
-        return with_plain_words(super().get_params(ctx))
+        return _with_plain_words(super().get_params(ctx))  # type: ignore[misc]
 
 
-def examples_as_block(help_text: str) -> str:
+class PlainCommand(PlainHelp, typer.core.TyperCommand):
+    """A command with such help."""
+
+
+def _examples_as_block(help_text: str) -> str:
     """Make of the examples a block that Markdown takes as it is, line by line."""
     prose, heading, examples = help_text.partition("Examples:\n")
     if not heading:

@@ -21,7 +21,7 @@ from macko_llm.cli.doctor import doctor
 from macko_llm.cli.eval import evaluate
 from macko_llm.cli.eval_perplexity import eval_perplexity
 from macko_llm.cli.generate import generate
-from macko_llm.cli.help import PlainCommand, examples_as_block, with_plain_words
+from macko_llm.cli.help import PlainCommand, PlainHelp
 from macko_llm.cli.inspect import inspect
 from macko_llm.cli.pack import pack
 from macko_llm.cli.prune import prune
@@ -30,16 +30,8 @@ from macko_llm.cli.unpack import unpack
 from macko_llm.errors import UsageError
 
 
-class PlainGroup(typer.core.TyperGroup):
+class PlainGroup(PlainHelp, typer.core.TyperGroup):
     """Says a wrong call in one sentence too, where typer would draw a box around it."""
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.help = examples_as_block(self.help or "")
-
-    def get_params(self, ctx: Any) -> list[Any]:
-        """See click's `Command.get_params`."""
-        return with_plain_words(super().get_params(ctx))
 
     def main(self, args: Sequence[str] | None = None, *rest: Any, standalone_mode: bool = True, **options: Any) -> Any:
         """Run the command line; see click's `Command.main`."""

@@ -116,7 +116,20 @@ SOURCES = (
     "a dataset of the hub (owner/name or owner/name:configuration) or a local folder laid out as one, a path (.txt, .md, "
     ".json, .jsonl, .parquet, also with .gz, or a folder of them)"
 )
-TEXT_COLUMN_HELP = "Of a dataset, or the field of .json, .jsonl and .parquet files. [default: text]"
+EvaluationTextOption = Annotated[str, typer.Option("--dataset", help=f"wikitext2, c4, {SOURCES}.")]
+TextColumnOption = Annotated[
+    str | None,
+    typer.Option(help="Of a dataset, or the field of .json, .jsonl and .parquet files. [default: text]"),
+]
+TestSplitOption = Annotated[str | None, typer.Option(help="Of a dataset. [default: test]")]
+TrainSplitOption = Annotated[str | None, typer.Option(help="Of a dataset. [default: train]")]
+StrideOption = Annotated[
+    int | None, typer.Option(help="Tokens from one window to the next. [default: seqlen, no overlap]")
+]
+LimitOption = Annotated[int | None, typer.Option(metavar="WINDOWS", help="Use at most this many windows.")]
+TemperatureOption = Annotated[float, typer.Option(help="0 is greedy; above 0 tokens are drawn.")]
+TopPOption = Annotated[float | None, typer.Option(help="Draw among the fewest tokens that hold this probability.")]
+DrawSeedOption = Annotated[int | None, typer.Option(help="Makes the draw reproducible.")]
 
 
 def parse_list(texts: Sequence[str] | None, parse: Callable[[str], Value]) -> list[Value]:

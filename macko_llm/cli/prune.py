@@ -9,12 +9,13 @@ import typer
 from macko_llm.cli.console import megabytes, plain_errors, print_json, print_table, progress_bars
 from macko_llm.cli.options import (
     SOURCES,
-    TEXT_COLUMN_HELP,
     DenseArgument,
     DeviceOption,
     JsonOption,
     OutputOption,
     OverwriteOption,
+    TextColumnOption,
+    TrainSplitOption,
     TrustOption,
     allocations,
     expanded_path,
@@ -96,8 +97,8 @@ def prune(
             )
         ),
     ] = None,
-    split: Annotated[str | None, typer.Option(help="Of a dataset. [default: train]")] = None,
-    text_column: Annotated[str | None, typer.Option(help=TEXT_COLUMN_HELP)] = None,
+    split: TrainSplitOption = None,
+    text_column: TextColumnOption = None,
     chat_template: Annotated[
         bool | None,
         typer.Option(

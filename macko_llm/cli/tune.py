@@ -8,11 +8,12 @@ import typer
 from macko_llm.cli.console import plain_errors, print_json, progress_bars
 from macko_llm.cli.options import (
     SOURCES,
-    TEXT_COLUMN_HELP,
     DeviceOption,
     JsonOption,
     OutputOption,
     OverwriteOption,
+    TextColumnOption,
+    TrainSplitOption,
     TrustOption,
     model_dtypes,
 )
@@ -33,8 +34,8 @@ def tune(
         str,
         typer.Option(help=f"Text to learn from: c4, wikitext2, {SOURCES}, or .safetensors with int64 tokens."),
     ] = TuneRecipe.dataset,
-    split: Annotated[str | None, typer.Option(help="Of a dataset. [default: train]")] = None,
-    text_column: Annotated[str | None, typer.Option(help=TEXT_COLUMN_HELP)] = None,
+    split: TrainSplitOption = None,
+    text_column: TextColumnOption = None,
     steps: Annotated[int, typer.Option(help="Updates of the weights.")] = TuneRecipe.steps,
     batch_size: Annotated[
         int, typer.Option(help="Sequences that go through the model at once.")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from macko_llm import generation, models, outputs
 from macko_llm.benchmarks.quality import QualityReport, measure_chain
+from macko_llm.defaults import BENCHMARK_PROMPT
 from macko_llm.loading import load
 from macko_llm.progress import Progress, no_progress
 from macko_llm.recipe import PruneRecipe
@@ -16,7 +17,6 @@ MODEL_FOLDER = FOLDER / "model"
 SPARSITY = 0.5
 NSAMPLES = 32
 SEQLEN = 512
-PROMPT = "Once upon a time"
 
 
 @dataclass(frozen=True)
@@ -69,13 +69,12 @@ def run(folder: Path, progress: Progress = no_progress) -> DemoResult:
         sparsities=[SPARSITY],
         dataset=str(texts.held_out),
         seqlen=SEQLEN,
-        prompt=PROMPT,
         device="cpu",
         progress=progress,
     )
     packed = folder / f"packed-{SPARSITY * 100:g}"
     tokenizer = models.load_tokenizer(packed)
     made = generation.generate(
-        load(packed, device="cpu"), tokenizer, encode_prompt(tokenizer, PROMPT), max_new_tokens=400
+        load(packed, device="cpu"), tokenizer, encode_prompt(tokenizer, BENCHMARK_PROMPT), max_new_tokens=400
     )
-    return DemoResult(report, PROMPT, made.text)
+    return DemoResult(report, BENCHMARK_PROMPT, made.text)
