@@ -179,7 +179,7 @@ def evaluate_tasks(
             )
     except torch.OutOfMemoryError as error:
         raise CheckpointError(
-            f"{batch_size} texts at once do not fit on {model.device}; use a smaller --batch-size, or --device cpu."
+            f"A batch of {batch_size} does not fit on {model.device}; use a smaller --batch-size, or --device cpu."
         ) from error
     return EvaluationReport(
         scores=_scores(results),

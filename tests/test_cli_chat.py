@@ -77,7 +77,10 @@ def test_turns_of_a_pipe_are_answered_in_order_and_remembered(chatty: Path) -> N
     assert result.stdout == f"{first}\n{second}\n{first}\n"
     assert first != second
     assert "macko: The conversation is forgotten.\n" in result.stderr
-    assert result.stderr.count("macko: The answer was cut after 12 tokens; --max-new-tokens allows more.\n") == 3
+    assert (
+        result.stderr.count("macko: The answer was cut at --max-new-tokens 12; give a larger number for longer ones.\n")
+        == 3
+    )
 
 
 def test_a_model_without_a_template_continues_what_both_wrote() -> None:
