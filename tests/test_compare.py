@@ -154,7 +154,7 @@ def test_a_bar_is_as_long_as_its_share(share: float, drawn: str, monkeypatch: py
 
 
 def test_a_plot_that_cannot_be_written_is_refused_before_measuring(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="needs macko-llm[plot]")
+    pytest.importorskip("matplotlib", reason="needs matplotlib")
     nowhere = tmp_path / f"{'long' * 100}.png"
     refused = macko("compare", "dense", "packed", *CALL, "--plot", str(nowhere), "--json", exit_code=2)
     said = f"The plot {nowhere} cannot be written (File name too long); choose another place."
@@ -170,7 +170,7 @@ def test_a_plot_that_cannot_be_written_is_refused_before_measuring(tmp_path: Pat
 def test_a_plot_that_fails_in_the_end_leaves_the_figures_as_one_json_object(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    figure = pytest.importorskip("matplotlib.figure", reason="needs macko-llm[plot]").Figure
+    figure = pytest.importorskip("matplotlib.figure", reason="needs matplotlib").Figure
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -185,7 +185,7 @@ def test_a_plot_that_fails_in_the_end_leaves_the_figures_as_one_json_object(
 
 
 def test_the_plot_has_a_bar_for_each_figure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    figure = pytest.importorskip("matplotlib.figure", reason="needs macko-llm[plot]").Figure
+    figure = pytest.importorskip("matplotlib.figure", reason="needs matplotlib").Figure
     drawn = []
     monkeypatch.setattr(figure, "savefig", lambda self, path: drawn.append((self, path)))
     report = _report(10.0, 5.0)
@@ -206,7 +206,7 @@ def test_the_plot_has_a_bar_for_each_figure(monkeypatch: pytest.MonkeyPatch, tmp
 def test_a_plot_of_large_models_counts_gigabytes_and_long_names_leave_its_bars_as_wide(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    figure = pytest.importorskip("matplotlib.figure", reason="needs macko-llm[plot]").Figure
+    figure = pytest.importorskip("matplotlib.figure", reason="needs matplotlib").Figure
     drawn, save = [], figure.savefig
     monkeypatch.setattr(figure, "savefig", lambda self, path: (save(self, path), drawn.append(self)))
     for name in ("m", "a/folder/of/a/folder/of/models/" * 4):
