@@ -132,6 +132,15 @@ def test_answers_that_leave_no_room_for_a_line_are_refused_before_one_is_read(ne
     assert with_system == f"{said}use a smaller --max-new-tokens, or say less with --system.\n"
 
 
+def test_a_tokenizer_of_another_model_is_refused_before_the_weights_are_read(tmp_path: Path) -> None:
+    folder = tmp_path / "mixed"
+    shutil.copytree(MODEL_FOLDER, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 10}))  # which the weights do not fit, either
+    said = chat(folder, "Hi\n", exit_code=1).stderr
+    assert "but the model knows only 10; use the tokenizer that belongs to the model." in said
+
+
 def test_a_seed_gives_the_conversation_again_and_other_words_to_each_answer(chatty: Path) -> None:
     call = ["-n", 8, "--temperature", 1.5, "--seed", 3]
     script = "Hi\n/reset\nHi\n"

@@ -84,7 +84,13 @@ def test_windows_are_as_long_as_all_models_can_read_and_other_tokens_are_told(fo
     assert "The models read the text as different tokens, so their perplexities do not compare." in result.stdout
     assert "different tokens" not in macko("compare", "dense", "pruned", *CALL).stdout
     refused = macko("compare", "dense", "other", *CALL, "--seqlen", "64", exit_code=2)
-    assert "48" in refused.stderr
+    assert "the model takes at most 48 tokens" in refused.stderr
+
+
+def test_windows_are_no_longer_than_the_default_where_models_can_read_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("macko_llm.benchmarks.compare.EVALUATION_SEQLEN", MAX_POSITIONS - 4)
+    said = macko("compare", "dense", "packed", *CALL).stdout
+    assert f"windows of {MAX_POSITIONS - 4} tokens, stride {MAX_POSITIONS - 4}" in said
 
 
 def test_more_new_tokens_than_a_model_has_room_for_are_refused_with_the_most_that_it_has(folder: Path) -> None:
