@@ -136,7 +136,8 @@ def test_a_tokenizer_of_another_model_is_refused_before_the_weights_are_read(tmp
     folder = tmp_path / "mixed"
     shutil.copytree(MODEL_FOLDER, folder)
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 10}))  # which the weights do not fit, either
+    config["vocab_size"] = 10  # which the weights do not fit, either
+    (folder / "config.json").write_text(json.dumps(config))
     said = chat(folder, "Hi\n", exit_code=1).stderr
     assert "but the model knows only 10; use the tokenizer that belongs to the model." in said
 
