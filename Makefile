@@ -34,8 +34,8 @@ build: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(TESTS)
 
-# In front of the packages of .venv; absolute, because tests start processes in other folders. About a minute: new processes take
-# four seconds each, so the orders in which peft is imported are left to `make test`.
+# In front of the packages of .venv; absolute, because tests start processes in other folders. New processes are slow to start, so
+# the orders in which peft is imported are left to `make test`.
 OLDEST := $(CURDIR)/.venv/oldest
 TEST_OLDEST := test_transformers_integration.py test_like_any_checkpoint.py test_loading.py test_engine.py test_models.py \
 	test_peft_integration.py test_pruning.py test_streaming_prune.py test_perplexity.py \

@@ -28,7 +28,7 @@ from macko_llm.refusals import check_batch_size, check_examples, check_tasks
 from macko_llm.text import require_chat_template
 
 _DRAWS = 1000
-"""Samples of a standard error that has no formula; lm-eval's 100000 take minutes in one process."""
+"""Samples of a standard error that has no formula: fewer than lm-eval's 100000, for which one would wait."""
 
 _NOT_HERE = {
     "UNSAFE_CODE": "runs code that the model writes; run it with lm-eval itself, in a sandbox",
@@ -180,7 +180,7 @@ def evaluate_tasks(
             )
     except torch.OutOfMemoryError as error:
         raise CheckpointError(
-            f"{batch_size} texts at once do not fit on {model.device}; use a smaller --batch-size, or --device cpu."
+            f"A batch of {batch_size} does not fit on {model.device}; use a smaller --batch-size, or --device cpu."
         ) from error
     return EvaluationReport(
         scores=_scores(results),

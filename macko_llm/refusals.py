@@ -241,7 +241,7 @@ def check_comparison(models: Sequence[str], new_tokens: int) -> None:
     if len(models) < 2:
         raise UsageError("One model compares to nothing; name two or more.")
     if new_tokens < 2:
-        raise UsageError(f"{new_tokens} new tokens have no speed; use --new-tokens 2 or more.")
+        raise UsageError(f"The speed of one model takes two new tokens, not {new_tokens}; use --new-tokens 2 or more.")
 
 
 def check_folder(folder: Path | None) -> None:
@@ -288,7 +288,7 @@ def check_windows(seqlen: int | None, stride: int | None, limit: int | None = No
         raise UsageError(f"A limit of {limit} windows leaves nothing to evaluate; use --limit 1 or more.")
     seqlen = EVALUATION_SEQLEN if seqlen is None else seqlen
     if seqlen < 2:
-        raise UsageError(f"A window of {seqlen} tokens predicts nothing; use --seqlen 2 or more.")
+        raise UsageError(f"Windows of length {seqlen} predict nothing; use --seqlen 2 or more.")
     if stride is not None and not 1 <= stride <= seqlen:
         raise UsageError(
             f"The stride {stride} does not suit windows of {seqlen} tokens; use --stride from 1 to {seqlen}."

@@ -204,7 +204,7 @@ def test_the_read_bandwidth_is_of_memory_that_is_far_larger_than_a_cache(monkeyp
 
 
 def test_plot(tmp_path: Path) -> None:
-    image = pytest.importorskip("matplotlib.image", reason="needs macko-llm[plot]")
+    image = pytest.importorskip("matplotlib.image", reason="needs matplotlib")
     several = ["--sparsity", "0.75", "--shape", "64x64", "--tokens", "1,4"]
     for name, more in (("sparsities.png", ["--sparsity", "0.75"]), ("tokens.PNG", several)):
         macko(*SMALL, *more, "--plot", tmp_path / name)
@@ -228,7 +228,7 @@ def _case(shape: tuple[int, int], sparsity: float, tokens: int, speedup: float) 
 def test_the_plot_of_tokens_has_a_line_a_shape_and_one_of_dense(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    figure = pytest.importorskip("matplotlib.figure", reason="needs macko-llm[plot]").Figure
+    figure = pytest.importorskip("matplotlib.figure", reason="needs matplotlib").Figure
     drawn = []
     monkeypatch.setattr(figure, "savefig", lambda self, path: drawn.append((self, path)))
     speedups = {((64, 8), 0.5): [2.0, 1.5], ((32, 8), 0.5): [1.0, 0.5], ((64, 8), 0.7): [3.0, 2.5]}
@@ -284,7 +284,7 @@ def test_a_plot_without_matplotlib_is_refused_before_measuring(tmp_path: Path, m
 )
 def test_wrong_calls_are_one_sentence(arguments: list[str], words: str) -> None:
     if "--plot" in arguments:
-        pytest.importorskip("matplotlib", reason="needs macko-llm[plot]")
+        pytest.importorskip("matplotlib", reason="needs matplotlib")
     result = macko(*arguments, exit_code=2)
     sentence = result.stderr.splitlines()[-1]
     assert sentence.startswith("macko: ")

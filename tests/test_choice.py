@@ -1,6 +1,8 @@
 """Which layout of a GPU is chosen, and that layers are arranged in it; GPUs and their layouts are stand-ins here."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -142,6 +144,16 @@ def test_vllm_s_number_of_sequences_decides_as_docs_serving_says(
 def test_vllm_s_number_of_sequences_decides_nothing_on_a_cpu() -> None:
     matrix = canonical.pack(random_matrix(ROWS, COLS, 0.5, torch.float16))
     assert {type(arrange(matrix, sequences)) for sequences in (1, 3, 256)} == {BitmapMatrix}
+
+
+@pytest.mark.parametrize(("capability", "most"), [((8, 0), 64), ((9, 0), 128), ((10, 0), 64), ((12, 0), 64)])
+def test_more_than_64_tokens_are_multiplied_packed_on_hopper_alone(
+    gpu: Gpu, capability: tuple[int, int], most: int
+) -> None:
+    gpu.capability = capability
+    tiles = make_tiled(random_matrix(ROWS, COLS, 0.5, torch.float16), 2)
+    there = replace(tiles, data=SimpleNamespace(is_cuda=True, device="cuda"))
+    assert (there.few_tokens(torch.float16), there.few_tokens(torch.float32)) == (most, 0)
 
 
 def test_a_layer_that_tiles_do_not_suit_is_sliced(gpu: Gpu) -> None:

@@ -77,7 +77,10 @@ def test_turns_of_a_pipe_are_answered_in_order_and_remembered(chatty: Path) -> N
     assert result.stdout == f"{first}\n{second}\n{first}\n"
     assert first != second
     assert "macko: The conversation is forgotten.\n" in result.stderr
-    assert result.stderr.count("macko: The answer was cut after 12 tokens; --max-new-tokens allows more.\n") == 3
+    assert (
+        result.stderr.count("macko: The answer was cut at --max-new-tokens 12; give a larger number for longer ones.\n")
+        == 3
+    )
 
 
 def test_a_model_without_a_template_continues_what_both_wrote() -> None:
@@ -91,13 +94,28 @@ def test_a_model_without_a_template_continues_what_both_wrote() -> None:
 
 
 def test_the_oldest_turns_are_forgotten_where_there_is_no_room(chatty: Path) -> None:
-    long = "the fox and the owl " * 12
-    calls = [f"{long}{number}\n" for number in range(6)]
-    said = chat(chatty, "".join(calls), "-n", 100)
-    assert "macko: The conversation is longer than the model's 512 positions; " in said.stderr
-    assert "the oldest turn is forgotten." in said.stderr
-    assert said.stderr.count("forgotten") >= 2
-    assert said.stdout.count("\n") >= 6
+    """Each once, and for good: what is answered, and what is told, are those of prompts that are written out here."""
+    lines = [*("the fox and the owl " * 24 + str(number) for number in range(4)), "and the hen " * 80]
+    said = chat(chatty, "".join(f"{line}\n" for line in lines), "-n", 8)
+    tokenizer = load_tokenizer(chatty)
+    turns: list[str] = []
+    written, told = [], []
+    for line in lines:
+        before = len(turns)
+        turns.append(f"user: {line}\nassistant:")
+        while len(tokenizer("<|bos|>" + "".join(turns), add_special_tokens=False)["input_ids"]) > 512 - 8:
+            del turns[0]
+        told.append(before + 1 - len(turns))
+        (answer,) = answers(chatty, "<|bos|>" + "".join(turns), new=8)
+        written.append(answer)
+        turns[-1] += f" {answer}\n"
+    assert said.stdout == "".join(f"{answer}\n" for answer in written)
+    assert {1, 2} <= set(told)
+    sentences = ["the oldest turn is" if count == 1 else f"the {count} oldest turns are" for count in told if count]
+    longer = "macko: The conversation is longer than the model's 512 positions; "
+    assert [line for line in said.stderr.splitlines() if "forgotten" in line] == [
+        f"{longer}{sentence} forgotten." for sentence in sentences
+    ]
 
 
 def test_a_line_too_long_for_the_model_ends_a_pipe(chatty: Path) -> None:
@@ -112,6 +130,16 @@ def test_answers_that_leave_no_room_for_a_line_are_refused_before_one_is_read(ne
     assert chat(chatty, "Hi\n", "-n", new, exit_code=2).stderr == f"{said}use a smaller --max-new-tokens.\n"
     with_system = chat(chatty, "Hi\n", "-n", new, "--system", "Be kind", exit_code=2).stderr
     assert with_system == f"{said}use a smaller --max-new-tokens, or say less with --system.\n"
+
+
+def test_a_tokenizer_of_another_model_is_refused_before_the_weights_are_read(tmp_path: Path) -> None:
+    folder = tmp_path / "mixed"
+    shutil.copytree(MODEL_FOLDER, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["vocab_size"] = 10  # which the weights do not fit, either
+    (folder / "config.json").write_text(json.dumps(config))
+    said = chat(folder, "Hi\n", exit_code=1).stderr
+    assert "but the model knows only 10; use the tokenizer that belongs to the model." in said
 
 
 def test_a_seed_gives_the_conversation_again_and_other_words_to_each_answer(chatty: Path) -> None:

@@ -151,7 +151,7 @@ def test_an_example_of_the_help_runs(
     if example.startswith("macko eval "):
         read_own_tasks_only(monkeypatch)
     if "--plot" in example:
-        pytest.importorskip("matplotlib", reason="needs macko-llm[plot]")
+        pytest.importorskip("matplotlib", reason="needs matplotlib")
     before, _, call = example.rpartition("| ")
     words = [NAMES.get(word, word) for word in shlex.split(call)]
     assert words.pop(0) == "macko"

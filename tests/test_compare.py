@@ -84,7 +84,13 @@ def test_windows_are_as_long_as_all_models_can_read_and_other_tokens_are_told(fo
     assert "The models read the text as different tokens, so their perplexities do not compare." in result.stdout
     assert "different tokens" not in macko("compare", "dense", "pruned", *CALL).stdout
     refused = macko("compare", "dense", "other", *CALL, "--seqlen", "64", exit_code=2)
-    assert "48" in refused.stderr
+    assert "the model takes at most 48 tokens" in refused.stderr
+
+
+def test_windows_are_no_longer_than_the_default_where_models_can_read_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("macko_llm.benchmarks.compare.EVALUATION_SEQLEN", MAX_POSITIONS - 4)
+    said = macko("compare", "dense", "packed", *CALL).stdout
+    assert f"windows of {MAX_POSITIONS - 4} tokens, stride {MAX_POSITIONS - 4}" in said
 
 
 def test_more_new_tokens_than_a_model_has_room_for_are_refused_with_the_most_that_it_has(folder: Path) -> None:
@@ -154,7 +160,7 @@ def test_a_bar_is_as_long_as_its_share(share: float, drawn: str, monkeypatch: py
 
 
 def test_a_plot_that_cannot_be_written_is_refused_before_measuring(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="needs macko-llm[plot]")
+    pytest.importorskip("matplotlib", reason="needs matplotlib")
     nowhere = tmp_path / f"{'long' * 100}.png"
     refused = macko("compare", "dense", "packed", *CALL, "--plot", str(nowhere), "--json", exit_code=2)
     said = f"The plot {nowhere} cannot be written (File name too long); choose another place."
@@ -170,7 +176,7 @@ def test_a_plot_that_cannot_be_written_is_refused_before_measuring(tmp_path: Pat
 def test_a_plot_that_fails_in_the_end_leaves_the_figures_as_one_json_object(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    figure = pytest.importorskip("matplotlib.figure", reason="needs macko-llm[plot]").Figure
+    figure = pytest.importorskip("matplotlib.figure", reason="needs matplotlib").Figure
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -185,7 +191,7 @@ def test_a_plot_that_fails_in_the_end_leaves_the_figures_as_one_json_object(
 
 
 def test_the_plot_has_a_bar_for_each_figure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    figure = pytest.importorskip("matplotlib.figure", reason="needs macko-llm[plot]").Figure
+    figure = pytest.importorskip("matplotlib.figure", reason="needs matplotlib").Figure
     drawn = []
     monkeypatch.setattr(figure, "savefig", lambda self, path: drawn.append((self, path)))
     report = _report(10.0, 5.0)
@@ -206,7 +212,7 @@ def test_the_plot_has_a_bar_for_each_figure(monkeypatch: pytest.MonkeyPatch, tmp
 def test_a_plot_of_large_models_counts_gigabytes_and_long_names_leave_its_bars_as_wide(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    figure = pytest.importorskip("matplotlib.figure", reason="needs macko-llm[plot]").Figure
+    figure = pytest.importorskip("matplotlib.figure", reason="needs matplotlib").Figure
     drawn, save = [], figure.savefig
     monkeypatch.setattr(figure, "savefig", lambda self, path: (save(self, path), drawn.append(self)))
     for name in ("m", "a/folder/of/a/folder/of/models/" * 4):

@@ -109,7 +109,7 @@ CALLS = [
     ("chat dense -n 0", WRONG_CALL, "0 new tokens were asked for"),
     ("chat dense --temperature -1", WRONG_CALL, "The temperature -1.0 is not possible"),
     ("chat dense --layout tiled", WRONG_CALL, "dense is not packed; make a packed checkpoint"),
-    ("eval-perplexity dense --seqlen 1", WRONG_CALL, "A window of 1 tokens predicts nothing"),
+    ("eval-perplexity dense --seqlen 1", WRONG_CALL, "Windows of length 1 predict nothing; use --seqlen 2"),
     ("eval-perplexity dense --seqlen 8 --stride 9", WRONG_CALL, "use --stride from 1 to 8"),
     ("eval-perplexity dense --limit 0", WRONG_CALL, "A limit of 0 windows"),
     ("eval-perplexity dense --dtype int8", WRONG_CALL, "The dtype int8 is not supported"),
@@ -132,7 +132,7 @@ CALLS = [
     (
         "compare dense packed --dataset file --new-tokens 1",
         WRONG_CALL,
-        "1 new tokens have no speed; use --new-tokens 2",
+        "takes two new tokens, not 1; use --new-tokens 2",
     ),
     ("compare dense packed --dataset no.txt", FAILED_JOB, "no.txt"),
     ("compare dense nowhere", FAILED_JOB, "There is no model nowhere"),

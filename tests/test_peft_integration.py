@@ -18,7 +18,7 @@ from macko_llm.packing import pack_checkpoint
 from macko_llm.pruning import prune_checkpoint
 from macko_llm.recipe import PruneRecipe
 
-peft: Any = pytest.importorskip("peft", reason="PEFT is not installed (pip install macko-llm[peft])")
+peft: Any = pytest.importorskip("peft", reason="needs PEFT: pip install peft")
 
 TOKENS = random_tokens(2, 11)
 TARGETS = ["q_proj", "v_proj", "down_proj"]

@@ -70,6 +70,14 @@ def test_what_is_compiled_for_any_number_of_tokens_still_chooses_by_their_number
 
 
 @pytest.mark.parametrize("name", ARRANGE)
+def test_an_input_that_wants_a_gradient_is_multiplied_as_any(name: str) -> None:
+    description, arrays = describe(layout_of(name, weight_of()))
+    x = torch.randn(2, 40)
+    expected = multiply(x, list(arrays.values()), description, None)
+    assert torch.equal(multiply(x.requires_grad_(), list(arrays.values()), description, None), expected)
+
+
+@pytest.mark.parametrize("name", ARRANGE)
 def test_torch_s_own_check_of_an_op_passes(name: str) -> None:
     about, arrays = describe(layout_of(name, weight_of()))
     arguments = (torch.randn(3, 40), list(arrays.values()), torch.randn(24), *about)

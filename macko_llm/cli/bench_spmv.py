@@ -88,7 +88,7 @@ def spmv(
     as_json: JsonOption = False,
     plot: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.png", parser=expanded_path, help="Draw the speeds too (needs `macko-llm[plot]`)."),
+        typer.Option(metavar="FILE.png", parser=expanded_path, help="Draw the speeds too (needs matplotlib)."),
     ] = None,
 ) -> None:
     """Time single layers: dense, sparse CSR and packed, with the bandwidth reached and the error of each.

@@ -139,7 +139,7 @@ def chat(
                 answer, reason = answer + step.text, step.finish_reason
         print(flush=True)
         if answers and reason == "length":
-            print_error(f"The answer was cut after {most} tokens; --max-new-tokens allows more.")
+            print_error(f"The answer was cut at --max-new-tokens {most}; give a larger number for longer ones.")
         turns = (*prompt.turns, Turn(said, answer))
         answered += 1
 

@@ -63,7 +63,7 @@ def compare(
     trust_remote_code: TrustOption = False,
     plot: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.png", parser=expanded_path, help="Draw bars too (needs `macko-llm[plot]`)."),
+        typer.Option(metavar="FILE.png", parser=expanded_path, help="Draw bars too (needs matplotlib)."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -19,7 +19,7 @@ from macko_llm.layouts.cpu_layout import ALIGNMENT, CpuLayout, define_ops, offse
 from macko_llm.native import StripsStruct
 
 MAX_OVERHEAD = 1.05
-"""Of the bitmap's bytes. So little more is needed from about 90 % sparsity on, where strips are twice as fast and more."""
+"""Of the bitmap's bytes. So little more is needed from about 90 % sparsity on; docs/design.md has the speeds there."""
 
 _CHUNK, _STRIP, _TILE = 256, 128, 16  # rows, columns, rows
 _GROUP_BYTES, _ENTRY_BYTES = 96, 3

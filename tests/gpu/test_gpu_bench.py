@@ -50,7 +50,7 @@ def test_the_layout_that_is_asked_for(cuda: torch.device) -> None:
 
 @pytest.mark.usefixtures("cuda")
 def test_table_and_plot(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="needs macko-llm[plot]")
+    pytest.importorskip("matplotlib", reason="needs matplotlib")
     arguments = ["--device", "cuda", "--shape", "512x512", "--sparsity", "0.3,0.9", "--plot", str(tmp_path / "x.png")]
     result = CliRunner().invoke(app, ["bench", "spmv", *arguments])
     assert result.exit_code == 0, result.output
