@@ -200,7 +200,7 @@ def _check_solved(name: str, task: Any) -> None:
     solved = len(task.fewshot_docs() or ()) - (1 if task.fewshot_cfg.split == task.config.test_split else 0)
     if asked > solved:
         raise UsageError(
-            f"The task {name} has {max(solved, 0)} solved examples, not {asked}; use a smaller --num-fewshot."
+            f"The task {name} has fewer than {asked} solved examples; use --num-fewshot {max(solved, 0)} or less."
         )
 
 

@@ -179,11 +179,13 @@ def test_solved_examples_stand_in_front_and_a_limit_takes_the_first(folder, dens
 
 @pytest.mark.lm_eval
 def test_more_solved_examples_than_there_are_are_refused(folder) -> None:
-    sentence = "^The task tiny_choice has 1 solved examples, not 2; use a smaller --num-fewshot.$"
+    sentence = "^The task tiny_choice has fewer than 2 solved examples; use --num-fewshot 1 or less.$"
     with pytest.raises(UsageError, match=sentence):
         run(folder, "tiny_choice", num_fewshot=2)
     assert run(folder, "tiny_among", num_fewshot=len(QUESTIONS) - 1)["acc"].num_fewshot == len(QUESTIONS) - 1
-    with pytest.raises(UsageError, match=f"tiny_among has {len(QUESTIONS) - 1} solved examples, not {len(QUESTIONS)};"):
+    with pytest.raises(
+        UsageError, match=f"fewer than {len(QUESTIONS)} solved examples; use --num-fewshot {len(QUESTIONS) - 1} or"
+    ):
         run(folder, "tiny_among", num_fewshot=len(QUESTIONS))  # the one that is asked about is not shown
 
 
