@@ -264,7 +264,8 @@ class TestBuilding:
     """Builds of this project, in one folder, so that its sources are compiled once."""
 
     @pytest.fixture(scope="class")
-    def settings(self, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    @staticmethod
+    def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         return {"build-dir": str(tmp_path_factory.mktemp("build"))}
 
     @pytest.fixture(autouse=True)

@@ -88,7 +88,7 @@ def test_windows_are_as_long_as_all_models_can_read_and_other_tokens_are_told(fo
 
 
 def test_windows_are_no_longer_than_the_default_where_models_can_read_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("macko_llm.benchmarks.compare.EVALUATION_SEQLEN", MAX_POSITIONS - 4)
+    monkeypatch.setattr("macko_llm.perplexity.EVALUATION_SEQLEN", MAX_POSITIONS - 4)
     said = macko("compare", "dense", "packed", *CALL).stdout
     assert f"windows of {MAX_POSITIONS - 4} tokens, stride {MAX_POSITIONS - 4}" in said
 
