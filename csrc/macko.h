@@ -21,7 +21,7 @@
 extern "C" {
 #endif
 
-#define MACKO_ABI_VERSION 6
+#define MACKO_ABI_VERSION 7
 
 typedef enum macko_status {
   MACKO_OK = 0,
@@ -282,14 +282,19 @@ MACKO_API macko_status macko_cuda_tiled_unpack(const macko_tiled* matrix,
                                                uint16_t* weight,  // out: [rows, cols], every element is written
                                                int32_t device, void* stream);
 
-// y = x W^T + bias, accumulated in float32, on a GPU of sm_80 or newer. A token with a NaN or an infinity has one in
-// all of its y. Starts early like macko_cuda_sliced_spmv.
-MACKO_API macko_status macko_cuda_tiled_spmm(const macko_tiled* matrix,
-                                             const void* x,     // [tokens, cols rounded up to 8] of value_dtype, at a
-                                                                // multiple of 16, finite behind the columns
-                                             const void* bias,  // [rows] of value_dtype, or null
-                                             void* y,           // out: [tokens, rows] of value_dtype
-                                             int64_t tokens,    // rows of x
+// y = x W^T + bias + residual, accumulated in float32, on a GPU of sm_80 or newer: W is a few matrices with the same
+// columns and value_dtype, one below the other. A token with a NaN or an infinity has one in all of its y. Starts early
+// like macko_cuda_sliced_spmv.
+#define MACKO_TILED_MEMBERS 4
+MACKO_API macko_status macko_cuda_tiled_spmm(const macko_tiled* matrices,
+                                             int32_t members,       // of them: 1 to MACKO_TILED_MEMBERS
+                                             const void* x,         // [tokens, cols rounded up to 8] of value_dtype, at
+                                                                    // a multiple of 16, finite behind the columns
+                                             const void* bias,      // [all rows] of value_dtype, or null
+                                             const void* residual,  // [tokens, all rows] of value_dtype, or null
+                                             void* y,         // out: [tokens, all rows] of value_dtype; may be the
+                                                              // residual
+                                             int64_t tokens,  // rows of x
                                              int32_t device, void* stream);
 
 // What becomes of x before a product of one token, rounded as transformers' eager Llama rounds it.

@@ -14,7 +14,7 @@ from macko_llm.layouts import bitmap, choice, sliced, strips, tiled
 from macko_llm.layouts.canonical import Canonical, validate
 from macko_llm.layouts.layout import Layout
 from macko_llm.layouts.sliced import SlicedMatrix
-from macko_llm.layouts.tiled import TiledMatrix
+from macko_llm.layouts.tiled import TiledGroup, TiledMatrix
 from macko_llm.packed_checkpoint import ARRAY_NAMES
 
 
@@ -22,7 +22,7 @@ class MackoLinear(nn.Module):
     """y = x Wᵀ + b like `nn.Linear`, with W in the MACKO format; `layouts.layout.Layout.linear` says how precise y is.
 
     The layer holds the canonical arrays as parameters or, once arranged for its device, another layout as a buffer and no
-    canonical arrays; the layers of a group (`arrange_group`) share that buffer. `state_dict()` gives canonical arrays
+    canonical arrays; the layers of a sliced group (`arrange_group`) share that buffer. `state_dict()` gives canonical arrays
     either way, on the CPU where they are not the layer's own, and moving the layer to another device restores them.
 
     Arrays that come from outside (a state dict, a file, an assignment, offloaded memory) are not yet validated. They are
@@ -250,8 +250,8 @@ class MackoLinear(nn.Module):
 def arrange_group(layers: Sequence[MackoLinear]) -> None:
     """Change layers that read the same input to one layout between them, so that one kernel can multiply them all.
 
-    Each layer still works by itself, as a view. Where no layout suits them together, each is arranged alone; so are all
-    if one is to be tiled.
+    Each layer still works by itself: as a view of the slices of all, or with tiles of its own, which are cut for the kernel
+    of all. Where no layout suits them together, each is arranged alone; so are all if only some are to be tiled.
 
     Args:
         layers: at least one.
@@ -259,7 +259,10 @@ def arrange_group(layers: Sequence[MackoLinear]) -> None:
     Raises:
         FormatError: a weight is not valid.
     """
-    if (len(layers) == 1 and layers[0].is_arranged) or group_of(layers) is not None:
+    group = group_of(layers)
+    if (len(layers) == 1 and layers[0].is_arranged) or isinstance(group, SlicedMatrix):
+        return
+    if group is not None and group.is_cut_together:
         return
     for layer in layers:
         if layer.is_arranged:
@@ -274,16 +277,12 @@ def arrange_group(layers: Sequence[MackoLinear]) -> None:
                 of_bits = bitmap.arrange(layer.matrix)
                 layer._hold(strips.arrange(of_bits) or of_bits)
         return
-    if any(_layout_of(layer) == "tiled" for layer in layers):
-        if len(layers) > 1:
-            for layer in layers:
-                layer.arrange()
-            return
-        of_tiles = tiled.arrange(layers[0].matrix)
-        if of_tiles is not None:
-            layers[0]._hold(of_tiles)
-            return
-    members = sliced.arrange_group([layer.matrix for layer in layers])
+    kinds = {_layout_of(layer) for layer in layers}
+    members: Sequence[Layout] | None = None
+    if kinds == {"tiled"}:
+        members = tiled.arrange_group([layer.matrix for layer in layers])
+    if members is None and (kinds == {"sliced"} or len(layers) == 1):
+        members = sliced.arrange_group([layer.matrix for layer in layers])
     if members is not None:
         for layer, member in zip(layers, members, strict=True):
             layer._hold(member)
@@ -303,8 +302,15 @@ def _layout_of(layer: MackoLinear) -> str:
     return choice.choose(layer.layout, sparsity, layer.tokens, capability)
 
 
-def group_of(layers: Sequence[MackoLinear]) -> SlicedMatrix | None:
-    """The weights of these layers one below the other as one matrix, None unless they are all of one group, in its order."""
+def group_of(layers: Sequence[MackoLinear]) -> SlicedMatrix | TiledGroup | None:
+    """The weights of these layers one below the other, as one kernel multiplies them.
+
+    Returns:
+        None unless they are all the members of one sliced group, in its order, or all tiled, with as many columns.
+    """
+    tiles = [layer._arranged for layer in layers if isinstance(layer._arranged, TiledMatrix)]
+    if len(tiles) == len(layers):
+        return TiledGroup.of(tiles)
     first = layers[0]._arranged
     if not isinstance(first, SlicedMatrix) or len(layers) != len(first.plan.member_rows):
         return None

@@ -18,7 +18,7 @@ from macko_llm.dtypes import CODES, VALUE_DTYPES
 from macko_llm.errors import MackoWarning, NativeError
 from macko_llm.format import MackoMatrix, check_entries, check_finite, padded_count
 
-ABI_VERSION = 6
+ABI_VERSION = 7
 
 _INT32, _INT64, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 _SIGNATURES: dict[str, list[type]] = {
@@ -56,7 +56,9 @@ _CUDA_SIGNATURES: dict[str, list[type]] = {
     "macko_cuda_tiled_count": [_POINTER, _INT64, _INT64, _INT32, _POINTER, _INT32, _POINTER],
     "macko_cuda_tiled_pack": [_POINTER, _POINTER, _INT32, _POINTER],
     "macko_cuda_tiled_unpack": [_POINTER, _POINTER, _INT32, _POINTER],
-    "macko_cuda_tiled_spmm": [_POINTER, _POINTER, _POINTER, _POINTER, _INT64, _INT32, _POINTER],
+    "macko_cuda_tiled_spmm": [
+        _POINTER, _INT32, _POINTER, _POINTER, _POINTER, _POINTER, _INT64, _INT32, _POINTER,
+    ],
     "macko_cuda_dense_gemv": [_POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _INT32, _POINTER],
     "macko_cuda_transform": [_POINTER, _POINTER, _POINTER, _INT64, _INT64, _INT32, _INT32, _POINTER],
     "macko_cuda_begin_token": [
@@ -69,6 +71,8 @@ CPU_VARIABLE = "MACKO_CPU"
 """The environment variable that holds the CPU to a lesser set of instructions than it has, for measurements."""
 INSTRUCTIONS = ("portable", "neon") if platform.machine() in ("aarch64", "arm64") else ("portable", "avx2", "avx512")
 """Those sets that this architecture may have, by their macko_instructions."""
+TILED_MEMBERS = 4
+"""MACKO_TILED_MEMBERS: tiled matrices that one product takes at most."""
 _COLUMNS_OF_X = 8  # each row of x for tiles has a multiple of these
 _CUDA_FAILED = 4
 _STATUS = {
@@ -568,14 +572,23 @@ def cuda_tiled_unpack(matrix: OnGpu) -> torch.Tensor:
     return weight
 
 
-def cuda_tiled_spmm(matrix: OnGpu, x: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor) -> None:
-    """Y = x Wᵀ + bias on the GPU that is all tensors', of sm_80 or newer, accumulated in float32.
+def cuda_tiled_spmm(
+    structs: int,
+    members: int,
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    y: torch.Tensor,
+) -> None:
+    """Y = x Wᵀ + bias + residual on the GPU that is all tensors', of sm_80 or newer, accumulated in float32.
 
     Args:
-        matrix: [rows, cols].
-        x: [..., cols] contiguous, of the values' dtype, on the matrix's GPU.
-        bias: [rows] contiguous, of that dtype and on that GPU, or None.
-        y: [..., rows] contiguous, of that dtype and on that GPU; filled.
+        structs: address of the structs, one behind the other, of the matrices that are W, one below the other.
+        members: how many they are, at most `TILED_MEMBERS`.
+        x: [..., cols] contiguous, of the values' dtype, on the matrices' GPU.
+        bias: [all rows] contiguous, of that dtype and on that GPU, or None.
+        residual: [..., all rows] contiguous, of that dtype and on that GPU, or None.
+        y: [..., all rows] contiguous, of that dtype and on that GPU; filled; may be the residual.
     """
     # Called for every layer of every step: nothing here that is not needed.
     cols, device = x.shape[-1], x.get_device()
@@ -584,9 +597,11 @@ def cuda_tiled_spmm(matrix: OnGpu, x: torch.Tensor, bias: torch.Tensor | None, y
         x = F.pad(x, (0, -cols % _COLUMNS_OF_X))
     x = _aligned_tensor(x)
     status = library().macko_cuda_tiled_spmm(
-        matrix.address,
+        structs,
+        members,
         x.data_ptr(),
         None if bias is None else bias.data_ptr(),
+        None if residual is None else residual.data_ptr(),
         y.data_ptr(),
         tokens,
         device,

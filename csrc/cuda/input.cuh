@@ -11,11 +11,6 @@
 
 namespace macko {
 
-template <typename T>
-__device__ __forceinline__ float rounded(float value) {
-  return to_float(from_float<T>(value));
-}
-
 __device__ __forceinline__ float silu(float value) { return value / (1.0f + __expf(-value)); }
 
 // Sum over the threads of a block whose warps fill a power of 2 or not; every thread gets it. `scratch` holds a float a

@@ -40,6 +40,11 @@ __device__ inline float from_float<float>(float value) {
   return value;
 }
 
+template <typename T>
+__device__ __forceinline__ float rounded(float value) {
+  return to_float(from_float<T>(value));
+}
+
 __device__ inline uint16_t bits_of(__half value) { return __half_as_ushort(value); }
 __device__ inline uint16_t bits_of(__nv_bfloat16 value) { return __bfloat16_as_ushort(value); }
 

@@ -3,15 +3,16 @@
 
 #include <cuda_runtime.h>
 
-#include "macko.h"
+#include "cuda/tiled.cuh"
 
 namespace macko {
 
 // Arguments of macko_cuda_tiled_spmm.
 struct SpmmCall {
-  const macko_tiled* matrix;
+  const TiledGroup* group;
   const void* x;
   const void* bias;
+  const void* residual;
   void* y;
   int device;
   cudaStream_t stream;

@@ -13,6 +13,8 @@
 // below its own.
 #pragma once
 
+#include <algorithm>
+#include <climits>
 #include <cstdint>
 
 #include "cuda/launch.h"
@@ -47,6 +49,7 @@ struct Strip {
 struct StripCuts {
   int each, longer;  // tiles of a strip, and how many strips have one more
 
+  StripCuts() = default;
   __host__ __device__ StripCuts(int rows, int strips)
       : each(tiles_of(rows) / strips), longer(tiles_of(rows) % strips) {}
 
@@ -55,6 +58,65 @@ struct StripCuts {
   }
 };
 __host__ __device__ constexpr int most_tiles(int rows, int strips) { return (tiles_of(rows) + strips - 1) / strips; }
+
+// The rows of a strip of a group, counted in the group.
+struct StripRows {
+  int first, count;
+};
+
+// Matrices with the same columns that multiply the same x in one kernel, as one matrix: their strips follow each other,
+// and so do their rows.
+struct TiledGroup {
+  struct Member {
+    const uint8_t* records;  // see macko_tiled
+    const uint32_t* starts;
+    int first_strip, first_row;  // in the group
+    int rows;
+    StripCuts cuts;
+
+    __device__ __forceinline__ StripRows rows_of(const Strip& strip) const {
+      return {first_row + strip.first * kTileRows, min(strip.count * kTileRows, rows - strip.first * kTileRows)};
+    }
+  };
+
+  Member members[MACKO_TILED_MEMBERS];
+  int cols, record_bytes;  // bytes of the longest record of all
+  int strips, rows;        // of all
+
+  // Members without rows are left out.
+  TiledGroup(const macko_tiled* matrices, int count) : cols(matrices->cols), record_bytes(0), strips(0), rows(0) {
+    int used = 0;
+    for (int i = 0; i < count; i++) {
+      const macko_tiled& matrix = matrices[i];
+      if (matrix.rows == 0) continue;
+      members[used++] = {static_cast<const uint8_t*>(matrix.records),
+                         matrix.starts,
+                         strips,
+                         rows,
+                         matrix.rows,
+                         StripCuts(matrix.rows, matrix.strips)};
+      record_bytes = std::max(record_bytes, matrix.record_bytes);
+      strips += matrix.strips;
+      rows += matrix.rows;
+    }
+    for (; used < MACKO_TILED_MEMBERS; used++) members[used] = {nullptr, nullptr, INT_MAX, rows, 0, StripCuts()};
+  }
+
+  // Of the highest strip.
+  int most_tiles() const {
+    int most = 0;
+    for (const Member& member : members) most = std::max(most, member.cuts.each + (member.cuts.longer > 0 ? 1 : 0));
+    return most;
+  }
+
+  // Whose strip this is.
+  __device__ __forceinline__ const Member& member_of(int strip) const {
+    int member = 0;
+#pragma unroll
+    for (int i = 1; i < MACKO_TILED_MEMBERS; i++) member += strip >= members[i].first_strip ? 1 : 0;
+    return members[member];
+  }
+};
 
 // A lane's unit, as the two registers that mma reads: the values that follow each other at `address` in shared memory,
 // at the positions whose bits are set in the lowest 4 of `bits`, zeros between them. From both ends, so that no load

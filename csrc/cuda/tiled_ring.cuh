@@ -18,8 +18,8 @@ __device__ __forceinline__ bool is_elected() {
 #endif
 }
 
-// A warp's ring of records in shared memory: `count` of them from `first` on. One lane starts bulk copies (sm_90), or
-// all lanes copy 16 bytes each at a time.
+// A warp's ring of records in shared memory: `count` of them, whose starts lie one behind the other. One lane starts
+// bulk copies (sm_90), or all lanes copy 16 bytes each at a time.
 template <int Slots, bool OthersCopy = false>
 struct RecordRing {
   const uint8_t* records;
@@ -30,13 +30,14 @@ struct RecordRing {
   uint32_t barriers;          // one a slot
   uint32_t from = 0, to = 0;  // where the record to fetch begins and ends, in kRecordAlignment bytes
 
-  __device__ __forceinline__ RecordRing(const macko_tiled& matrix, int64_t first, int count, uint32_t slots_of_warp,
-                                        uint32_t barriers_of_warp, bool initializes = true)
-      : records(static_cast<const uint8_t*>(matrix.records)),
-        next(matrix.starts + first + 1),
+  __device__ __forceinline__ RecordRing(const uint8_t* records, const uint32_t* starts, int count,
+                                        uint32_t slots_of_warp, uint32_t slot_bytes, uint32_t barriers_of_warp,
+                                        bool initializes = true)
+      : records(records),
+        next(starts + 1),
         left(count),
         slots(slots_of_warp),
-        slot_bytes(matrix.record_bytes),
+        slot_bytes(slot_bytes),
         barriers(barriers_of_warp) {
     if (count > 0) {
       from = next[-1];

@@ -1,6 +1,6 @@
-// y = x W^T + bias for 1 to 32 tokens from the tiled layout, on tensor cores. A block takes a strip, and each of its
-// warps a share of the strip's records, which come into shared memory through a ring of the warp's own; at the end the
-// warps' sums are added up.
+// y = x W^T + bias + residual for 1 to 32 tokens from the tiled layout, on tensor cores. A block takes a strip, and each
+// of its warps a share of the strip's records, which come into shared memory through a ring of the warp's own; at the
+// end the warps' sums are added up.
 #pragma once
 
 #include <algorithm>
@@ -185,32 +185,36 @@ struct SpmmConfig {
 
 template <typename T, typename Config>
 __global__ void __launch_bounds__(Config::Threads, Config::Blocks)
-    spmm_strips(const macko_tiled matrix,  // its strips have at most Config::Tiles tiles
-                const StripCuts cuts,      // of the matrix
-                const T* x,                // [tokens, cols rounded up to 8] at a multiple of 16
-                const T* bias,             // [rows], or null
-                T* y,                      // out: [tokens, rows]
-                int tokens) {              // at most Config::Tokens
+    spmm_strips(const __grid_constant__ TiledGroup group,  // its strips have at most Config::Tiles tiles
+                const T* x,         // [tokens, cols rounded up to 8] at a multiple of 16
+                const T* bias,      // [rows], or null
+                const T* residual,  // [tokens, rows], or null
+                T* y,               // out: [tokens, rows]; may be the residual
+                int tokens) {       // at most Config::Tokens
 #if __CUDA_ARCH__ >= 800
   extern __shared__ __align__(128) unsigned char shared_bytes[];
   __shared__ __align__(8) uint64_t barriers[Config::Warps * Config::Slots];
+  __shared__ StripRows rows_of_strips[Config::Strips];
   const int warp = __shfl_sync(kAllLanes, warp_index(), 0), lane = lane_index();
-  const int part = warp % Config::Parts, panels = panels_of(matrix.cols);
+  const int part = warp % Config::Parts, panels = panels_of(group.cols);
   const int strip_index = blockIdx.x * Config::Strips + warp / Config::Parts;
-  const bool has_strip = Config::Strips == 1 || strip_index < matrix.strips;
+  const bool has_strip = Config::Strips == 1 || strip_index < group.strips;
+  const TiledGroup::Member& member = group.member_of(strip_index);
+  const int of_member = strip_index - member.first_strip;
   Strip strip = {0, 0};
-  if (has_strip) strip = cuts.strip(strip_index);
+  if (has_strip) strip = member.cuts.strip(of_member);
+  if (part == 0 && lane == 0) rows_of_strips[warp / Config::Parts] = member.rows_of(strip);
   const int begin = panels * part / Config::Parts;
   const int count = panels * (part + 1) / Config::Parts - begin;
   const uint32_t shared = static_cast<uint32_t>(__cvta_generic_to_shared(shared_bytes));
   RecordRing<Config::Slots, Config::Shared> ring(
-      matrix, static_cast<int64_t>(strip_index) * panels + begin, has_strip ? count : 0,
-      shared + warp * Config::Slots * matrix.record_bytes,
+      member.records, member.starts + static_cast<int64_t>(of_member) * panels + begin, has_strip ? count : 0,
+      shared + warp * Config::Slots * group.record_bytes, group.record_bytes,
       static_cast<uint32_t>(__cvta_generic_to_shared(barriers + warp * Config::Slots)));
 #pragma unroll
   for (int slot = 0; slot < Config::Slots; slot++) ring.fetch(slot);
   using Columns = std::conditional_t<Config::Shared, SharedColumns<Config>, OwnColumns<Config>>;
-  Columns columns(x, matrix.cols, begin, count, tokens, shared + Config::Warps * Config::Slots * matrix.record_bytes);
+  Columns columns(x, group.cols, begin, count, tokens, shared + Config::Warps * Config::Slots * group.record_bytes);
   const LaneOfWord own;
   float sums[Config::Eights][Config::Pairs][4] = {};
 
@@ -273,7 +277,8 @@ __global__ void __launch_bounds__(Config::Threads, Config::Blocks)
   __syncthreads();
   float* const partial = reinterpret_cast<float*>(shared_bytes);
   constexpr int kPartial = Config::Tokens * Config::Rows;
-  float* const own_partial = partial + warp * kPartial + lane % 4 * 2 * Config::Rows + lane / 4;
+  // The warp's number is asked for again: kept, it would cost a register in the loop.
+  float* const own_partial = partial + warp_index() * kPartial + lane % 4 * 2 * Config::Rows + lane / 4;
 #pragma unroll
   for (int e = 0; e < Config::Eights; e++) {
     if (e * 8 >= tokens) break;
@@ -292,15 +297,17 @@ __global__ void __launch_bounds__(Config::Threads, Config::Blocks)
   for (int i = threadIdx.x; i < Config::Strips * Config::Rows * tokens; i += Config::Threads) {
     const int place = i % Config::Rows, which = i / Config::Rows % Config::Strips;
     const int token = i / (Config::Rows * Config::Strips);
-    if (blockIdx.x * Config::Strips + which >= matrix.strips) continue;
-    const Strip its = cuts.strip(blockIdx.x * Config::Strips + which);
-    const int row = its.first * kTileRows + place;
-    if (place >= its.count * kTileRows || row >= matrix.rows) continue;
+    const StripRows rows = rows_of_strips[which];
+    if (place >= rows.count) continue;
+    const int row = rows.first + place;
+    const int64_t at = static_cast<int64_t>(token) * group.rows + row;
+    const float added = residual ? to_float(residual[at]) : 0.0f;
     const float* const sums_of_parts = partial + which * Config::Parts * kPartial + token * Config::Rows + place;
     float total = bias ? to_float(bias[row]) : 0.0f;
 #pragma unroll
     for (int p = 0; p < Config::Parts; p++) total += sums_of_parts[p * kPartial];
-    y[static_cast<int64_t>(token) * matrix.rows + row] = from_float<T>(total);
+    if (residual) total = rounded<T>(total) + added;
+    y[at] = from_float<T>(total);
   }
 #endif
 }
@@ -341,36 +348,37 @@ inline cudaError_t ask_gpu(int device, SpmmGpu* gpu) {
 template <typename T, typename Config>
 cudaError_t launch_spmm_config(const SpmmCall& call, const SpmmGpu& gpu, int tokens) {
   static int64_t allowed[kMaxGpus];  // dynamic shared memory; written with the same values by every thread
-  const macko_tiled& matrix = *call.matrix;
-  const int64_t bytes = Config::shared_bytes(matrix.record_bytes);
+  const TiledGroup& group = *call.group;
+  const int64_t bytes = Config::shared_bytes(group.record_bytes);
   const auto kernel = spmm_strips<T, Config>;
   if (call.device >= kMaxGpus || allowed[call.device] < bytes) {
     const cudaError_t error = allow_shared_bytes(kernel, bytes, Config::Blocks, gpu.shared_bytes);
     if (error != cudaSuccess) return error;
     if (call.device < kMaxGpus) allowed[call.device] = bytes;
   }
-  return launch_overlapping(kernel, (matrix.strips + Config::Strips - 1) / Config::Strips, Config::Threads, bytes,
-                            call.device, call.stream, matrix, StripCuts(matrix.rows, matrix.strips),
-                            static_cast<const T*>(call.x), static_cast<const T*>(call.bias), static_cast<T*>(call.y),
-                            tokens);
+  return launch_overlapping(kernel, (group.strips + Config::Strips - 1) / Config::Strips, Config::Threads, bytes,
+                            call.device, call.stream, group, static_cast<const T*>(call.x),
+                            static_cast<const T*>(call.bias), static_cast<const T*>(call.residual),
+                            static_cast<T*>(call.y), tokens);
 }
 
 // At most 8 * Eights tokens, in the fastest block of those measured (docs/design.md) that fits the GPU.
 template <typename T, int Eights>
 cudaError_t launch_spmm_some(const SpmmCall& call, const SpmmGpu& gpu, int tokens) {
-  const macko_tiled& matrix = *call.matrix;
-  const int tiles = most_tiles(matrix.rows, matrix.strips), panels = panels_of(matrix.cols);
-  const int of_each = (matrix.strips + gpu.multiprocessors - 1) / gpu.multiprocessors;  // strips of a multiprocessor
+  const TiledGroup& group = *call.group;
+  const int tiles = group.most_tiles(), panels = panels_of(group.cols);
+  const int of_each = (group.strips + gpu.multiprocessors - 1) / gpu.multiprocessors;  // strips of a multiprocessor
   const auto launch = [&](auto config) { return launch_spmm_config<T, decltype(config)>(call, gpu, tokens); };
   const auto fits = [&](auto config) {
     using Config = decltype(config);
-    return tiles <= Config::Tiles && Config::shared_bytes(matrix.record_bytes) <= gpu.block_shared_bytes;
+    constexpr int kDeclared = 512;  // at most: barriers and rows of strips
+    return tiles <= Config::Tiles && Config::shared_bytes(group.record_bytes) + kDeclared <= gpu.block_shared_bytes;
   };
   // Whether all strips that a multiprocessor could have at a time fit it.
   const auto all_fit = [&](auto config) {
     using Config = decltype(config);
     constexpr int kReserved = 1024;  // of a block, by CUDA
-    const int64_t bytes = Config::shared_bytes(matrix.record_bytes) + kReserved;
+    const int64_t bytes = Config::shared_bytes(group.record_bytes) + kReserved;
     return fits(config) && std::min(of_each, Config::Blocks) * bytes <= gpu.shared_bytes;
   };
   const bool one = of_each == 1, two = of_each == 2;
@@ -421,7 +429,7 @@ cudaError_t launch_spmm_some(const SpmmCall& call, const SpmmGpu& gpu, int token
 // All tokens, as many at a time as a block takes.
 template <typename T>
 cudaError_t launch_spmm(SpmmCall call, int64_t tokens) {
-  const int64_t width = (int64_t{call.matrix->cols} + 7) / 8 * 8;
+  const int64_t width = (int64_t{call.group->cols} + 7) / 8 * 8, rows = call.group->rows;
   SpmmGpu gpu;
   const cudaError_t unknown = ask_gpu(call.device, &gpu);
   if (unknown != cudaSuccess) return unknown;
@@ -438,7 +446,8 @@ cudaError_t launch_spmm(SpmmCall call, int64_t tokens) {
                                         : launch_spmm_some<T, 1>(call, gpu, now);
     if (error != cudaSuccess) return error;
     call.x = static_cast<const T*>(call.x) + now * width;
-    call.y = static_cast<T*>(call.y) + now * int64_t{call.matrix->rows};
+    if (call.residual) call.residual = static_cast<const T*>(call.residual) + now * rows;
+    call.y = static_cast<T*>(call.y) + now * rows;
     tokens -= now;
   }
   return cudaSuccess;

@@ -1,4 +1,4 @@
-// y = x W^T + bias for many tokens from the tiled layout, on Hopper's warpgroups (sm_90a).
+// y = x W^T + bias + residual for many tokens from the tiled layout, on Hopper's warpgroups (sm_90a).
 //
 // mma.sync reads x from registers, which costs every warp as many loads as it has tokens; wgmma reads it from shared
 // memory by itself, for the 64 rows of four warps at once. So each warp expands its tiles into registers as for a few
@@ -157,37 +157,41 @@ __device__ __forceinline__ void expand_pair(uint32_t head_at, uint32_t values, c
 
 template <typename T, typename Config>
 __global__ void __cluster_dims__(Config::Ranks) __launch_bounds__(Config::Threads, 1)
-    spmm_groups(const macko_tiled matrix,  // its strips have at most Config::Tiles tiles
-                const StripCuts cuts,      // of the matrix
-                const T* x,                // [tokens, cols rounded up to 8] at a multiple of 16
-                const T* bias,             // [rows], or null
-                T* y,                      // out: [tokens, rows]
-                int tokens) {              // at most Config::Tokens
+    spmm_groups(const __grid_constant__ TiledGroup group,  // its strips have at most Config::Tiles tiles
+                const T* x,         // [tokens, cols rounded up to 8] at a multiple of 16
+                const T* bias,      // [rows], or null
+                const T* residual,  // [tokens, rows], or null
+                T* y,               // out: [tokens, rows]; may be the residual
+                int tokens) {       // at most Config::Tokens
   extern __shared__ __align__(128) unsigned char shared_bytes[];
   __shared__ __align__(8) uint64_t barriers[Config::Parts * Config::Strips * Config::Slots];
+  __shared__ StripRows rows_of_strips[Config::Strips];
   constexpr int kRing = Config::Slots;
   const int warp = __shfl_sync(kAllLanes, warp_index(), 0), lane = lane_index();
   const int part = warp / Config::PartWarps, in_part = warp % Config::PartWarps;
   const int which = in_part / Config::WarpsOfStrip, sub = in_part % Config::WarpsOfStrip;
   const int rank = blockIdx.x % Config::Ranks, first_strip = blockIdx.x / Config::Ranks * Config::Strips;
-  const bool has_strip = which < Config::Strips && first_strip + which < matrix.strips;
+  const bool has_strip = which < Config::Strips && first_strip + which < group.strips;
+  const TiledGroup::Member& member = group.member_of(first_strip + which);
+  const int of_member = first_strip + which - member.first_strip;
   Strip strip = {0, 0};
-  if (has_strip) strip = cuts.strip(first_strip + which);
+  if (has_strip) strip = member.cuts.strip(of_member);
+  if (which < Config::Strips && part == 0 && sub == 0 && lane == 0) rows_of_strips[which] = member.rows_of(strip);
   constexpr int kParts = Config::Parts * Config::Ranks;
-  const int panels = panels_of(matrix.cols), of_all = rank * Config::Parts + part;
+  const int panels = panels_of(group.cols), of_all = rank * Config::Parts + part;
   const int begin = panels * of_all / kParts, count = panels * (of_all + 1) / kParts - begin;
   const uint32_t shared = static_cast<uint32_t>(__cvta_generic_to_shared(shared_bytes));
   const int ring_index = part * Config::Strips + which;
   const bool fetches = has_strip && sub == 0;
-  RecordRing<kRing> ring(matrix, static_cast<int64_t>(first_strip + which) * panels + begin, fetches ? count : 0,
-                         shared + ring_index * kRing * matrix.record_bytes,
+  RecordRing<kRing> ring(member.records, member.starts + static_cast<int64_t>(of_member) * panels + begin,
+                         fetches ? count : 0, shared + ring_index * kRing * group.record_bytes, group.record_bytes,
                          static_cast<uint32_t>(__cvta_generic_to_shared(barriers + ring_index * kRing)), fetches);
   if (Config::WarpsOfStrip > 1) __syncthreads();
 #pragma unroll
   for (int slot = 0; slot < kRing; slot++) ring.fetch(slot);
-  const uint32_t columns_at = shared + Config::Parts * Config::Strips * kRing * matrix.record_bytes +
+  const uint32_t columns_at = shared + Config::Parts * Config::Strips * kRing * group.record_bytes +
                               part * Config::PanelSlots * Config::PanelBytes;
-  GroupColumns<T, Config> columns(x, matrix.cols, begin, tokens, in_part, columns_at);
+  GroupColumns<T, Config> columns(x, group.cols, begin, tokens, in_part, columns_at);
   const LaneOfWord own;
   float sums[Config::Pairs][Config::Tokens / 2] = {};
   constexpr uint64_t kDescription = (uint64_t{Config::EightBytes / 16} << 16) |
@@ -280,10 +284,11 @@ __global__ void __cluster_dims__(Config::Ranks) __launch_bounds__(Config::Thread
        i += Config::Ranks * Config::Threads) {
     const int place = i % Config::Rows, its_which = i / Config::Rows % Config::Strips;
     const int token = i / (Config::Rows * Config::Strips);
-    if (first_strip + its_which >= matrix.strips) continue;
-    const Strip its = cuts.strip(first_strip + its_which);
-    const int row = its.first * kTileRows + place;
-    if (place >= its.count * kTileRows || row >= matrix.rows) continue;
+    const StripRows rows = rows_of_strips[its_which];
+    if (place >= rows.count) continue;
+    const int row = rows.first + place;
+    const int64_t at = static_cast<int64_t>(token) * group.rows + row;
+    const float added = residual ? to_float(residual[at]) : 0.0f;
     float* const sums_of_parts = partial + its_which * kPartial + token * Config::Rows + place;
     float total = bias ? to_float(bias[row]) : 0.0f;
 #pragma unroll
@@ -293,7 +298,8 @@ __global__ void __cluster_dims__(Config::Ranks) __launch_bounds__(Config::Thread
 #pragma unroll
       for (int p = 0; p < Config::Parts; p++) total += theirs[p * Config::Strips * kPartial];
     }
-    y[static_cast<int64_t>(token) * matrix.rows + row] = from_float<T>(total);
+    if (residual) total = rounded<T>(total) + added;
+    y[at] = from_float<T>(total);
   }
   if constexpr (Config::Ranks > 1) cg::this_cluster().sync();  // what others still read must not go
 }
@@ -301,26 +307,26 @@ __global__ void __cluster_dims__(Config::Ranks) __launch_bounds__(Config::Thread
 template <typename T, typename Config>
 cudaError_t launch_groups_config(const SpmmCall& call, int shared_bytes, int tokens) {
   static int64_t allowed[kMaxGpus];  // dynamic shared memory; written with the same values by every thread
-  const macko_tiled& matrix = *call.matrix;
-  const int64_t bytes = Config::shared_bytes(matrix.record_bytes);
+  const TiledGroup& group = *call.group;
+  const int64_t bytes = Config::shared_bytes(group.record_bytes);
   const auto kernel = spmm_groups<T, Config>;
   if (call.device >= kMaxGpus || allowed[call.device] < bytes) {
     const cudaError_t error = allow_shared_bytes(kernel, bytes, 1, shared_bytes);
     if (error != cudaSuccess) return error;
     if (call.device < kMaxGpus) allowed[call.device] = bytes;
   }
-  const int clusters = (matrix.strips + Config::Strips - 1) / Config::Strips;
-  return launch_overlapping(kernel, clusters * Config::Ranks, Config::Threads, bytes, call.device, call.stream, matrix,
-                            StripCuts(matrix.rows, matrix.strips), static_cast<const T*>(call.x),
-                            static_cast<const T*>(call.bias), static_cast<T*>(call.y), tokens);
+  const int clusters = (group.strips + Config::Strips - 1) / Config::Strips;
+  return launch_overlapping(kernel, clusters * Config::Ranks, Config::Threads, bytes, call.device, call.stream, group,
+                            static_cast<const T*>(call.x), static_cast<const T*>(call.bias),
+                            static_cast<const T*>(call.residual), static_cast<T*>(call.y), tokens);
 }
 
 // At most this many tokens, in the fastest block of those measured (docs/design.md). All of them fit a GPU of sm_90.
 template <typename T, int Tokens>
 cudaError_t launch_groups_some(const SpmmCall& call, int multiprocessors, int shared_bytes, int tokens) {
-  const macko_tiled& matrix = *call.matrix;
-  const int tiles = most_tiles(matrix.rows, matrix.strips);
-  const int of_each = (matrix.strips + multiprocessors - 1) / multiprocessors;  // strips of a multiprocessor
+  const TiledGroup& group = *call.group;
+  const int tiles = group.most_tiles();
+  const int of_each = (group.strips + multiprocessors - 1) / multiprocessors;  // strips of a multiprocessor
   constexpr bool kMany = Tokens == 128;
   if (of_each == 1) {
     if (tiles <= 4)
@@ -340,7 +346,7 @@ cudaError_t launch_groups_some(const SpmmCall& call, int multiprocessors, int sh
 // All tokens, as many at a time as a block takes.
 template <typename T>
 cudaError_t launch_groups(SpmmCall call, int multiprocessors, int shared_bytes, int64_t tokens) {
-  const int64_t width = (int64_t{call.matrix->cols} + 7) / 8 * 8;
+  const int64_t width = (int64_t{call.group->cols} + 7) / 8 * 8, rows = call.group->rows;
   while (tokens > 0) {
     const int now = static_cast<int>(std::min<int64_t>(tokens, 128));
     const cudaError_t error = now > 64   ? launch_groups_some<T, 128>(call, multiprocessors, shared_bytes, now)
@@ -348,7 +354,8 @@ cudaError_t launch_groups(SpmmCall call, int multiprocessors, int shared_bytes, 
                                          : launch_groups_some<T, 32>(call, multiprocessors, shared_bytes, now);
     if (error != cudaSuccess) return error;
     call.x = static_cast<const T*>(call.x) + now * width;
-    call.y = static_cast<T*>(call.y) + now * int64_t{call.matrix->rows};
+    if (call.residual) call.residual = static_cast<const T*>(call.residual) + now * rows;
+    call.y = static_cast<T*>(call.y) + now * rows;
     tokens -= now;
   }
   return cudaSuccess;

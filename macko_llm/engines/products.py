@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from macko_llm import native_decode
-from macko_llm.layouts.sliced import SLICED_SPMV_MAX_TOKENS, SlicedMatrix
+from macko_llm.layouts.sliced import SlicedMatrix
+from macko_llm.layouts.tiled import TiledGroup
 from macko_llm.linear import MackoLinear, group_of
 from macko_llm.native_decode import Dense, Input
 
@@ -19,8 +20,8 @@ def make_product(layers: Sequence[nn.Module], transform: Input, texts: int, dtyp
     """Y = transform(x) Wᵀ + bias + residual for layers with one input, whose weights must stay where they are.
 
     One kernel does it where it can: a packed group or a lone packed matrix for a few texts, dense matrices for one, the
-    transform inside if there is one text. Otherwise the transform is a kernel of its own, and the layers multiply, each in
-    its layout (tiled ones always).
+    transform inside if there is one text and no tiles. Otherwise the transform is a kernel of its own; and the layers, if
+    they are no group or the texts many, multiply each in its layout.
 
     Args:
         layers: linear ones, dense or packed.
@@ -31,15 +32,17 @@ def make_product(layers: Sequence[nn.Module], transform: Input, texts: int, dtyp
     dense = _dense(layers, dtype) if texts == 1 else None
     if dense is not None:
         return lambda x, y, residual: native_decode.dense_gemv(dense, x, transform, residual, y)
-    packed = _packed(layers, dtype) if texts <= SLICED_SPMV_MAX_TOKENS else None
+    packed = _packed(layers, texts, dtype)
     bias = _joined_bias(layers, dtype)
-    if packed is not None and texts == 1:
+    if isinstance(packed, SlicedMatrix) and texts == 1:
         return lambda x, y, residual: native_decode.sliced_spmv(packed, x, transform, bias, residual, y)
     plain = Input.plain()
 
     def multiply(x: Tensor, y: Tensor, residual: Tensor | None) -> None:
-        if packed is not None:
+        if isinstance(packed, SlicedMatrix):
             native_decode.sliced_spmv(packed, x, plain, bias, residual, y)
+        elif packed is not None:
+            packed.multiply(x, bias, residual, y)
         else:
             _multiply_with_modules(layers, x, y, residual)
 
@@ -66,13 +69,13 @@ def _multiply_with_modules(layers: Sequence[nn.Module], x: Tensor, y: Tensor, re
         torch.add(product, residual, out=y)
 
 
-def _packed(layers: Sequence[nn.Module], dtype: torch.dtype) -> SlicedMatrix | None:
-    """The layers as one packed matrix, if their weights are one and of x's dtype, as are the biases."""
+def _packed(layers: Sequence[nn.Module], texts: int, dtype: torch.dtype) -> SlicedMatrix | TiledGroup | None:
+    """The layers as one packed matrix for so many texts, if their weights are one and of x's dtype, as are the biases."""
     packed = [layer for layer in layers if isinstance(layer, MackoLinear)]
     if len(packed) < len(layers) or not _biases_are(layers, dtype):
         return None
     matrix = group_of(packed)
-    return matrix if matrix is not None and matrix.plan.dtype == dtype else None
+    return matrix if matrix is not None and matrix.dtype == dtype and texts <= matrix.few_tokens(dtype) else None
 
 
 def _dense(layers: Sequence[nn.Module], dtype: torch.dtype) -> Dense | None:

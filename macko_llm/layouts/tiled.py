@@ -3,8 +3,12 @@
 A bit says of each position of a tile whether there is a value (`tiled_plan.py`, csrc/cuda/tiled.cuh). Of the canonical
 arrays it lacks the zeros that bridge long gaps, which the format's rule determines; so packing what it unpacks to gives
 the same canonical bytes.
+
+Matrices that multiply the same input (q, k and v of a layer) are cut together, so that one kernel can multiply them all;
+each stays a matrix of its own.
 """
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -116,7 +120,7 @@ class TiledMatrix(GpuLayout):
         return WARPGROUP_SPMM_MAX_TOKENS if hopper else TILED_SPMM_MAX_TOKENS
 
     def _fill(self, x: Tensor, bias: Tensor | None, y: Tensor) -> None:
-        native.cuda_tiled_spmm(self, x, bias, y)
+        native.cuda_tiled_spmm(self.address, 1, x, bias, None, y)
 
     def _spmv(self, x: Tensor, bias: Tensor | None) -> Tensor:
         y: Tensor = torch.ops.macko.tiled_spmm(x, self.data, bias, self.dtype, self.numbers)
@@ -127,29 +131,99 @@ class TiledMatrix(GpuLayout):
         return y
 
 
-def arrange(matrix: MackoMatrix) -> TiledMatrix | None:
-    """The tiled layout of a valid matrix.
+@dataclass(frozen=True)
+class TiledGroup:
+    """Tiled matrices that multiply the same input, one below the other as one matrix.
 
-    Dense is the way there.
+    Attributes:
+        members: 1 to `native.TILED_MEMBERS`, of one dtype, with as many columns and on one GPU.
+    """
+
+    members: tuple[TiledMatrix, ...]
+
+    @classmethod
+    def of(cls, matrices: Sequence[TiledMatrix]) -> "TiledGroup | None":
+        """The group of these matrices, at least one; None where no kernel multiplies them together."""
+        kinds = {(matrix.plan.cols, matrix.plan.dtype, matrix.data.device) for matrix in matrices}
+        return cls(tuple(matrices)) if len(kinds) == 1 and len(matrices) <= native.TILED_MEMBERS else None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the values."""
+        return self.members[0].dtype
+
+    @property
+    def is_cut_together(self) -> bool:
+        """Whether the members' strips are those that `arrange_group` gives them, not what each would have alone."""
+        rows = [member.rows for member in self.members]
+        gpu = torch.cuda.get_device_properties(self.members[0].data.device)
+        return [member.plan.strips for member in self.members] == choose_strips(rows, gpu.multi_processor_count)
+
+    @cached_property
+    def structs(self) -> "ctypes.Array[TiledStruct]":
+        """What the library is given; lives as long as the group."""
+        return (TiledStruct * len(self.members))(*(member.struct for member in self.members))
+
+    def __getstate__(self) -> dict[str, object]:
+        """What a copy takes along: not the structs, whose addresses are these members'."""
+        return {"members": self.members}
+
+    def few_tokens(self, dtype: torch.dtype) -> int:
+        """Up to this many tokens of a dtype `multiply` is faster than a dense product, 0 if it takes none; see Layout."""
+        return self.members[0].few_tokens(dtype)
+
+    def multiply(self, x: Tensor, bias: Tensor | None, residual: Tensor | None, y: Tensor) -> None:
+        """Y = x Wᵀ + bias + residual for a few tokens, by one kernel; all contiguous, of the group's dtype and on its GPU.
+
+        Args:
+            x: [tokens, cols].
+            bias: [rows of all members].
+            residual: [tokens, rows of all members].
+            y: [tokens, rows of all members]; filled; may be the residual.
+        """
+        native.cuda_tiled_spmm(ctypes.addressof(self.structs), len(self.members), x, bias, residual, y)
+
+
+def arrange(matrix: MackoMatrix) -> TiledMatrix | None:
+    """The tiled layout of a valid matrix; None where it does not suit, see `arrange_group`."""
+    members = arrange_group([matrix])
+    return members[0] if members else None
+
+
+def arrange_group(matrices: Sequence[MackoMatrix]) -> list[TiledMatrix] | None:
+    """The tiled layouts of matrices that multiply the same input, cut so that one kernel multiplies them fast.
+
+    Dense is the way there, one matrix at a time.
+
+    Args:
+        matrices: valid, at least one.
 
     Returns:
-        None where it does not suit: on a CPU, without CUDA kernels, on a GPU older than `TILED_CAPABILITY`, without rows,
-        for more than `MAX_COLS` columns, and where it would take more memory than the dense matrix.
+        A matrix for each, or None where the layout does not suit them together: on a CPU, without CUDA kernels, on a GPU
+        older than `TILED_CAPABILITY`; for a matrix without rows, or that would take more memory than the dense one; for more
+        than `MAX_COLS` columns; for more than `native.TILED_MEMBERS` matrices; and where their columns, dtypes or devices
+        differ.
     """
-    (rows, cols), device = matrix.shape, matrix.values.device
-    if rows == 0 or cols > MAX_COLS or matrix.values.dtype not in VALUE_DTYPES.values() or not native.runs_on(device):
+    kinds = {(matrix.shape[1], matrix.values.dtype, matrix.values.device) for matrix in matrices}
+    cols, dtype, device = next(iter(kinds))
+    member_rows = [matrix.shape[0] for matrix in matrices]
+    if len(kinds) > 1 or len(matrices) > native.TILED_MEMBERS or 0 in member_rows or cols > MAX_COLS:
+        return None
+    if dtype not in VALUE_DTYPES.values() or not native.runs_on(device):
         return None
     gpu = torch.cuda.get_device_properties(device)
     if (gpu.major, gpu.minor) < TILED_CAPABILITY:
         return None
-    weight = native.cuda_unpack(matrix)
-    plan, starts = plan_records(weight, choose_strips(rows, gpu.multi_processor_count))
-    if plan.nbytes > weight.nbytes:
-        return None
-    tiled = fill_records(weight, plan, starts)
+    members = []
+    for matrix, strips in zip(matrices, choose_strips(member_rows, gpu.multi_processor_count), strict=True):
+        weight = native.cuda_unpack(matrix)
+        plan, starts = plan_records(weight, strips)
+        if plan.nbytes > weight.nbytes:
+            return None
+        members.append(fill_records(weight, plan, starts))
     # A later SpMM may fetch weights before the kernels queued ahead of it are done (csrc/macko.h).
     torch.cuda.current_stream(device).synchronize()
-    return tiled
+    return members
 
 
 def plan_records(weight: Tensor, strips: int) -> tuple[TiledPlan, Tensor]:
@@ -193,7 +267,7 @@ def _spmm_cuda(x: Tensor, data: Tensor, bias: Tensor | None, dtype: torch.dtype,
         return y
     if x.dtype != dtype:
         raise NativeError(f"The input is {x.dtype} and the tiles are {dtype}; convert the input to their dtype.")
-    native.cuda_tiled_spmm(matrix, x.contiguous(), None if bias is None else bias.contiguous(), y)
+    matrix._fill(x.contiguous(), None if bias is None else bias.contiguous(), y)
     return y
 
 

@@ -1,5 +1,6 @@
 """How a matrix is cut for tensor cores, into strips of tiles (csrc/cuda/tiled.cuh): plans and arithmetic."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,24 +23,35 @@ def _divide_up(dividend: int, divisor: int) -> int:
     return -(-dividend // divisor)
 
 
-def choose_strips(rows: int, multiprocessors: int) -> int:
-    """Into how many strips to cut a matrix on a GPU: as many for each multiprocessor, as measured on an H200 (docs/design.md).
+def choose_strips(member_rows: Sequence[int], multiprocessors: int) -> list[int]:
+    """Into how many strips to cut each of the matrices that one kernel multiplies on a GPU.
 
-    Few high strips read x less often and have less to begin and to end; but a strip's warps must share its columns, and
-    more than a few tiles leave no registers for many tokens.
+    All together have as many for each multiprocessor, as measured on an H200 (docs/design.md). Few high strips read x less
+    often and have less to begin and to end; but a strip's warps must share its columns, and more than a few tiles leave no
+    registers for many tokens. The matrices get theirs so that the highest of all is as low as it can be, and then so that
+    the strips of the one are as high as those of the others.
 
     Args:
-        rows: of the matrix, at least 1.
+        member_rows: of each matrix, at least 1.
         multiprocessors: of the GPU.
     """
-    tiles = _divide_up(rows, TILE_ROWS)
-    if tiles <= _ALONE_TILES * multiprocessors:
+    tiles = [_divide_up(rows, TILE_ROWS) for rows in member_rows]
+    least = sum(_divide_up(of_member, MAX_TILES) for of_member in tiles)
+    if sum(tiles) <= _ALONE_TILES * multiprocessors and least <= multiprocessors:
         each = 1
-    elif tiles <= _PAIR_TILES * multiprocessors:
+    elif sum(tiles) <= _PAIR_TILES * multiprocessors and least <= 2 * multiprocessors:
         each = 2
     else:
-        each = _ROUND * _divide_up(tiles, _ROUND * MAX_TILES * multiprocessors)
-    return min(each * multiprocessors, tiles)
+        each = _ROUND * _divide_up(least, _ROUND * multiprocessors)
+    total = min(each * multiprocessors, sum(tiles))
+    for highest in range(1, MAX_TILES + 1):
+        strips = [_divide_up(of_member, highest) for of_member in tiles]
+        if sum(strips) <= total:
+            break
+    for _ in range(total - sum(strips)):
+        index = max(range(len(tiles)), key=lambda member: tiles[member] / strips[member])
+        strips[index] += 1
+    return strips
 
 
 def count_records(cols: int, strips: int) -> int:

@@ -73,7 +73,7 @@ for rows, cols, cuts in (CASES):
             assert torch.equal(native.cuda_tiled_unpack(matrix).cpu(), weight)
             for tokens in TOKENS:
                 y = x.new_empty(tokens, rows)
-                native.cuda_tiled_spmm(matrix, x[:tokens], bias, y)
+                native.cuda_tiled_spmm(matrix.address, 1, x[:tokens], bias, None, y)
                 assert torch.equal(y.cpu(), exact[:tokens])
 print("all products are right")
 """

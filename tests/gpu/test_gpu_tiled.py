@@ -87,7 +87,7 @@ def test_layout_of_named_matrices(name: str, dtype: torch.dtype) -> None:
         assert tiled.arrange(canonical.pack(weight.to(GPU))) is None
         return
     tiles = -(-len(weight) // 8)
-    for strips in {-(-tiles // 8), choose_strips(len(weight), 7), tiles}:
+    for strips in {-(-tiles // 8), *choose_strips([len(weight)], 7), tiles}:
         matrix, expected = tile(weight, strips), make(weight, strips)
         assert matrix.plan == expected.plan
         assert torch.equal(matrix.data.cpu(), expected.data)
@@ -131,7 +131,8 @@ def test_large_matrices_there_and_back_again(rows: int, cols: int, sparsity: flo
     stored = canonical.pack(weight)
     matrix = tiled.arrange(stored)
     assert matrix is not None
-    assert matrix.plan.strips == choose_strips(rows, torch.cuda.get_device_properties(GPU).multi_processor_count)
+    multiprocessors = torch.cuda.get_device_properties(GPU).multi_processor_count
+    assert [matrix.plan.strips] == choose_strips([rows], multiprocessors)
     assert matrix.data.nbytes <= weight.nbytes
     assert_tiles(matrix, weight)
     assert_same_arrays(matrix.canonical(), stored)
@@ -279,7 +280,8 @@ def test_results_are_not_written_beyond_their_end() -> None:
         for tokens in (1, 3, 9, 17, 33, 70):
             x, size = whole_numbers(tokens, 172), tokens * rows
             around = torch.full((size + 128,), -7.0, dtype=torch.float16, device=GPU)
-            native.cuda_tiled_spmm(matrix, x.to(GPU, torch.float16), None, around[64:-64].view(tokens, rows))
+            y = around[64:-64].view(tokens, rows)
+            native.cuda_tiled_spmm(matrix.address, 1, x.to(GPU, torch.float16), None, None, y)
             assert torch.equal(around[64:-64].view(tokens, rows).double().cpu(), x.double() @ weight.double().T)
             assert (around[:64] == -7).all()
             assert (around[-64:] == -7).all()

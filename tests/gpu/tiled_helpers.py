@@ -34,7 +34,7 @@ def tile(weight: Tensor, strips: int | None = None, device: torch.device = GPU) 
     skip_without_tensor_cores()
     there = weight.to(device)
     matrix = tiled.fill_records(
-        there, *tiled.plan_records(there, strips or choose_strips(len(weight), MULTIPROCESSORS))
+        there, *tiled.plan_records(there, strips or choose_strips([len(weight)], MULTIPROCESSORS)[0])
     )
     torch.cuda.synchronize(device)
     return matrix
