@@ -4,24 +4,28 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from sliced_reference import LOW, random_matrix
 from sliced_reference import make as sliced_group
+from tiled_reference import decode
 from tiled_reference import make as make_tiled
 
-from macko_llm import linear
+from macko_llm import linear, native
 from macko_llm.defaults import LAYOUTS
 from macko_llm.format import MackoMatrix
 from macko_llm.layouts import canonical, choice, sliced, tiled
 from macko_llm.layouts.bitmap import BitmapMatrix
 from macko_llm.layouts.choice import choose
 from macko_llm.layouts.sliced import SlicedMatrix
-from macko_llm.layouts.tiled import TiledMatrix
+from macko_llm.layouts.tiled import TiledGroup, TiledMatrix
+from macko_llm.layouts.tiled_plan import choose_strips
 from macko_llm.linear import MackoLinear, arrange_group, group_of
 from macko_llm.vllm_plugin.product import arrange
 
 ROWS, COLS = 24, 172
+MULTIPROCESSORS = 6
 NEW, OLD = (9, 0), (7, 5)
 
 
@@ -74,8 +78,14 @@ class Gpu:
     capability = NEW
     tiles_suit = True
 
-    def tiled(self, matrix: MackoMatrix) -> TiledMatrix | None:
-        return make_tiled(canonical.unpack(matrix), 2) if self.tiles_suit else None
+    def tiled(self, matrices: Sequence[MackoMatrix]) -> list[TiledMatrix] | None:
+        if not self.tiles_suit:
+            return None
+        strips = choose_strips([matrix.shape[0] for matrix in matrices], MULTIPROCESSORS)
+        return [make_tiled(canonical.unpack(matrix), own) for matrix, own in zip(matrices, strips, strict=True)]
+
+    def unpack_tiles(self, matrix: TiledMatrix) -> torch.Tensor:
+        return torch.from_numpy(decode(matrix.data.numpy(), matrix.plan).view(np.int16)).view(matrix.dtype)
 
     def sliced(self, matrices: Sequence[MackoMatrix]) -> list[SlicedMatrix]:
         weight = torch.cat([canonical.unpack(matrix) for matrix in matrices])
@@ -87,7 +97,10 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
     gpu = Gpu()
     monkeypatch.setattr(MackoLinear, "device_type", "cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: gpu.capability)
-    monkeypatch.setattr(tiled, "arrange", gpu.tiled)
+    properties = SimpleNamespace(multi_processor_count=MULTIPROCESSORS)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(tiled, "arrange_group", gpu.tiled)
+    monkeypatch.setattr(native, "cuda_tiled_unpack", gpu.unpack_tiles)
     monkeypatch.setattr(sliced, "arrange_group", gpu.sliced)
     return gpu
 
@@ -165,17 +178,38 @@ def test_a_layer_that_tiles_do_not_suit_is_sliced(gpu: Gpu) -> None:
 
 
 @pytest.mark.usefixtures("gpu")
-def test_slices_are_shared_by_a_group_and_tiles_are_not() -> None:
-    together = make_layers(3)
-    arrange_group(together)
-    assert group_of(together) is not None
-    apart = make_layers(3, layout="tiled")
-    arrange_group(apart)
-    assert group_of(apart) is None
-    assert len({id(layer.packed.data) for layer in apart}) == 3
-    before = [layer.packed for layer in apart]
-    arrange_group(apart)  # once more is nothing more
-    assert all(layer.packed is packed for layer, packed in zip(apart, before, strict=True))
+def test_a_group_shares_its_slices_but_not_its_tiles() -> None:
+    for layout, buffers, kind in (("sliced", 1, SlicedMatrix), ("tiled", 3, TiledGroup)):
+        layers = make_layers(3, layout=layout)
+        arrange_group(layers)
+        assert isinstance(group_of(layers), kind)
+        assert len({id(layer.packed.data) for layer in layers}) == buffers
+        before = [layer.packed for layer in layers]
+        arrange_group(layers)  # once more is nothing more
+        assert all(layer.packed is packed for layer, packed in zip(layers, before, strict=True))
+
+
+@pytest.mark.usefixtures("gpu")
+def test_tiles_that_were_cut_alone_are_cut_again_for_their_group() -> None:
+    layers = make_layers(3, layout="tiled")
+    for strips, arranged in ((3, [[layer] for layer in layers]), (2, [layers])):
+        for group in arranged:
+            arrange_group(group)
+        assert [layer.packed.plan.strips for layer in layers] == [strips] * 3
+        assert group_of(layers).members == tuple(layer.packed for layer in layers)
+        assert group_of(layers).is_cut_together == (strips == 2)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_tiled_layers_with_other_columns_or_dtypes_are_no_group() -> None:
+    for other in (random_matrix(ROWS, COLS + 64, 0.5, torch.float16), random_matrix(ROWS, COLS, 0.5, torch.bfloat16)):
+        layers = [*make_layers(2, layout="tiled"), MackoLinear.from_matrix(canonical.pack(other))]
+        layers[2].layout = "tiled"
+        for layer in layers:
+            layer.arrange()
+        assert group_of(layers) is None
+        assert group_of(layers[:2]) is not None
+        assert group_of(layers[2:]) is not None
 
 
 @pytest.mark.usefixtures("gpu")

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from sliced_reference import HALVES, patterns, random_matrix
 from tiled_reference import cut_rows, decode, decode_struct, encode_record, make
 
+from macko_llm import native
 from macko_llm.layouts import canonical, tiled
-from macko_llm.layouts.tiled import TILED_SPMM_MAX_TOKENS, TiledMatrix
+from macko_llm.layouts.tiled import TILED_SPMM_MAX_TOKENS, TiledGroup, TiledMatrix
 from macko_llm.layouts.tiled_plan import MAX_COLS, MAX_TILES, TILE_COLUMNS, TILE_ROWS, UNIT_BYTES, choose_strips
 from macko_llm.native import TiledStruct
 
@@ -73,7 +74,7 @@ def test_the_decoder_and_the_struct_read_what_the_encoder_writes(
 @example(1, 132)
 @settings(max_examples=500, deadline=None)
 def test_strips_are_spread_evenly(rows: int, multiprocessors: int) -> None:
-    strips = choose_strips(rows, multiprocessors)
+    (strips,) = choose_strips([rows], multiprocessors)
     cut = cut_rows(rows, strips)
     tiles = [tile for strip in cut for tile in strip]
     assert tiles == [*range(-(-rows // 8))]
@@ -83,26 +84,55 @@ def test_strips_are_spread_evenly(rows: int, multiprocessors: int) -> None:
     assert max(of_each) == -(-len(tiles) // multiprocessors)  # no cut can do with less
 
 
+@given(
+    member_rows=st.lists(st.integers(1, 60) | st.integers(1, 60_000), min_size=1, max_size=4),
+    multiprocessors=st.integers(1, 160),
+)
+@example([4096, 1024, 1024], 132)
+@example([3200, 504, 512], 132)  # the tiles of 132 strips of 4, of which no cut makes more than 131
+@settings(max_examples=500, deadline=None)
+def test_strips_of_several_matrices_suit_all_together(member_rows: list[int], multiprocessors: int) -> None:
+    strips = choose_strips(member_rows, multiprocessors)
+    tiles = [-(-rows // TILE_ROWS) for rows in member_rows]
+    assert all(-(-of_all // MAX_TILES) <= own <= of_all for of_all, own in zip(tiles, strips, strict=True))
+    assert sum(strips) % multiprocessors == 0 or strips == tiles
+    highest = max(-(-of_all // own) for of_all, own in zip(tiles, strips, strict=True))
+    if highest > 1:  # lower ones would be too many
+        assert sum(-(-of_all // (highest - 1)) for of_all in tiles) > sum(strips)
+    averages = [of_all / own for of_all, own in zip(tiles, strips, strict=True)]
+    for average, of_all, own in zip(averages, tiles, strips, strict=True):
+        if own > -(-of_all // highest):  # nobody has a strip that would have been of more use to another
+            assert of_all / (own - 1) >= max(averages)
+            assert average <= highest
+
+
 @pytest.mark.parametrize(
-    ("rows", "strips"),
+    ("member_rows", "strips"),
     [
-        (8, 1),
-        (1024, 128),
-        (4096, 132),
-        (5120, 132),
-        (8192, 2 * 132),
-        (11008, 3 * 132),
-        (28672, 6 * 132),
-        (152064, 18 * 132),
+        ([8], [1]),
+        ([1024], [128]),
+        ([4096], [132]),
+        ([5120], [132]),
+        ([8192], [2 * 132]),
+        ([11008], [3 * 132]),
+        ([28672], [6 * 132]),
+        ([152064], [18 * 132]),
+        ([4096, 4096, 4096], [132, 132, 132]),
+        ([4096, 1024, 1024], [88, 22, 22]),
+        ([3584, 512, 512], [102, 15, 15]),
+        ([11008, 11008], [198, 198]),
+        ([14336, 14336], [3 * 132, 3 * 132]),
+        ([7, 8, 9], [1, 1, 2]),
     ],
 )
-def test_strips_of_an_h100(rows: int, strips: int) -> None:
-    assert choose_strips(rows, 132) == strips
+def test_strips_of_an_h100(member_rows: list[int], strips: list[int]) -> None:
+    assert choose_strips(member_rows, 132) == strips
 
 
 def test_constants_are_those_of_the_library() -> None:
     header, layout = (SOURCES / "macko.h").read_text(), (SOURCES / "cuda" / "tiled.cuh").read_text()
     assert re.search(r"#define MACKO_TILED_MAX_COLS (\d+)", header).group(1) == str(MAX_COLS)
+    assert re.search(r"#define MACKO_TILED_MEMBERS (\d+)", header).group(1) == str(native.TILED_MEMBERS)
     assert f"kTileRows = {TILE_ROWS}, kTileColumns = {TILE_COLUMNS};" in layout
     assert f"kRecordAlignment = {UNIT_BYTES};" in layout
     assert f"kMaxTiles = {MAX_TILES};" in layout
@@ -147,6 +177,25 @@ def test_copies_have_a_struct_of_their_own(remake: Callable[[TiledMatrix], Tiled
     assert fields(twin)["records"] == twin.data.data_ptr() != matrix.data.data_ptr()
     assert np.array_equal(decode_struct(twin), decode_struct(matrix))
     assert fields(matrix) == before
+
+
+def test_a_group_is_its_members_structs_one_behind_the_other() -> None:
+    members = [make(random_matrix(rows, 172, 0.5, torch.float16), 1) for rows in (37, 7, 64)]
+    group = TiledGroup.of(members)
+    for held in (group, copy.deepcopy(group)):
+        assert len(held.structs) == 3
+        for struct, member in zip(held.structs, held.members, strict=True):
+            assert {name: getattr(struct, name) for name, _ in TiledStruct._fields_} == fields(member)
+    assert (group.dtype, group.few_tokens(torch.float16)) == (torch.float16, TILED_SPMM_MAX_TOKENS)
+    assert TiledGroup.of(members[:1]).members == (members[0],)
+
+
+def test_what_makes_no_group() -> None:
+    matrix = make(random_matrix(37, 172, 0.5, torch.float16), 1)
+    assert TiledGroup.of([matrix] * native.TILED_MEMBERS) is not None
+    assert TiledGroup.of([matrix] * (native.TILED_MEMBERS + 1)) is None
+    for other in (random_matrix(37, 173, 0.5, torch.float16), random_matrix(37, 172, 0.5, torch.bfloat16)):
+        assert TiledGroup.of([matrix, make(other, 1)]) is None
 
 
 def test_fakes_have_the_shapes_and_dtypes_of_products() -> None:

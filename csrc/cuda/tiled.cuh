@@ -89,11 +89,7 @@ struct TiledGroup {
     for (int i = 0; i < count; i++) {
       const macko_tiled& matrix = matrices[i];
       if (matrix.rows == 0) continue;
-      members[used++] = {static_cast<const uint8_t*>(matrix.records),
-                         matrix.starts,
-                         strips,
-                         rows,
-                         matrix.rows,
+      members[used++] = {static_cast<const uint8_t*>(matrix.records), matrix.starts, strips, rows, matrix.rows,
                          StripCuts(matrix.rows, matrix.strips)};
       record_bytes = std::max(record_bytes, matrix.record_bytes);
       strips += matrix.strips;

@@ -1,6 +1,6 @@
-// y = x W^T + bias + residual for 1 to 32 tokens from the tiled layout, on tensor cores. A block takes a strip, and each
-// of its warps a share of the strip's records, which come into shared memory through a ring of the warp's own; at the
-// end the warps' sums are added up.
+// y = x W^T + bias + residual for 1 to 32 tokens from the tiled layout, on tensor cores. A block takes a strip, and
+// each of its warps a share of the strip's records, which come into shared memory through a ring of the warp's own; at
+// the end the warps' sums are added up.
 #pragma once
 
 #include <algorithm>
@@ -186,11 +186,11 @@ struct SpmmConfig {
 template <typename T, typename Config>
 __global__ void __launch_bounds__(Config::Threads, Config::Blocks)
     spmm_strips(const __grid_constant__ TiledGroup group,  // its strips have at most Config::Tiles tiles
-                const T* x,         // [tokens, cols rounded up to 8] at a multiple of 16
-                const T* bias,      // [rows], or null
-                const T* residual,  // [tokens, rows], or null
-                T* y,               // out: [tokens, rows]; may be the residual
-                int tokens) {       // at most Config::Tokens
+                const T* x,                                // [tokens, cols rounded up to 8] at a multiple of 16
+                const T* bias,                             // [rows], or null
+                const T* residual,                         // [tokens, rows], or null
+                T* y,                                      // out: [tokens, rows]; may be the residual
+                int tokens) {                              // at most Config::Tokens
 #if __CUDA_ARCH__ >= 800
   extern __shared__ __align__(128) unsigned char shared_bytes[];
   __shared__ __align__(8) uint64_t barriers[Config::Warps * Config::Slots];

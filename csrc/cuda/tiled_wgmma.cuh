@@ -158,11 +158,11 @@ __device__ __forceinline__ void expand_pair(uint32_t head_at, uint32_t values, c
 template <typename T, typename Config>
 __global__ void __cluster_dims__(Config::Ranks) __launch_bounds__(Config::Threads, 1)
     spmm_groups(const __grid_constant__ TiledGroup group,  // its strips have at most Config::Tiles tiles
-                const T* x,         // [tokens, cols rounded up to 8] at a multiple of 16
-                const T* bias,      // [rows], or null
-                const T* residual,  // [tokens, rows], or null
-                T* y,               // out: [tokens, rows]; may be the residual
-                int tokens) {       // at most Config::Tokens
+                const T* x,                                // [tokens, cols rounded up to 8] at a multiple of 16
+                const T* bias,                             // [rows], or null
+                const T* residual,                         // [tokens, rows], or null
+                T* y,                                      // out: [tokens, rows]; may be the residual
+                int tokens) {                              // at most Config::Tokens
   extern __shared__ __align__(128) unsigned char shared_bytes[];
   __shared__ __align__(8) uint64_t barriers[Config::Parts * Config::Strips * Config::Slots];
   __shared__ StripRows rows_of_strips[Config::Strips];
