@@ -23,9 +23,13 @@ from torch import Tensor
 
 from macko_llm import native_decode
 from macko_llm.dtypes import CODES
+from macko_llm.engines import products
+from macko_llm.engines.products import make_product
 from macko_llm.errors import NativeError
 from macko_llm.layouts import canonical
+from macko_llm.layouts.choice import TILED_CAPABILITY
 from macko_llm.layouts.sliced import SlicedMatrix
+from macko_llm.layouts.tiled import TiledGroup
 from macko_llm.linear import MackoLinear, arrange_group, group_of
 from macko_llm.native_decode import Attention, Dense, Input
 
@@ -89,19 +93,26 @@ def test_dense_products_refuse_what_they_cannot_read(cuda: torch.device) -> None
         native_decode.dense_gemv(Dense.of([zeros(cuda, 4, 16)], [None]), x, Input.plain(), None, y)
 
 
-def packed_group(
+def pruned_weights(
     generator: torch.Generator, rows: tuple[int, ...], cols: int, dtype: torch.dtype, sparsity: float
-) -> tuple[SlicedMatrix, Tensor]:
-    """A sliced group and its dense weight."""
+) -> list[Tensor]:
     weights = []
     for count in rows:
         weight = normal(generator, count, cols, dtype=dtype, scale=0.1)
         scores = torch.rand(weight.shape, device=weight.device, generator=generator)
         weights.append(weight.scatter(1, scores.topk(int(cols * sparsity)).indices, 0))
+    return weights
+
+
+def packed_group(
+    generator: torch.Generator, rows: tuple[int, ...], cols: int, dtype: torch.dtype, sparsity: float
+) -> tuple[SlicedMatrix, Tensor]:
+    """A sliced group and its dense weight."""
+    weights = pruned_weights(generator, rows, cols, dtype, sparsity)
     layers = [MackoLinear.from_matrix(canonical.pack(weight)) for weight in weights]
     arrange_group(layers)
     group = group_of(layers)
-    assert group is not None
+    assert isinstance(group, SlicedMatrix)
     return group, torch.cat(weights)
 
 
@@ -145,6 +156,51 @@ def test_packed_products_of_several_tokens_add_a_residual_but_transform_nothing(
     assert_product(y, x, weight, None, residual)
     with pytest.raises(NativeError):
         native_decode.sliced_spmv(matrix, x, Input.rms_norm(x[0], EPSILON), None, None, y)
+
+
+@pytest.mark.parametrize("texts", [1, 2, 8, 20, 64])
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize(("cols", "rows"), [(1024, (512, 128, 128)), (1024, (700, 700)), (2048, (1024,))])
+def test_tiled_layers_are_one_product(
+    generator: torch.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+    cols: int,
+    rows: tuple[int, ...],
+    transform: str,
+    dtype: torch.dtype,
+    texts: int,
+) -> None:
+    if torch.cuda.get_device_capability(generator.device) < TILED_CAPABILITY:
+        pytest.skip("this GPU multiplies no tiles")
+    weights = pruned_weights(generator, rows, cols, dtype, 0.5)
+    biases = [normal(generator, count, dtype=dtype) if index == 0 else None for index, count in enumerate(rows)]
+    layers = [MackoLinear.from_matrix(canonical.pack(w), own) for w, own in zip(weights, biases, strict=True)]
+    for layer in layers:
+        layer.layout = "tiled"
+    arrange_group(layers)
+    assert isinstance(group_of(layers), TiledGroup)
+    norm, x = normal(generator, cols, dtype=dtype), x_for(transform, generator, texts, cols, dtype)
+    how, clean, residual = make_input(transform, norm), x, normal(generator, texts, sum(rows), dtype=dtype)
+    if transform != "plain":
+        clean = torch.empty(texts, cols, dtype=dtype, device=x.device)
+        native_decode.apply_transform(how, x, clean)
+    by_modules = torch.empty_like(residual)
+    products._multiply_with_modules(layers, clean, by_modules, residual)
+
+    def never(*_: object) -> None:
+        raise AssertionError("layer by layer")
+
+    monkeypatch.setattr(products, "_multiply_with_modules", never)
+    multiply, bias = make_product(layers, how, texts, dtype), products._joined_bias(layers, dtype)
+    for added in (None, residual):
+        y = torch.full_like(residual, torch.nan)
+        multiply(x, y, added)
+        assert_product(y, clean, torch.cat(weights), bias, added)
+    assert (y.double() - by_modules.double()).norm() <= torch.finfo(dtype).eps * by_modules.double().norm()
+    in_place = residual.clone()
+    multiply(x, in_place, in_place)
+    assert torch.equal(in_place, y)
 
 
 @pytest.mark.parametrize("dtype", HALVES)

@@ -24,10 +24,11 @@ from macko_llm.engines.fused_step import FusedStep
 from macko_llm.engines.transformers_step import TransformersStep
 from macko_llm.layouts import canonical
 from macko_llm.layouts.choice import TILED_CAPABILITY
-from macko_llm.layouts.tiled import TiledMatrix
-from macko_llm.linear import MackoLinear
+from macko_llm.layouts.tiled import TiledGroup
+from macko_llm.linear import arrange_group, group_of
 from macko_llm.loading import load
 from macko_llm.sampling import GREEDY, NOT_FINITE, Sampling
+from macko_llm.transformers_integration import layer_groups
 from tools.stories.stories import HELD_OUT_SEED, story_text
 
 pytestmark = pytest.mark.usefixtures("kernels", "no_fallback")
@@ -310,15 +311,18 @@ def test_linears_that_are_no_group_are_multiplied_one_by_one(cuda: torch.device)
     assert share_of_best(model, PROMPTS[0], text) > 0.9
 
 
-@pytest.mark.parametrize("texts", [1, 3])
-def test_tiled_layers_are_multiplied_one_by_one(cuda: torch.device, texts: int) -> None:
+@pytest.mark.parametrize("texts", [1, 3, 21])
+@pytest.mark.parametrize("name", ["llama", "llama, every head its own keys, biases"])
+def test_tiled_layers_are_multiplied_by_one_kernel(cuda: torch.device, name: str, texts: int) -> None:
     if torch.cuda.get_device_capability(cuda) < TILED_CAPABILITY:
         pytest.skip("this GPU multiplies no tiles")
-    model = make_model("llama, every head its own keys, biases", torch.float16, cuda, packed=True)
-    for layer in [module for module in model.modules() if isinstance(module, MackoLinear)]:
-        layer.restore()
-        layer.layout = "tiled"
-        layer.arrange()
-        assert isinstance(layer.packed, TiledMatrix)
-    found = run(fused(model), PROMPTS[:texts], 40)
-    assert min(share_of_best(model, *pair) for pair in zip(PROMPTS, found, strict=False)) > 0.9
+    model = make_model(name, torch.float16, cuda, packed=True)
+    for group in layer_groups(model):
+        for layer in group.values():
+            layer.restore()
+            layer.layout = "tiled"
+        arrange_group(list(group.values()))
+        assert isinstance(group_of(list(group.values())), TiledGroup)
+    prompts = (PROMPTS * 7)[:texts]
+    found = run(fused(model), prompts, 40)
+    assert min(share_of_best(model, *pair) for pair in zip(prompts, found, strict=True)) > 0.9

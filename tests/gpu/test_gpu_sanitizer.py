@@ -75,6 +75,9 @@ for rows, cols, cuts in (CASES):
                 y = x.new_empty(tokens, rows)
                 native.cuda_tiled_spmm(matrix.address, 1, x[:tokens], bias, None, y)
                 assert torch.equal(y.cpu(), exact[:tokens])
+                y = x.new_zeros(tokens, 2 * rows)
+                tiled.TiledGroup.of([matrix, matrix]).multiply(x[:tokens], bias.repeat(2), y, y)
+                assert torch.equal(y.cpu(), exact[:tokens].repeat(1, 2))
 print("all products are right")
 """
 
