@@ -105,12 +105,15 @@ struct TiledGroup {
     return most;
   }
 
-  // Whose strip this is.
-  __device__ __forceinline__ const Member& member_of(int strip) const {
-    int member = 0;
+  // Whose strip this is. Chosen, not indexed: compilers then keep what comes of an index in other registers than loops
+  // need it in.
+  __device__ __forceinline__ Member member_of(int strip) const {
+    Member member = members[0];
 #pragma unroll
-    for (int i = 1; i < MACKO_TILED_MEMBERS; i++) member += strip >= members[i].first_strip ? 1 : 0;
-    return members[member];
+    for (int i = 1; i < MACKO_TILED_MEMBERS; i++) {
+      if (strip >= members[i].first_strip) member = members[i];
+    }
+    return member;
   }
 };
 
