@@ -199,7 +199,7 @@ __global__ void __launch_bounds__(Config::Threads, Config::Blocks)
   const int part = warp % Config::Parts, panels = panels_of(group.cols);
   const int strip_index = blockIdx.x * Config::Strips + warp / Config::Parts;
   const bool has_strip = Config::Strips == 1 || strip_index < group.strips;
-  const TiledGroup::Member& member = group.member_of(strip_index);
+  const TiledGroup::Member member = group.member_of(strip_index);
   const int of_member = strip_index - member.first_strip;
   Strip strip = {0, 0};
   if (has_strip) strip = member.cuts.strip(of_member);

@@ -172,7 +172,7 @@ __global__ void __cluster_dims__(Config::Ranks) __launch_bounds__(Config::Thread
   const int which = in_part / Config::WarpsOfStrip, sub = in_part % Config::WarpsOfStrip;
   const int rank = blockIdx.x % Config::Ranks, first_strip = blockIdx.x / Config::Ranks * Config::Strips;
   const bool has_strip = which < Config::Strips && first_strip + which < group.strips;
-  const TiledGroup::Member& member = group.member_of(first_strip + which);
+  const TiledGroup::Member member = group.member_of(first_strip + which);
   const int of_member = first_strip + which - member.first_strip;
   Strip strip = {0, 0};
   if (has_strip) strip = member.cuts.strip(of_member);
