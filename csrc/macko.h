@@ -292,10 +292,18 @@ MACKO_API macko_status macko_cuda_tiled_spmm(const macko_tiled* matrices,
                                                                     // a multiple of 16, finite behind the columns
                                              const void* bias,      // [all rows] of value_dtype, or null
                                              const void* residual,  // [tokens, all rows] of value_dtype, or null
-                                             void* y,         // out: [tokens, all rows] of value_dtype; may be the
-                                                              // residual
+                                             void* y,  // out: [tokens, all rows] of value_dtype; may be the residual
+                                             void* workspace,  // at a multiple of 128, or null; after the call only
+                                                               // kernels of the stream may write to it
+                                             int64_t workspace_bytes,
                                              int64_t tokens,  // rows of x
                                              int32_t device, void* stream);
+
+// Bytes of the workspace with which the product of more than MACKO_TILED_FEW_TOKENS tokens is fastest. With less, it
+// takes them a few at a time.
+#define MACKO_TILED_FEW_TOKENS 64
+MACKO_API macko_status macko_cuda_tiled_workspace(const macko_tiled* matrices, int32_t members, int64_t tokens,
+                                                  int32_t device, int64_t* bytes);
 
 // What becomes of x before a product of one token, rounded as transformers' eager Llama rounds it.
 typedef enum macko_transform {

@@ -6,6 +6,7 @@ import os
 import platform
 import sys
 import warnings
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import NoReturn, Protocol
@@ -57,8 +58,9 @@ _CUDA_SIGNATURES: dict[str, list[type]] = {
     "macko_cuda_tiled_pack": [_POINTER, _POINTER, _INT32, _POINTER],
     "macko_cuda_tiled_unpack": [_POINTER, _POINTER, _INT32, _POINTER],
     "macko_cuda_tiled_spmm": [
-        _POINTER, _INT32, _POINTER, _POINTER, _POINTER, _POINTER, _INT64, _INT32, _POINTER,
+        _POINTER, _INT32, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _INT64, _INT64, _INT32, _POINTER,
     ],
+    "macko_cuda_tiled_workspace": [_POINTER, _INT32, _INT64, _INT32, _POINTER],
     "macko_cuda_dense_gemv": [_POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _INT32, _POINTER],
     "macko_cuda_transform": [_POINTER, _POINTER, _POINTER, _INT64, _INT64, _INT32, _INT32, _POINTER],
     "macko_cuda_begin_token": [
@@ -71,6 +73,8 @@ CPU_VARIABLE = "MACKO_CPU"
 """The environment variable that holds the CPU to a lesser set of instructions than it has, for measurements."""
 INSTRUCTIONS = ("portable", "neon") if platform.machine() in ("aarch64", "arm64") else ("portable", "avx2", "avx512")
 """Those sets that this architecture may have, by their macko_instructions."""
+TILED_FEW_TOKENS = 64
+"""MACKO_TILED_FEW_TOKENS: with more, the product on tiles may want a workspace."""
 TILED_MEMBERS = 4
 """MACKO_TILED_MEMBERS: tiled matrices that one product takes at most."""
 _COLUMNS_OF_X = 8  # each row of x for tiles has a multiple of these
@@ -121,8 +125,16 @@ class StripsStruct(ctypes.Structure):
     )
 
 
-def address_of(struct: ctypes.Structure) -> int:
-    """Where a struct lies in memory; it must outlive whoever is told."""
+TiledStructs = ctypes.Array[TiledStruct]
+
+
+def tiled_structs(structs: Sequence[TiledStruct]) -> TiledStructs:
+    """Copies of them, one behind the other."""
+    return (TiledStruct * len(structs))(*structs)
+
+
+def address_of(struct: ctypes.Structure | TiledStructs) -> int:
+    """Where a struct or several lie in memory; they must outlive whoever is told."""
     return ctypes.addressof(struct)
 
 
@@ -596,6 +608,9 @@ def cuda_tiled_spmm(
     if cols % _COLUMNS_OF_X:
         x = F.pad(x, (0, -cols % _COLUMNS_OF_X))
     x = _aligned_tensor(x)
+    workspace = None
+    if tokens > TILED_FEW_TOKENS:
+        workspace = _tiled_workspace(structs, members, tokens, x.device)
     status = library().macko_cuda_tiled_spmm(
         structs,
         members,
@@ -603,12 +618,21 @@ def cuda_tiled_spmm(
         None if bias is None else bias.data_ptr(),
         None if residual is None else residual.data_ptr(),
         y.data_ptr(),
+        None if workspace is None else workspace.data_ptr(),
+        0 if workspace is None else workspace.numel(),
         tokens,
         device,
         _raw_stream(device),
     )
     if status != 0:
         _raise("macko_cuda_tiled_spmm", status)
+
+
+def _tiled_workspace(structs: int, members: int, tokens: int, device: torch.device) -> torch.Tensor | None:
+    """In which the product of so many tokens is fastest; None where it wants none."""
+    nbytes = _INT64()
+    _call("macko_cuda_tiled_workspace", structs, members, tokens, device.index, ctypes.addressof(nbytes))
+    return torch.empty(nbytes.value, dtype=torch.uint8, device=device) if nbytes.value else None
 
 
 def check_spmv(x: torch.Tensor, data: torch.Tensor, bias: torch.Tensor | None, rows: int) -> None:

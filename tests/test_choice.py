@@ -159,7 +159,7 @@ def test_vllm_s_number_of_sequences_decides_nothing_on_a_cpu() -> None:
     assert {type(arrange(matrix, sequences)) for sequences in (1, 3, 256)} == {BitmapMatrix}
 
 
-@pytest.mark.parametrize(("capability", "most"), [((8, 0), 64), ((9, 0), 128), ((10, 0), 64), ((12, 0), 64)])
+@pytest.mark.parametrize(("capability", "most"), [((8, 0), 64), ((9, 0), 1024), ((10, 0), 64), ((12, 0), 64)])
 def test_more_than_64_tokens_are_multiplied_packed_on_hopper_alone(
     gpu: Gpu, capability: tuple[int, int], most: int
 ) -> None:

@@ -69,4 +69,23 @@ cudaError_t launch_overlapping(void (*kernel)(Parameters...), dim3 grid, int thr
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
+// The same in clusters of so many blocks, on sm_90 or newer.
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch_overlapping_clusters(void (*kernel)(Parameters...), int blocks, int cluster, int threads,
+                                        int64_t shared_bytes, cudaStream_t stream, Arguments... arguments) {
+  cudaLaunchAttribute attributes[2];
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = blocks;
+  config.blockDim = threads;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs = 2;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
 }  // namespace macko

@@ -52,11 +52,6 @@ __device__ __forceinline__ void for_own_pairs(int cols, int threads, const Body&
   });
 }
 
-template <typename T>
-__device__ __forceinline__ uint32_t pack_pair(float first, float second) {
-  return bits_of(from_float<T>(first)) | static_cast<uint32_t>(bits_of(from_float<T>(second))) << 16;
-}
-
 // The part that needs no other kernel's result: the norm's weight goes to shared memory. `other` [cols] is where the
 // transform's second operand waits.
 template <typename T>

@@ -60,6 +60,12 @@ __device__ inline float2 pair_to_float<__nv_bfloat16>(uint32_t word) {
   return make_float2(__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u));
 }
 
+// Back again, rounded.
+template <typename T>
+__device__ __forceinline__ uint32_t pack_pair(float first, float second) {
+  return bits_of(from_float<T>(first)) | static_cast<uint32_t>(bits_of(from_float<T>(second))) << 16;
+}
+
 // Nonzero if a value of this word, one float or two 16-bit ones, is NaN or infinite: its exponent's bits are all ones.
 template <typename T>
 __device__ uint32_t not_finite(uint32_t word);

@@ -426,6 +426,34 @@ cudaError_t launch_spmm_some(const SpmmCall& call, const SpmmGpu& gpu, int token
   return launch(SpmmConfig<1, 4, 8, Eights, 2, 1, false>());
 }
 
+#ifdef MACKO_SM90A
+// How many tokens are multiplied at once in a workspace; without a need for one where few tokens are faster, or where
+// they cannot.
+template <typename T>
+cudaError_t plan_spmm(const SpmmCall& call, const SpmmGpu& gpu, int64_t tokens, ManyPlan* plan) {
+  *plan = {};
+  if (gpu.major != 9 || tokens <= MACKO_TILED_FEW_TOKENS || tokens > INT_MAX) return cudaSuccess;
+  const auto make = std::is_same_v<T, __half> ? plan_many_fp16 : plan_many_bf16;
+  return make(call, gpu.multiprocessors, static_cast<int>(tokens), plan);
+}
+#endif
+
+// Bytes of the workspace in which so many tokens are multiplied fastest.
+template <typename T>
+cudaError_t ask_workspace(const SpmmCall& call, int64_t tokens, int64_t* bytes) {
+  *bytes = 0;
+#ifdef MACKO_SM90A
+  SpmmGpu gpu;
+  ManyPlan plan;
+  cudaError_t error = ask_gpu(call.device, &gpu);
+  if (error == cudaSuccess) error = plan_spmm<T>(call, gpu, tokens, &plan);
+  if (error == cudaSuccess) *bytes = plan.workspace_bytes;
+  return error;
+#else
+  return cudaSuccess;
+#endif
+}
+
 // All tokens, as many at a time as a block takes.
 template <typename T>
 cudaError_t launch_spmm(SpmmCall call, int64_t tokens) {
@@ -434,6 +462,13 @@ cudaError_t launch_spmm(SpmmCall call, int64_t tokens) {
   const cudaError_t unknown = ask_gpu(call.device, &gpu);
   if (unknown != cudaSuccess) return unknown;
 #ifdef MACKO_SM90A
+  ManyPlan plan;
+  const cudaError_t unplanned = plan_spmm<T>(call, gpu, tokens, &plan);
+  if (unplanned != cudaSuccess) return unplanned;
+  if (plan.workspace_bytes > 0 && plan.workspace_bytes <= call.workspace_bytes) {
+    const auto launch = std::is_same_v<T, __half> ? launch_many_fp16 : launch_many_bf16;
+    return launch(call, plan, static_cast<int>(tokens));
+  }
   if (gpu.major == 9 && tokens > 16) {
     const auto launch = std::is_same_v<T, __half> ? launch_groups_fp16 : launch_groups_bf16;
     return launch(call, gpu.multiprocessors, gpu.shared_bytes, tokens);

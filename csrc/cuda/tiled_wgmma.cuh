@@ -1,4 +1,4 @@
-// y = x W^T + bias + residual for many tokens from the tiled layout, on Hopper's warpgroups (sm_90a).
+// y = x W^T + bias + residual for 17 to 64 tokens from the tiled layout, on Hopper's warpgroups (sm_90a).
 //
 // mma.sync reads x from registers, which costs every warp as many loads as it has tokens; wgmma reads it from shared
 // memory by itself, for the 64 rows of four warps at once. So each warp expands its tiles into registers as for a few
@@ -9,51 +9,14 @@
 #include <cooperative_groups.h>
 
 #include <algorithm>
-#include <type_traits>
 
 #include "cuda/dependent_launch.cuh"
 #include "cuda/scalar.cuh"
 #include "cuda/spmm_call.h"
 #include "cuda/tiled_ring.cuh"
+#include "cuda/wgmma.cuh"
 
 namespace macko {
-
-constexpr int kGroupWarps = 4, kGroupThreads = kGroupWarps * kWarpSize;
-
-// The operands of wgmma, by the number of tokens: results, and their places in the instruction.
-#define MACKO_F4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define MACKO_F8(d, i) MACKO_F4(d, i), MACKO_F4(d, i + 4)
-#define MACKO_F16(d, i) MACKO_F8(d, i), MACKO_F8(d, i + 8)
-#define MACKO_F32(d, i) MACKO_F16(d, i), MACKO_F16(d, i + 16)
-#define MACKO_R8 "%0,%1,%2,%3,%4,%5,%6,%7"
-#define MACKO_R16 MACKO_R8 ",%8,%9,%10,%11,%12,%13,%14,%15"
-#define MACKO_R32 MACKO_R16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-#define MACKO_R64                                                                                             \
-  MACKO_R32                                                                                                   \
-  ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57," \
-  "%58,%59,%60,%61,%62,%63"
-#define MACKO_WGMMA(tokens, type, results, operands, a0, a1, a2, a3, b)                                               \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n" #tokens "k16.f32." type "." type " {" results "}, {%" #a0 ",%" #a1 \
-               ",%" #a2 ",%" #a3 "}, %" #b ", 1, 1, 1, 0;"                                                            \
-               : operands                                                                                             \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(x))
-#define MACKO_WGMMA_OF(type)                                                                         \
-  if constexpr (Tokens == 32) MACKO_WGMMA(32, type, MACKO_R16, MACKO_F16(d, 0), 16, 17, 18, 19, 20); \
-  if constexpr (Tokens == 64) MACKO_WGMMA(64, type, MACKO_R32, MACKO_F32(d, 0), 32, 33, 34, 35, 36); \
-  if constexpr (Tokens == 128)                                                                       \
-  MACKO_WGMMA(128, type, MACKO_R64, MACKO_F32(d, 0) MACKO_COMMA MACKO_F32(d, 32), 64, 65, 66, 67, 68)
-#define MACKO_COMMA ,
-
-// d += W x^T of 64 rows, 16 columns and these tokens: a lane's units of two tiles, and what describes x in shared
-// memory.
-template <typename T, int Tokens>
-__device__ __forceinline__ void multiply_group(float (&d)[Tokens / 2], const uint32_t (&a)[4], uint64_t x) {
-  if constexpr (std::is_same_v<T, __half>) {
-    MACKO_WGMMA_OF("f16");
-  } else {
-    MACKO_WGMMA_OF("bf16");
-  }
-}
 
 // Shape of a block, fixed when it is compiled.
 template <int Strips_, int WarpsOfStrip_, int Parts_, int Tiles_, int Tokens_, int Ranks_>
@@ -77,11 +40,8 @@ struct GroupConfig {
   static constexpr int PanelTokens = PartWarps * 4;  // tokens of a panel that the warps of a part load at once
   static constexpr int Loads = (Tokens + PanelTokens - 1) / PanelTokens;
 
-  // Whether a warp expands the next panel while tensor cores are at this one, for which fewer warps have registers:
-  // slower than to wait for them, unless that takes long.
-  static constexpr bool Ahead = Tokens == 128;
-  static constexpr int PanelSlots = Ahead ? 3 : 2;
-  static constexpr int Buffers = Ahead || Pairs > 1 ? 2 : 1;  // of expanded tiles
+  static constexpr int PanelSlots = 2;
+  static constexpr int Buffers = Pairs > 1 ? 2 : 1;  // of expanded tiles
 
   // Records and panels, then the sums in their place.
   static constexpr int64_t shared_bytes(int64_t record_bytes) {
@@ -206,48 +166,43 @@ __global__ void __cluster_dims__(Config::Ranks) __launch_bounds__(Config::Thread
   int panel_slot = 0, slot = 0;
   uint32_t round = 0;
 #pragma unroll 1
-  for (int done = 0; done < count;) {
-    // Two turns at once where they use the buffers in turn; else slower.
+  for (int done = 0; done < count; done++) {
+    asm volatile("bar.sync %0, %1;" ::"r"(part + 1), "n"(Config::PartWarps * kWarpSize) : "memory");
+    if (done > 0) ring.fetch(slot == 0 ? kRing - 1 : slot - 1);
+    const uint64_t panel = kDescription | ((columns_at + panel_slot * Config::PanelBytes) & 0x3ffffu) >> 4;
+    panel_slot = panel_slot + 1 == Config::PanelSlots ? 0 : panel_slot + 1;
+    columns.store(panel_slot);
+    columns.load();
+    uint32_t record = 0;
+    if (strip.count > 0) record = ring.wait(slot, round);
+    uint32_t values = record + strip.count * kHeadBytes;
+    asm volatile("" : "+r"(values));  // or it is worked out anew for each pair
 #pragma unroll
-    for (int turn = 0; turn < (Config::Ahead ? 2 : 1); turn++, done++) {
-      if (turn > 0 && done >= count) break;
-      asm volatile("bar.sync %0, %1;" ::"r"(part + 1), "n"(Config::PartWarps * kWarpSize) : "memory");
-      if (done > 0) ring.fetch(slot == 0 ? kRing - 1 : slot - 1);
-      const uint64_t panel = kDescription | ((columns_at + panel_slot * Config::PanelBytes) & 0x3ffffu) >> 4;
-      panel_slot = panel_slot + 1 == Config::PanelSlots ? 0 : panel_slot + 1;
-      columns.store(panel_slot);
-      columns.load();
-      uint32_t record = 0;
-      if (strip.count > 0) record = ring.wait(slot, round);
-      uint32_t values = record + strip.count * kHeadBytes;
-      asm volatile("" : "+r"(values));  // or it is worked out anew for each pair
+    for (int k = 0; k < Config::Pairs; k++) {
+      const int pair = k * Config::WarpsOfStrip + sub, buffer = k % Config::Buffers;
+      const int tiles = strip.count - 2 * pair;
+      const uint32_t head = record + pair * 2 * kHeadBytes;
+      if (tiles > 1) {
+        expand_pair<2>(head, values, own, a[buffer]);
+      } else {
 #pragma unroll
-      for (int k = 0; k < Config::Pairs; k++) {
-        const int pair = k * Config::WarpsOfStrip + sub, buffer = (turn * Config::Pairs + k) % Config::Buffers;
-        const int tiles = strip.count - 2 * pair;
-        const uint32_t head = record + pair * 2 * kHeadBytes;
-        if (tiles > 1) {
-          expand_pair<2>(head, values, own, a[buffer]);
-        } else {
-#pragma unroll
-          for (int i = 0; i < kSteps * 4; i++) a[buffer][i / 4][i % 4] = 0;
-          if (tiles > 0) expand_pair<1>(head, values, own, a[buffer]);
-        }
-        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-#pragma unroll
-        for (int step = 0; step < kSteps; step++) {
-          constexpr int kStepBytes = 2 * Config::EightBytes;
-          multiply_group<T, Config::Tokens>(sums[k], a[buffer][step],
-                                            panel + (step / 2 * Config::HalfBytes + step % 2 * kStepBytes) / 16);
-        }
-        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-        asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Config::Buffers - 1) : "memory");
+        for (int i = 0; i < kSteps * 4; i++) a[buffer][i / 4][i % 4] = 0;
+        if (tiles > 0) expand_pair<1>(head, values, own, a[buffer]);
       }
-      if (!Config::Ahead) asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-      if (++slot == kRing) {
-        slot = 0;
-        round++;
+      asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+      for (int step = 0; step < kSteps; step++) {
+        constexpr int kStepBytes = 2 * Config::EightBytes;
+        multiply_group<T, Config::Tokens>(sums[k], a[buffer][step],
+                                          panel + (step / 2 * Config::HalfBytes + step % 2 * kStepBytes) / 16);
       }
+      asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+      asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Config::Buffers - 1) : "memory");
+    }
+    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+    if (++slot == kRing) {
+      slot = 0;
+      round++;
     }
   }
   asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
@@ -327,20 +282,17 @@ cudaError_t launch_groups_some(const SpmmCall& call, int multiprocessors, int sh
   const TiledGroup& group = *call.group;
   const int tiles = group.most_tiles();
   const int of_each = (group.strips + multiprocessors - 1) / multiprocessors;  // strips of a multiprocessor
-  constexpr bool kMany = Tokens == 128;
   if (of_each == 1) {
-    if (tiles <= 4)
-      return launch_groups_config<T, GroupConfig<2, 2, kMany ? 3 : 4, 4, Tokens, 2>>(call, shared_bytes, tokens);
-    if (tiles <= 6)
-      return launch_groups_config<T, GroupConfig<2, 2, kMany ? 2 : 3, 6, Tokens, 2>>(call, shared_bytes, tokens);
+    if (tiles <= 4) return launch_groups_config<T, GroupConfig<2, 2, 4, 4, Tokens, 2>>(call, shared_bytes, tokens);
+    if (tiles <= 6) return launch_groups_config<T, GroupConfig<2, 2, 3, 6, Tokens, 2>>(call, shared_bytes, tokens);
   }
   if (of_each == 2 && tiles <= 4) {
-    return launch_groups_config<T, GroupConfig<4, 2, kMany ? 1 : 2, 4, Tokens, 2>>(call, shared_bytes, tokens);
+    return launch_groups_config<T, GroupConfig<4, 2, 2, 4, Tokens, 2>>(call, shared_bytes, tokens);
   }
   if (tiles <= 4) {
-    return launch_groups_config<T, GroupConfig<6, 2, kMany ? 1 : 2, 4, Tokens, 2>>(call, shared_bytes, tokens);
+    return launch_groups_config<T, GroupConfig<6, 2, 2, 4, Tokens, 2>>(call, shared_bytes, tokens);
   }
-  return launch_groups_config<T, GroupConfig<3, 4, kMany ? 1 : 2, 8, Tokens, 1>>(call, shared_bytes, tokens);
+  return launch_groups_config<T, GroupConfig<3, 4, 2, 8, Tokens, 1>>(call, shared_bytes, tokens);
 }
 
 // All tokens, as many at a time as a block takes.
@@ -348,10 +300,9 @@ template <typename T>
 cudaError_t launch_groups(SpmmCall call, int multiprocessors, int shared_bytes, int64_t tokens) {
   const int64_t width = (int64_t{call.group->cols} + 7) / 8 * 8, rows = call.group->rows;
   while (tokens > 0) {
-    const int now = static_cast<int>(std::min<int64_t>(tokens, 128));
-    const cudaError_t error = now > 64   ? launch_groups_some<T, 128>(call, multiprocessors, shared_bytes, now)
-                              : now > 32 ? launch_groups_some<T, 64>(call, multiprocessors, shared_bytes, now)
-                                         : launch_groups_some<T, 32>(call, multiprocessors, shared_bytes, now);
+    const int now = static_cast<int>(std::min<int64_t>(tokens, 64));
+    const cudaError_t error = now > 32 ? launch_groups_some<T, 64>(call, multiprocessors, shared_bytes, now)
+                                       : launch_groups_some<T, 32>(call, multiprocessors, shared_bytes, now);
     if (error != cudaSuccess) return error;
     call.x = static_cast<const T*>(call.x) + now * width;
     if (call.residual) call.residual = static_cast<const T*>(call.residual) + now * rows;

@@ -8,7 +8,6 @@ Matrices that multiply the same input (q, k and v of a layer) are cut together, 
 each stays a matrix of its own.
 """
 
-import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,11 +25,11 @@ from macko_llm.layouts.canonical import pack_finite
 from macko_llm.layouts.choice import TILED_CAPABILITY
 from macko_llm.layouts.gpu_layout import GpuLayout
 from macko_llm.layouts.tiled_plan import MAX_COLS, TiledPlan, choose_strips, count_records
-from macko_llm.native import TiledStruct
+from macko_llm.native import TiledStruct, TiledStructs
 
 TILED_SPMM_MAX_TOKENS = 64
 """Up to this many tokens SpMM, 32 at a time, is faster than unpacking for a dense product."""
-WARPGROUP_SPMM_MAX_TOKENS = 128
+WARPGROUP_SPMM_MAX_TOKENS = 1024
 """The same on Hopper, where they are multiplied at once; measured on an H200."""
 
 
@@ -160,9 +159,9 @@ class TiledGroup:
         return [member.plan.strips for member in self.members] == choose_strips(rows, gpu.multi_processor_count)
 
     @cached_property
-    def structs(self) -> "ctypes.Array[TiledStruct]":
+    def structs(self) -> TiledStructs:
         """What the library is given; lives as long as the group."""
-        return (TiledStruct * len(self.members))(*(member.struct for member in self.members))
+        return native.tiled_structs([member.struct for member in self.members])
 
     def __getstate__(self) -> dict[str, object]:
         """What a copy takes along: not the structs, whose addresses are these members'."""
@@ -181,7 +180,7 @@ class TiledGroup:
             residual: [tokens, rows of all members].
             y: [tokens, rows of all members]; filled; may be the residual.
         """
-        native.cuda_tiled_spmm(ctypes.addressof(self.structs), len(self.members), x, bias, residual, y)
+        native.cuda_tiled_spmm(native.address_of(self.structs), len(self.members), x, bias, residual, y)
 
 
 def arrange(matrix: MackoMatrix) -> TiledMatrix | None:

@@ -37,7 +37,7 @@ from macko_llm.native import TiledStruct
 
 pytestmark = pytest.mark.usefixtures("kernels", "full_precision_sums", "tensor_cores")
 
-TOKENS = [1, 2, 7, 8, 9, 16, 17, 31, 32, 33, 64, 65, 100, 128, 129]
+TOKENS = [1, 2, 7, 8, 9, 16, 17, 31, 32, 33, 64, 65, 100, 128, 129, 200, 256, 300, 700]
 SHAPES = [(1, 1), (8, 64), (7, 63), (172, 172), (129, 1000)]
 
 
@@ -225,6 +225,46 @@ def test_large_products_are_as_exact_as_dense_ones(shape: tuple[int, int], dtype
     assert_products(tiled_matrix(weight), weight, tokens)
 
 
+@pytest.mark.parametrize(
+    ("rows", "cols", "tokens"),
+    [
+        (4096, 1024, 100),  # few products, which clusters share
+        (4096, 1024, 150),
+        (22000, 136, 128),  # a product for each of nearly all multiprocessors
+        (17000, 72, 65),  # more products than multiprocessors, in ranges
+        (17000, 72, 300),  # whole products and ranges
+        (9000, 1000, 1024),
+        (11008, 640, 192),
+    ],
+)
+def test_products_of_many_tokens_are_shared_in_every_way(rows: int, cols: int, tokens: int) -> None:
+    weight = large_matrix(rows, cols, 0.5, torch.float16)
+    matrix = tile(weight)
+    assert_products(matrix, weight, tokens)
+    x = torch.randn(tokens, cols, device=GPU).half()
+    y = spmm(x, matrix, None)
+    for _ in range(20):
+        poison(native._tiled_workspace(matrix.address, 1, tokens, GPU).nbytes)
+        assert torch.equal(spmm(x, matrix, None), y)
+
+
+@pytest.mark.parametrize("tokens", [65, 300])
+def test_many_tokens_without_a_workspace_are_multiplied_a_few_at_a_time(
+    tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "_tiled_workspace", lambda *_: None)
+    for rows, cols in ((1000, 640), (172, 172)):
+        weight = random_matrix(rows, cols, 0.5, torch.float16)
+        assert_products(tile(weight), weight, tokens)
+
+
+def test_many_tokens_with_long_records_and_with_many() -> None:
+    """Full tiles, for which a block has fewer slots, and strips of one tile, of which it has 16 or 24 records in each."""
+    weight = random_matrix(1000, 640, 0.0, torch.bfloat16)
+    for strips in (16, 125):
+        assert_products(tile(weight, strips), weight, 200)
+
+
 def test_strips_of_every_height_multiply() -> None:
     for tiles in range(1, 9):
         weight = random_matrix(24 * tiles - 3, 172, 0.5, torch.float16).sign()
@@ -247,7 +287,7 @@ def test_the_same_bits_each_time(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("tokens", [1, 2, 8, 9, 17, 32, 40, 65, 128])
+@pytest.mark.parametrize("tokens", [1, 2, 8, 9, 17, 32, 40, 65, 150, 256])
 def test_a_token_that_is_not_finite_spoils_its_whole_product_and_no_other(tokens: int, value: float) -> None:
     """In empty rows too, and in those of a tile that no column of x reaches."""
     for rows, cols in ((70, 172), (33, 1024)):

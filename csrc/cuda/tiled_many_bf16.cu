@@ -1,0 +1,11 @@
+// SpMM of many tokens at once on bfloat16, on Hopper. A file a dtype, so that they compile side by side.
+#include "cuda/tiled_many.cuh"
+
+namespace macko {
+cudaError_t plan_many_bf16(const SpmmCall& call, int multiprocessors, int tokens, ManyPlan* plan) {
+  return plan_many<__nv_bfloat16>(call, multiprocessors, tokens, plan);
+}
+cudaError_t launch_many_bf16(const SpmmCall& call, const ManyPlan& plan, int tokens) {
+  return launch_many<__nv_bfloat16>(call, plan, tokens);
+}
+}  // namespace macko
