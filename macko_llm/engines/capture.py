@@ -22,15 +22,17 @@ def captured(run: Callable[[], object], *, rehearse: Callable[[], object] | None
     here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
     graph = torch.cuda.CUDAGraph()
     aside.wait_stream(here)
-    # On one stream, because cuBLAS has a workspace for each and may choose other kernels without one.
-    with torch.cuda.stream(aside), _nothing_collected():
-        if rehearse is not None:
-            rehearse()
-            with no_waits():
+    try:
+        # On one stream, because cuBLAS has a workspace for each and may choose other kernels without one.
+        with torch.cuda.stream(aside), _nothing_collected():
+            if rehearse is not None:
                 rehearse()
-        with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
-            run()
-    here.wait_stream(aside)
+                with no_waits():
+                    rehearse()
+            with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
+                run()
+    finally:
+        here.wait_stream(aside)  # whoever goes on without a graph does so behind the rehearsals
     return graph
 
 
