@@ -40,13 +40,11 @@ def check_pack(source: Path, target: Path | None, *, dtype: str | None, max_shar
         UsageError: `source` is packed or quantized, `target` would cost data, no such dtype, no such size.
         CheckpointError: config.json is broken.
     """
-    method = checkpoint.quantization_method(source)
-    if method == checkpoint.QUANT_METHOD:
-        raise UsageError(f"{source} is packed already; give `macko pack` a dense checkpoint.")
-    if method is not None:
-        raise UsageError(
-            f"{source} is quantized with {method}; pack a pruned model whose weights are 16-bit or float32."
-        )
+    _require_dense(
+        source,
+        if_packed="give `macko pack` a dense checkpoint.",
+        if_quantized="pack a pruned model whose weights are 16-bit or float32.",
+    )
     shard_bytes = checkpoint.parse_size(max_shard_size)
     if target is not None:
         outputs.check_output(target, overwrite=overwrite, source=source)
@@ -85,11 +83,20 @@ def check_prune(model: str | Path, target: Path, recipe: PruneRecipe, *, overwri
 
 def require_prunable(folder: Path) -> None:
     """Raise UsageError unless `folder` holds dense weights."""
+    _require_dense(
+        folder,
+        if_packed="unpack it first with `macko unpack`, or prune the dense model.",
+        if_quantized="prune the model it was made from.",
+    )
+
+
+def _require_dense(folder: Path, *, if_packed: str, if_quantized: str) -> None:
+    """Raise UsageError unless `folder` holds dense weights; the ends of its sentences name the fix."""
     method = checkpoint.quantization_method(folder)
     if method == checkpoint.QUANT_METHOD:
-        raise UsageError(f"{folder} is packed; unpack it first with `macko unpack`, or prune the dense model.")
+        raise UsageError(f"{folder} is packed; {if_packed}")
     if method is not None:
-        raise UsageError(f"{folder} is quantized with {method}; prune the model it was made from.")
+        raise UsageError(f"{folder} is quantized with {method}; {if_quantized}")
 
 
 def check_tune(model: str | Path, target: Path, *, dtype: str, overwrite: bool) -> Path:
@@ -103,11 +110,11 @@ def check_tune(model: str | Path, target: Path, *, dtype: str, overwrite: bool) 
     check_dtype(dtype)
     folder = checkpoint.locate(model)
     outputs.check_output(target, overwrite=overwrite, source=folder)
-    method = checkpoint.quantization_method(folder)
-    if method == checkpoint.QUANT_METHOD:
-        raise UsageError(f"{folder} is packed; unpack it first with `macko unpack`.")
-    if method is not None:
-        raise UsageError(f"{folder} is quantized with {method}; tune a pruned model whose weights are dense.")
+    _require_dense(
+        folder,
+        if_packed="unpack it first with `macko unpack`.",
+        if_quantized="tune a pruned model whose weights are dense.",
+    )
     return folder
 
 

@@ -57,7 +57,7 @@ CALLS = [
     ("bench decode broken", FAILED_JOB, "config.json cannot be read as JSON"),
     ("bench quality broken", FAILED_JOB, "config.json cannot be read as JSON"),
     ("prune packed -o out", WRONG_CALL, "packed is packed; unpack it first"),
-    ("pack packed -o out", WRONG_CALL, "packed is packed already"),
+    ("pack packed -o out", WRONG_CALL, "packed is packed; give"),
     ("pack gptq -o out", WRONG_CALL, "gptq is quantized with gptq"),
     ("prune gptq -o out", WRONG_CALL, "gptq is quantized with gptq"),
     ("unpack dense -o out", WRONG_CALL, "dense is not packed"),

@@ -186,7 +186,7 @@ def test_calls_that_make_no_sense(llama: Path, tmp_path: Path) -> None:
     quantized = copy_model(llama / "pruned", tmp_path / "gptq", quantization_config={"quant_method": "gptq"})
     out = tmp_path / "out"
     calls = {
-        "is packed already": lambda: pack_checkpoint(llama / "packed", out),
+        "is packed; give": lambda: pack_checkpoint(llama / "packed", out),
         "is quantized with gptq": lambda: pack_checkpoint(quantized, out),
         "float32 cannot be packed": lambda: pack_checkpoint(llama / "pruned", out, dtype="float32"),
         "is not a size": lambda: pack_checkpoint(llama / "pruned", out, max_shard_size="big"),

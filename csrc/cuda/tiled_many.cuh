@@ -25,7 +25,7 @@
 namespace macko {
 
 template <int Groups_, int Tokens_>
-struct ManyConfig : ManyShape {
+struct ManyConfig {
   static constexpr int Groups = Groups_;  // warpgroups that multiply
   static constexpr int Tokens = Tokens_;  // of a product
   static constexpr ManyShape kShape = {Groups, Tokens};

@@ -97,7 +97,7 @@ def chat(
     if room is not None and len(shortest) > room:
         fix = "use a smaller --max-new-tokens" + ("" if system is None else ", or say less with --system")
         raise UsageError(
-            f"An answer of {most} tokens leaves no room for what is said before it in the model's {positions} positions; {fix}."
+            f"--max-new-tokens is {most}, which leaves no room for what is said before in the model's {positions} positions; {fix}."
         )
     generation.check_prompts([shortest], most, config)
     loaded = load(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code, layout=layout)
