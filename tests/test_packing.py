@@ -135,7 +135,7 @@ def test_some_layers_dense_and_some_packed(llama: Path, tmp_path: Path) -> None:
     assert report.kept_dense == [UP]
     config = checkpoint.read_config(tmp_path / "packed")["quantization_config"]
     assert config["modules_to_not_convert"] == [UP, "lm_head"]
-    tokens = random_tokens(1, 9)
+    tokens = random_tokens(2, 35)  # many: dense products of the same weights on both sides
     assert torch.equal(logits(tmp_path / "packed", tokens), logits(pruned, tokens))
     unpack_checkpoint(tmp_path / "packed", tmp_path / "unpacked")
     assert bits(weights(tmp_path / "unpacked")) == bits(weights(pruned))

@@ -28,6 +28,8 @@ from macko_llm.recipe import PruneRecipe
 from macko_llm.transformers_integration import MackoConfig, fuse_projections
 
 TOKENS = random_tokens(2, 11)
+MANY = random_tokens(2, 35)
+"""Packed layers multiply so many as dense ones do; fewer they add up in an order of their own."""
 
 
 def _make_packed(folder: Path, family: str, dtype: torch.dtype = torch.float16) -> Path:
@@ -199,8 +201,8 @@ def test_damage_in_offloaded_layers_is_found_when_they_load(place: str, tmp_path
     places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
     places |= {"model.layers.0": "cpu", "model.layers.1": "disk"} if place == "disk" else {"model.layers": "cpu"}
     options = {"device_map": places, "offload_folder": tmp_path / "offload"}
-    expected = _logits(macko_llm.load(folder, device="cpu"))
-    assert torch.equal(_logits(AutoModelForCausalLM.from_pretrained(folder, **options)), expected)
+    expected = _logits(macko_llm.load(folder, device="cpu"), MANY)
+    assert torch.equal(_logits(AutoModelForCausalLM.from_pretrained(folder, **options), MANY), expected)
     info = next(
         info
         for file in folder.glob("*.safetensors")
@@ -245,7 +247,7 @@ def test_the_head_stays_dense_tied_or_not(family: str, tied: bool, tmp_path: Pat
     assert (head.weight is embedding.weight) == tied
     assert ("lm_head.weight" in weights(tmp_path / "packed")) != tied
     dense = macko_llm.load(tmp_path / "pruned", device="cpu")
-    assert torch.equal(_logits(model), _logits(dense))
+    assert torch.equal(_logits(model, MANY), _logits(dense, MANY))
     assert models.memory_bytes(model) < models.memory_bytes(dense)
 
 
