@@ -282,9 +282,9 @@ MACKO_API macko_status macko_cuda_tiled_unpack(const macko_tiled* matrix,
                                                uint16_t* weight,  // out: [rows, cols], every element is written
                                                int32_t device, void* stream);
 
-// y = x W^T + bias + residual, accumulated in float32, on a GPU of sm_80 or newer: W is a few matrices with the same
-// columns and value_dtype, one below the other. A token with a NaN or an infinity has one in all of its y. Starts early
-// like macko_cuda_sliced_spmv.
+// y = x W^T + bias + residual, on a GPU of sm_80 or newer, accumulated in float32 and rounded before the residual is
+// added: W is a few matrices with the same columns and value_dtype, one below the other. A token with a NaN or an
+// infinity has one in all of its y. Starts early like macko_cuda_sliced_spmv.
 #define MACKO_TILED_MEMBERS 4
 MACKO_API macko_status macko_cuda_tiled_spmm(const macko_tiled* matrices,
                                              int32_t members,       // of them: 1 to MACKO_TILED_MEMBERS
@@ -299,11 +299,13 @@ MACKO_API macko_status macko_cuda_tiled_spmm(const macko_tiled* matrices,
                                              int64_t tokens,  // rows of x
                                              int32_t device, void* stream);
 
-// Bytes of the workspace with which the product of more than MACKO_TILED_FEW_TOKENS tokens is fastest. With less, it
-// takes them a few at a time.
+// The workspace with which the product of these matrices and so many tokens is fastest: none for up to
+// MACKO_TILED_FEW_TOKENS, and where there is no code for sm_90a. With a smaller one the product is right, but takes a
+// few tokens at a time.
 #define MACKO_TILED_FEW_TOKENS 64
 MACKO_API macko_status macko_cuda_tiled_workspace(const macko_tiled* matrices, int32_t members, int64_t tokens,
-                                                  int32_t device, int64_t* bytes);
+                                                  int32_t device,
+                                                  int64_t* bytes);  // out
 
 // What becomes of x before a product of one token, rounded as transformers' eager Llama rounds it.
 typedef enum macko_transform {

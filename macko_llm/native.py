@@ -601,6 +601,9 @@ def cuda_tiled_spmm(
         bias: [all rows] contiguous, of that dtype and on that GPU, or None.
         residual: [..., all rows] contiguous, of that dtype and on that GPU, or None.
         y: [..., all rows] contiguous, of that dtype and on that GPU; filled; may be the residual.
+
+    Raises:
+        NativeError: the library refuses the arguments, or CUDA fails.
     """
     # Called for every layer of every step: nothing here that is not needed.
     cols, device = x.shape[-1], x.get_device()
@@ -629,7 +632,7 @@ def cuda_tiled_spmm(
 
 
 def _tiled_workspace(structs: int, members: int, tokens: int, device: torch.device) -> torch.Tensor | None:
-    """In which the product of so many tokens is fastest; None where it wants none."""
+    """[bytes] uint8 in which the product of so many tokens is fastest; None where it wants none."""
     nbytes = _INT64()
     _call("macko_cuda_tiled_workspace", structs, members, tokens, device.index, ctypes.addressof(nbytes))
     return torch.empty(nbytes.value, dtype=torch.uint8, device=device) if nbytes.value else None

@@ -6,6 +6,9 @@
 // kernel that never calls let_next_kernel_start().
 #pragma once
 
+#include <atomic>
+#include <mutex>
+
 #include "cuda/launch.h"
 
 namespace macko {
@@ -48,6 +51,24 @@ cudaError_t allow_shared_bytes(void (*kernel)(Parameters...), int64_t bytes, int
   return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                               static_cast<int>(percent < 100 ? percent : 100));
 }
+
+// What a kernel has been allowed so far, on each GPU; several threads may ask for more at once.
+class AllowedBytes {
+ public:
+  template <typename... Parameters>
+  cudaError_t at_least(void (*kernel)(Parameters...), int64_t bytes, int blocks, int multiprocessor_bytes, int device) {
+    if (device < kMaxGpus && allowed_[device] >= bytes) return cudaSuccess;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (device < kMaxGpus && allowed_[device] >= bytes) return cudaSuccess;
+    const cudaError_t error = allow_shared_bytes(kernel, bytes, blocks, multiprocessor_bytes);
+    if (error == cudaSuccess && device < kMaxGpus) allowed_[device] = bytes;
+    return error;
+  }
+
+ private:
+  std::mutex mutex_;
+  std::atomic<int64_t> allowed_[kMaxGpus] = {};
+};
 
 // Queues a kernel that calls wait_for_previous_kernel(), early if the GPU can.
 template <typename... Parameters, typename... Arguments>

@@ -1,6 +1,6 @@
 // y = x W^T + bias + residual for more tokens than a warp's registers have sums for, from the tiled layout, on Hopper's
-// warpgroups (sm_90a). A block expands its tiles once for all of its tokens, up to 256, so that tensor cores bound it
-// and not expanding.
+// warpgroups (sm_90a). A block expands its tiles once for all of its tokens, up to 256; what bounds it then is shared
+// memory (docs/design.md).
 //
 // One warp of a block brings records to shared memory, and one x, some panels ahead; the warpgroups multiply 64 rows
 // each: they expand a panel's tiles into registers while tensor cores are at the panel before. Rows are taken as they
@@ -45,8 +45,9 @@ struct Piece {
   int row_block, token_block, begin, end;
 };
 
-// A block's pieces, one after the other. Of its range it takes the end first: so others do not wait long for its sums,
-// and no block waits for one behind itself.
+// A block's pieces, one after the other. Of its range it takes the end first: so others do not wait long for its sums.
+// A block waits for those before it alone, which wait for none before their sums are there; GPUs start blocks in order,
+// so all waits end, whatever else runs.
 struct Pieces {
   int begin, end, last, count;  // of the range, and the last product that it has panels of
 
@@ -636,14 +637,14 @@ cudaError_t ask_clusters(int device, int ranks, int* clusters) {
 
 template <typename T, typename Config>
 cudaError_t launch_many_plan(const SpmmCall& call, const ManyPlan& plan, int tokens) {
-  static int64_t allowed[kMaxGpus];  // dynamic shared memory; written with the same values by every thread
+  static bool allowed[kMaxGpus];  // as much shared memory as there is; every thread that finds false writes true
   const TiledGroup& group = *call.group;
   const auto kernel = spmm_many<T, Config>;
-  if (call.device >= kMaxGpus || allowed[call.device] < plan.shared_bytes) {
+  if (call.device >= kMaxGpus || !allowed[call.device]) {
     const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(plan.shared_bytes));
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBlockSharedBytes);
     if (error != cudaSuccess) return error;
-    if (call.device < kMaxGpus) allowed[call.device] = plan.shared_bytes;
+    if (call.device < kMaxGpus) allowed[call.device] = true;
   }
   const RowBlocks row_blocks(group, Config::Tiles);
   const int token_blocks = (tokens + Config::Tokens - 1) / Config::Tokens, panels = panels_of(group.cols);

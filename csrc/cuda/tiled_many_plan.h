@@ -79,7 +79,8 @@ struct Shares {
 constexpr float kPanelTime256 = 0.76f, kPanelTime192 = 0.66f, kPanelTime128 = 0.84f;
 constexpr float kProductTime = 8.0f, kClusterTime = 10.0f, kRangeTime = 15.0f;
 
-constexpr int kBlockSharedBytes = 227 * 1024;  // of a block, on sm_90
+// Of a block, on sm_90, besides its barriers.
+constexpr int kBlockSharedBytes = 227 * 1024 - 4 * kMaxSlots * 8;
 
 // How a kernel is launched.
 struct ManyPlan {
@@ -94,7 +95,9 @@ struct ManyPlan {
   bool fill(const TiledGroup& group, int tokens, int row_blocks) {
     int strips = 1;  // of a product at most
     for (const TiledGroup::Member& member : group.members) {
-      if (member.rows > 0) strips = std::max(strips, (shape.tiles() + member.cuts.each - 2) / member.cuts.each + 1);
+      if (member.rows == 0) continue;
+      const int each = member.cuts.each, all = (tiles_of(member.rows) - member.cuts.longer) / each;
+      strips = std::max(strips, std::min((shape.tiles() + each - 2) / each + 1, all));
     }
     record_slot_bytes = strips * group.record_bytes;
     // The fourth slot of records is worth 5 to 10 %, others nothing (docs/design.md).

@@ -347,15 +347,12 @@ inline cudaError_t ask_gpu(int device, SpmmGpu* gpu) {
 
 template <typename T, typename Config>
 cudaError_t launch_spmm_config(const SpmmCall& call, const SpmmGpu& gpu, int tokens) {
-  static int64_t allowed[kMaxGpus];  // dynamic shared memory; written with the same values by every thread
+  static AllowedBytes allowed;
   const TiledGroup& group = *call.group;
   const int64_t bytes = Config::shared_bytes(group.record_bytes);
   const auto kernel = spmm_strips<T, Config>;
-  if (call.device >= kMaxGpus || allowed[call.device] < bytes) {
-    const cudaError_t error = allow_shared_bytes(kernel, bytes, Config::Blocks, gpu.shared_bytes);
-    if (error != cudaSuccess) return error;
-    if (call.device < kMaxGpus) allowed[call.device] = bytes;
-  }
+  const cudaError_t error = allowed.at_least(kernel, bytes, Config::Blocks, gpu.shared_bytes, call.device);
+  if (error != cudaSuccess) return error;
   return launch_overlapping(kernel, (group.strips + Config::Strips - 1) / Config::Strips, Config::Threads, bytes,
                             call.device, call.stream, group, static_cast<const T*>(call.x),
                             static_cast<const T*>(call.bias), static_cast<const T*>(call.residual),
@@ -427,12 +424,13 @@ cudaError_t launch_spmm_some(const SpmmCall& call, const SpmmGpu& gpu, int token
 }
 
 #ifdef MACKO_SM90A
-// How many tokens are multiplied at once in a workspace; without a need for one where few tokens are faster, or where
-// they cannot.
+// How all tokens are multiplied at once in a workspace; none for few tokens, for more than a grid has blocks for, and
+// where that kernel cannot run.
 template <typename T>
 cudaError_t plan_spmm(const SpmmCall& call, const SpmmGpu& gpu, int64_t tokens, ManyPlan* plan) {
   *plan = {};
-  if (gpu.major != 9 || tokens <= MACKO_TILED_FEW_TOKENS || tokens > INT_MAX) return cudaSuccess;
+  constexpr int64_t kMost = int64_t{65535} * 8 / 768 * 768;  // write_panels takes 8 a row of its grid
+  if (gpu.major != 9 || tokens <= MACKO_TILED_FEW_TOKENS || tokens > kMost) return cudaSuccess;
   const auto make = std::is_same_v<T, __half> ? plan_many_fp16 : plan_many_bf16;
   return make(call, gpu.multiprocessors, static_cast<int>(tokens), plan);
 }
@@ -456,36 +454,28 @@ cudaError_t ask_workspace(const SpmmCall& call, int64_t tokens, int64_t* bytes) 
 
 // All tokens, as many at a time as a block takes.
 template <typename T>
-cudaError_t launch_spmm(SpmmCall call, int64_t tokens) {
-  const int64_t width = (int64_t{call.group->cols} + 7) / 8 * 8, rows = call.group->rows;
+cudaError_t launch_spmm(const SpmmCall& all, int64_t tokens) {
   SpmmGpu gpu;
-  const cudaError_t unknown = ask_gpu(call.device, &gpu);
+  const cudaError_t unknown = ask_gpu(all.device, &gpu);
   if (unknown != cudaSuccess) return unknown;
 #ifdef MACKO_SM90A
   ManyPlan plan;
-  const cudaError_t unplanned = plan_spmm<T>(call, gpu, tokens, &plan);
+  const cudaError_t unplanned = plan_spmm<T>(all, gpu, tokens, &plan);
   if (unplanned != cudaSuccess) return unplanned;
-  if (plan.workspace_bytes > 0 && plan.workspace_bytes <= call.workspace_bytes) {
+  if (plan.workspace_bytes > 0 && plan.workspace_bytes <= all.workspace_bytes) {
     const auto launch = std::is_same_v<T, __half> ? launch_many_fp16 : launch_many_bf16;
-    return launch(call, plan, static_cast<int>(tokens));
+    return launch(all, plan, static_cast<int>(tokens));
   }
   if (gpu.major == 9 && tokens > 16) {
     const auto launch = std::is_same_v<T, __half> ? launch_groups_fp16 : launch_groups_bf16;
-    return launch(call, gpu.multiprocessors, gpu.shared_bytes, tokens);
+    return launch(all, gpu.multiprocessors, gpu.shared_bytes, tokens);
   }
 #endif
-  while (tokens > 0) {
-    const int now = static_cast<int>(std::min<int64_t>(tokens, 32));
-    const cudaError_t error = now > 16  ? launch_spmm_some<T, 4>(call, gpu, now)
-                              : now > 8 ? launch_spmm_some<T, 2>(call, gpu, now)
-                                        : launch_spmm_some<T, 1>(call, gpu, now);
-    if (error != cudaSuccess) return error;
-    call.x = static_cast<const T*>(call.x) + now * width;
-    if (call.residual) call.residual = static_cast<const T*>(call.residual) + now * rows;
-    call.y = static_cast<T*>(call.y) + now * rows;
-    tokens -= now;
-  }
-  return cudaSuccess;
+  return for_some_tokens(all, tokens, 32, [&](const SpmmCall& call, int now) {
+    return now > 16  ? launch_spmm_some<T, 4>(call, gpu, now)
+           : now > 8 ? launch_spmm_some<T, 2>(call, gpu, now)
+                     : launch_spmm_some<T, 1>(call, gpu, now);
+  });
 }
 
 }  // namespace macko

@@ -261,15 +261,12 @@ __global__ void __cluster_dims__(Config::Ranks) __launch_bounds__(Config::Thread
 
 template <typename T, typename Config>
 cudaError_t launch_groups_config(const SpmmCall& call, int shared_bytes, int tokens) {
-  static int64_t allowed[kMaxGpus];  // dynamic shared memory; written with the same values by every thread
+  static AllowedBytes allowed;
   const TiledGroup& group = *call.group;
   const int64_t bytes = Config::shared_bytes(group.record_bytes);
   const auto kernel = spmm_groups<T, Config>;
-  if (call.device >= kMaxGpus || allowed[call.device] < bytes) {
-    const cudaError_t error = allow_shared_bytes(kernel, bytes, 1, shared_bytes);
-    if (error != cudaSuccess) return error;
-    if (call.device < kMaxGpus) allowed[call.device] = bytes;
-  }
+  const cudaError_t error = allowed.at_least(kernel, bytes, 1, shared_bytes, call.device);
+  if (error != cudaSuccess) return error;
   const int clusters = (group.strips + Config::Strips - 1) / Config::Strips;
   return launch_overlapping(kernel, clusters * Config::Ranks, Config::Threads, bytes, call.device, call.stream, group,
                             static_cast<const T*>(call.x), static_cast<const T*>(call.bias),
@@ -297,19 +294,11 @@ cudaError_t launch_groups_some(const SpmmCall& call, int multiprocessors, int sh
 
 // All tokens, as many at a time as a block takes.
 template <typename T>
-cudaError_t launch_groups(SpmmCall call, int multiprocessors, int shared_bytes, int64_t tokens) {
-  const int64_t width = (int64_t{call.group->cols} + 7) / 8 * 8, rows = call.group->rows;
-  while (tokens > 0) {
-    const int now = static_cast<int>(std::min<int64_t>(tokens, 64));
-    const cudaError_t error = now > 32 ? launch_groups_some<T, 64>(call, multiprocessors, shared_bytes, now)
-                                       : launch_groups_some<T, 32>(call, multiprocessors, shared_bytes, now);
-    if (error != cudaSuccess) return error;
-    call.x = static_cast<const T*>(call.x) + now * width;
-    if (call.residual) call.residual = static_cast<const T*>(call.residual) + now * rows;
-    call.y = static_cast<T*>(call.y) + now * rows;
-    tokens -= now;
-  }
-  return cudaSuccess;
+cudaError_t launch_groups(const SpmmCall& all, int multiprocessors, int shared_bytes, int64_t tokens) {
+  return for_some_tokens(all, tokens, 64, [&](const SpmmCall& call, int now) {
+    return now > 32 ? launch_groups_some<T, 64>(call, multiprocessors, shared_bytes, now)
+                    : launch_groups_some<T, 32>(call, multiprocessors, shared_bytes, now);
+  });
 }
 
 }  // namespace macko
