@@ -126,7 +126,9 @@ def test_a_line_too_long_for_the_model_ends_a_pipe(chatty: Path) -> None:
 
 @pytest.mark.parametrize("new", [511, 512, 9999])
 def test_answers_that_leave_no_room_for_a_line_are_refused_before_one_is_read(new: int, chatty: Path) -> None:
-    said = f"macko: --max-new-tokens is {new}, which leaves no room for what is said before in the model's 512 positions; "
+    said = (
+        f"macko: --max-new-tokens is {new}, which leaves no room for what is said before in the model's 512 positions; "
+    )
     assert chat(chatty, "Hi\n", "-n", new, exit_code=2).stderr == f"{said}use a smaller --max-new-tokens.\n"
     with_system = chat(chatty, "Hi\n", "-n", new, "--system", "Be kind", exit_code=2).stderr
     assert with_system == f"{said}use a smaller --max-new-tokens, or say less with --system.\n"
