@@ -97,7 +97,8 @@ def chat(
     if room is not None and len(shortest) > room:
         fix = "use a smaller --max-new-tokens" + ("" if system is None else ", or say less with --system")
         raise UsageError(
-            f"--max-new-tokens is {most}, which leaves no room for what is said before in the model's {positions} positions; {fix}."
+            f"--max-new-tokens is {most}, which leaves no room for what is said before in the model's {positions} positions; "
+            f"{fix}."
         )
     generation.check_prompts([shortest], most, config)
     loaded = load(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code, layout=layout)
