@@ -104,7 +104,7 @@ WANDA = "--calibration text.txt --nsamples 2 --seqlen 16"
         ("pack incomplete -o out", FAILED_JOB, f"no tensor {UP}.weight"),
         # Packed where dense is needed, and the other way round.
         ("prune packed -o out", WRONG_CALL, "packed is packed; unpack it first"),
-        ("pack packed -o out", WRONG_CALL, "packed is packed already"),
+        ("pack packed -o out", WRONG_CALL, "packed is packed; give"),
         ("unpack pruned -o out", WRONG_CALL, "pruned is not packed"),
         ("inspect pruned", WRONG_CALL, "pruned is not packed"),
         ("prune gptq -o out", WRONG_CALL, "quantized with gptq"),
