@@ -18,7 +18,9 @@
 #include "cuda/dependent_launch.cuh"
 #include "cuda/scalar.cuh"
 #include "cuda/spmm_call.h"
+#include "cuda/tiled_many_pieces.cuh"
 #include "cuda/tiled_many_plan.h"
+#include "cuda/tiled_many_results.cuh"
 #include "cuda/tiled_ring.cuh"
 #include "cuda/wgmma.cuh"
 
@@ -35,75 +37,6 @@ struct ManyConfig {
   // Of a thread of the warpgroup that copies, and of those that multiply: what launch bounds give, shared out anew.
   static constexpr int CopyRegisters = 56, MultiplyRegisters = Groups == 2 ? 224 : 152;
   static constexpr int GroupFours = kShape.sum_bytes() / 16 / Groups;  // of a warpgroup's sums
-};
-
-// The same value, which compilers then know to be that of all lanes, and may keep where wgmma takes it from.
-__device__ __forceinline__ int of_warp(int value) { return __reduce_max_sync(kAllLanes, value); }
-
-// A block's part of a product: these panels of it.
-struct Piece {
-  int row_block, token_block, begin, end;
-};
-
-// A block's pieces, one after the other. Of its range it takes the end first: so others do not wait long for its sums.
-// A block waits for those before it alone, which wait for none before their sums are there; GPUs start blocks in order,
-// so all waits end, whatever else runs.
-struct Pieces {
-  int begin, end, last, count;  // of the range, and the last product that it has panels of
-
-  __device__ __forceinline__ explicit Pieces(const Shares& shares)
-      : begin(of_warp(shares.begin_of(blockIdx.x))), end(of_warp(shares.begin_of(blockIdx.x + 1))) {
-    last = of_warp((end - 1) / shares.panels);
-    count = shares.whole + (begin < end ? last - of_warp(begin / shares.panels) + 1 : 0);
-  }
-
-  __device__ __forceinline__ Piece operator()(const Shares& shares, int index) const {
-    int product = index * shares.blocks + blockIdx.x, from = 0, to = shares.panels;
-    if (index >= shares.whole) {
-      const int of_shared = last - (index - shares.whole), first = of_shared * shares.panels;
-      product = shares.whole * shares.blocks + of_shared;
-      from = max(begin - first, 0);
-      to = min(end - first, shares.panels);
-    }
-    const int row_block = of_warp(product / shares.token_blocks);
-    return {row_block, product - row_block * shares.token_blocks, from, to};
-  }
-  // The first panel of a piece's product, among the shared ones.
-  __device__ __forceinline__ int first_panel(const Shares& shares, int index) const {
-    return (last - (index - shares.whole)) * shares.panels;
-  }
-};
-
-// Where a tile of a matrix is.
-struct TilePlace {
-  int strip, tile, count;  // its strip, its place there, and the tiles of the strip
-};
-__device__ __forceinline__ TilePlace place_of(const StripCuts& cuts, int tile) {
-  const int high = cuts.longer * (cuts.each + 1);
-  if (tile < high) return {tile / (cuts.each + 1), tile % (cuts.each + 1), cuts.each + 1};
-  return {cuts.longer + (tile - high) / cuts.each, (tile - high) % cuts.each, cuts.each};
-}
-
-// The rows of a product, all of one matrix of the group.
-struct RowBlock {
-  TiledGroup::Member member;
-  int first_tile, last_tile, first_strip, strips;  // of the matrix
-
-  __device__ __forceinline__ RowBlock(const TiledGroup& group, const RowBlocks& blocks, int index, int tiles)
-      : member(group.members[0]) {
-    int first = 0;
-#pragma unroll
-    for (int i = 1; i < MACKO_TILED_MEMBERS; i++) {
-      if (index >= blocks.first[i]) {
-        member = group.members[i];
-        first = blocks.first[i];
-      }
-    }
-    first_tile = (index - first) * tiles;
-    last_tile = min(first_tile + tiles, tiles_of(member.rows)) - 1;
-    first_strip = place_of(member.cuts, first_tile).strip;
-    strips = place_of(member.cuts, last_tile).strip - first_strip + 1;
-  }
 };
 
 __device__ __forceinline__ void wait_barrier(uint32_t barrier, uint32_t parity) {
@@ -280,12 +213,6 @@ __device__ __forceinline__ uint32_t join_halves(uint32_t low, uint32_t high) {
   return word;
 }
 
-// Waits for so many threads at a barrier other than the block's.
-template <int Threads>
-__device__ __forceinline__ void sync_threads_at(int barrier) {
-  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(Threads) : "memory");
-}
-
 // Sums of others, which are there when a flag says so.
 __device__ __forceinline__ void raise_flag(uint32_t* flag) {
   asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(flag) : "memory");
@@ -328,107 +255,6 @@ __device__ __forceinline__ void add_parts_of_cluster(float4* exchanged, int rank
 #pragma unroll
       for (int i = part * kOutTokens / 8; i < (part + 1) * kOutTokens / 8; i++) {
         add_four(&sums[4 * i], theirs[i * kGroupThreads]);
-      }
-    }
-  }
-}
-
-// What becomes of sums: a matrix's rows of y, and of what is added.
-template <typename T>
-struct Results {
-  const T* bias;      // of the first row, or null
-  const T* residual;  // of the first row and token, or null
-  T* y;
-  int rows, tokens;  // from the first on
-  int all_rows;      // from a token to the next
-  bool vectors;      // whether 8 rows are 16 bytes at a multiple of 16
-
-  __device__ __forceinline__ Results(const T* all_bias, const T* all_residual, T* all_y, const TiledGroup& group,
-                                     const RowBlock& block, int group_tile, int first_token, int all_tokens)
-      : rows(block.member.rows - group_tile * kTileRows), tokens(all_tokens - first_token), all_rows(group.rows) {
-    const int first_row = block.member.first_row + group_tile * kTileRows;
-    const int64_t at = static_cast<int64_t>(first_token) * all_rows + first_row;
-    bias = all_bias ? all_bias + first_row : nullptr;
-    residual = all_residual ? all_residual + at : nullptr;
-    y = all_y + at;
-    vectors = all_rows % 8 == 0 && (reinterpret_cast<uintptr_t>(y) | reinterpret_cast<uintptr_t>(residual)) % 16 == 0;
-  }
-
-  // 8 rows of a token, where `vectors` holds.
-  __device__ __forceinline__ void write_eight(int row, int token, uint4 eight) const {
-    const int64_t at = static_cast<int64_t>(token) * all_rows + row;
-    if (residual) {
-      const uint4 others = *reinterpret_cast<const uint4*>(residual + at);
-      eight = {add(eight.x, others.x), add(eight.y, others.y), add(eight.z, others.z), add(eight.w, others.w)};
-    }
-    *reinterpret_cast<uint4*>(y + at) = eight;
-  }
-  __device__ __forceinline__ void write_one(int row, int token, uint32_t bits) const {
-    const int64_t at = static_cast<int64_t>(token) * all_rows + row;
-    const float value = pair_to_float<T>(bits).x;
-    y[at] = from_float<T>(residual ? value + to_float(residual[at]) : value);
-  }
-
- private:
-  static __device__ __forceinline__ uint32_t add(uint32_t words, uint32_t others) {
-    const float2 two = pair_to_float<T>(words), other = pair_to_float<T>(others);
-    return pack_pair<T>(two.x + other.x, two.y + other.y);
-  }
-};
-
-// Writes a warpgroup's results, [tokens, 64 rows], through shared memory, so that rows are written together: those of
-// each `ranks`th kOutTokens tokens.
-template <typename T, int Tokens>
-__device__ __forceinline__ void write_results(const Results<T>& results, const float (&sums)[Tokens / 2],
-                                              uint32_t out_at, int barrier, int rank, int ranks) {
-  const int thread = threadIdx.x % kGroupThreads, warp = thread / kWarpSize, lane = lane_index();
-  const int own_row = warp * 16 + lane / 4;
-  float biases[2] = {0.0f, 0.0f};
-#pragma unroll
-  for (int i = 0; i < 2; i++) {
-    if (results.bias && own_row + i * 8 < results.rows) biases[i] = to_float(results.bias[own_row + i * 8]);
-  }
-#pragma unroll
-  for (int first = 0; first < Tokens; first += kOutTokens) {
-    if (first >= results.tokens) break;
-    if (ranks > 1 && first / kOutTokens % ranks != rank) continue;
-    sync_threads_at<kGroupThreads>(barrier);  // the results before have left
-#pragma unroll
-    for (int eight = 0; eight < kOutTokens / 8; eight += 2) {
-      uint32_t matrices[4];  // rows 0 to 7 and 8 to 15 of eight tokens, and of the next eight
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const int of_token = first / 8 + eight + i / 2;
-        const float* const two = &sums[of_token * 4 + i % 2 * 2];
-        matrices[i] = pack_pair<T>(two[0] + biases[i % 2], two[1] + biases[i % 2]);
-      }
-      const uint32_t at = out_at + (eight * 8 + lane / 16 * 8 + lane % 8) * kOutStride + warp * 32 + lane / 8 % 2 * 16;
-      asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(matrices[0]),
-                   "r"(matrices[1]), "r"(matrices[2]), "r"(matrices[3])
-                   : "memory");
-    }
-    sync_threads_at<kGroupThreads>(barrier);
-    const int there = min(results.tokens - first, kOutTokens);
-    if (results.vectors && results.rows >= 64) {
-#pragma unroll 1
-      for (int i = thread; i < there * 8; i += kGroupThreads) {
-        uint4 eight;
-        asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(eight.x), "=r"(eight.y), "=r"(eight.z), "=r"(eight.w)
-                     : "r"(out_at + i / 8 * kOutStride + i % 8 * 16)
-                     : "memory");
-        results.write_eight(i % 8 * 8, first + i / 8, eight);
-      }
-    } else {
-#pragma unroll 1
-      for (int i = thread; i < there * 64; i += kGroupThreads) {
-        if (i % 64 >= results.rows) continue;
-        uint32_t bits;
-        asm volatile("{\n .reg .b16 h;\n ld.shared.b16 h, [%1];\n cvt.u32.u16 %0, h;\n}"
-                     : "=r"(bits)
-                     : "r"(out_at + i / 64 * kOutStride + i % 64 * 2)
-                     : "memory");
-        results.write_one(i % 64, first + i / 64, bits);
       }
     }
   }
