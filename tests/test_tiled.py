@@ -32,13 +32,13 @@ def test_a_record_by_hand() -> None:
     """Of one tile: two values in a row's first 4 columns, one 8 columns on, one in the second step, one in another word."""
     tile = np.zeros((1, 8, 64), np.uint16)
     tile[0, 0, 1], tile[0, 0, 3], tile[0, 0, 8] = 0x3C00, 0x4000, 0x4200
-    tile[0, 1, 4] = 0x4400  # row 1: the upper half of the word; columns 4 to 7: the second step
+    tile[0, 1, 4] = 0x4400  # row 1: the word's fifth lane; columns 4 to 7: the second step
     tile[0, 7, 63] = 0xBC00
     tile[0, 2, 0] = 0x8000  # a negative zero is none
     record = encode_record(tile)
     masks = np.frombuffer(record[:64], np.uint32).reshape(2, 4, 2)  # [halves of the columns][words][steps of a half]
     offsets = np.frombuffer(record[64:96], np.uint16).reshape(2, 4, 2)
-    assert masks[0].tolist() == [[0b1010 | 1 << 4, 1 << 16], [0, 0], [0, 0], [0, 0]]
+    assert masks[0].tolist() == [[1 << 8 | 1 << 24 | 1 << 1, 1 << 4], [0, 0], [0, 0], [0, 0]]
     assert masks[1].tolist() == [[0, 0], [0, 0], [0, 0], [0, 1 << 31]]
     assert offsets[0].tolist() == [[0, 6], [6, 8], [6, 8], [6, 8]]  # the first step's four words, then the second's
     assert offsets[1].tolist() == [[8, 8]] * 4

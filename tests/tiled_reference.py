@@ -11,12 +11,15 @@ from macko_llm.layouts.tiled import TiledMatrix
 from macko_llm.layouts.tiled_plan import TiledPlan
 from macko_llm.native import TiledStruct
 
-# Where each position of a tile of 8 x 64 lies: in which step of 16 columns, in which of its mask words, at which bit.
+# Where each position of a tile of 8 x 64 lies: in which step of 16 columns, in which of its mask words, at which place of the
+# values there, which is four for each of eight lanes, and at which bit, which is eight for each of a lane's four columns.
 _ROW, _COLUMN = np.meshgrid(np.arange(8), np.arange(64), indexing="ij")
 _STEP = _COLUMN // 32 * 2 + _COLUMN % 8 // 4
 _WORD = _ROW // 2
-_BIT = (_ROW % 2 * 4 + _COLUMN % 32 // 8) * 4 + _COLUMN % 4
-_VALUE_ORDER = np.lexsort((_BIT.ravel(), _WORD.ravel(), _STEP.ravel()))
+_LANE = _ROW % 2 * 4 + _COLUMN % 32 // 8
+_PLACE = _LANE * 4 + _COLUMN % 4
+_BIT = _COLUMN % 4 * 8 + _LANE
+_VALUE_ORDER = np.lexsort((_PLACE.ravel(), _WORD.ravel(), _STEP.ravel()))
 """Positions of a tile in the order in which their values lie."""
 
 
@@ -82,11 +85,12 @@ def decode_record(record: np.ndarray, count: int) -> np.ndarray:
                         offset = here * 64 + at * 2
                         offsets[place] = head[offset : offset + 2].view(np.uint16)[0]
     values = record[count * 96 :].view(np.uint16)
-    bits = masks[..., None] >> np.arange(32, dtype=np.uint32) & 1
+    bits_of_places = np.arange(32, dtype=np.uint32) % 4 * 8 + np.arange(32, dtype=np.uint32) // 4
+    bits = masks[..., None] >> bits_of_places & 1
     before = np.cumsum(bits, axis=-1) - bits
     assert (offsets % 2 == 0).all()
-    places = offsets[:, _WORD, _STEP] // 2 + before[:, _WORD, _STEP, _BIT]
-    is_there = bits[:, _WORD, _STEP, _BIT] == 1
+    places = offsets[:, _WORD, _STEP] // 2 + before[:, _WORD, _STEP, _PLACE]
+    is_there = bits[:, _WORD, _STEP, _PLACE] == 1
     assert sorted(places[is_there]) == [*range(int(bits.sum()))]  # each value belongs to one position
     assert len(record) == divided_up(count * 96 + 2 * int(bits.sum()), 16) * 16
     return np.where(is_there, values[np.where(is_there, places, 0)] if len(values) else 0, 0).astype(np.uint16)

@@ -8,9 +8,9 @@
 // Two tiles are multiplied in four steps of 16 columns (mma.m16n8k16: their rows are its 16 rows, 8 tokens its
 // columns). In a step a lane holds a unit of each: 4 positions of row lane / 4, columns column_of(step, lane) and the
 // three behind it, so that a lane's columns of two steps are 16 bytes of x. The units of eight lanes share a mask word,
-// the first lane's in its lowest bits, and their values lie one behind the other, where that word's offset says. So the
-// lanes of a warp read from a few neighbouring words of shared memory, and each finds its place by counting the bits
-// below its own.
+// a byte for each position with a bit for each lane, and their values lie one behind the other, lane after lane, where
+// that word's offset says. So the lanes of a warp read from a few neighbouring words of shared memory, and each finds
+// its place by counting the bits of the lanes before it. It may read up to 4 bytes behind the last value.
 #pragma once
 
 #include <algorithm>
@@ -28,10 +28,12 @@ constexpr int kSteps = 4;        // of a tile
 constexpr int kUnit = 4;         // positions of a lane in a step
 constexpr int kUnitsOfWord = 8;  // lanes that share a mask word
 constexpr int kWordsOfStep = kWarpSize / kUnitsOfWord;
+constexpr uint32_t kEveryPosition = 0x01010101u;  // of the first lane of a word: its bits there, a byte a position
 constexpr int kMaskBytes = kSteps * kWordsOfStep * 4;    // of a tile's mask words
 constexpr int kOffsetBytes = kSteps * kWordsOfStep * 2;  // of its offsets: uint16, in bytes behind the first value
 constexpr int kHeadBytes = kMaskBytes + kOffsetBytes;
 constexpr int kRecordAlignment = 16;
+constexpr int kBehindRecords = 16;  // bytes of shared memory behind records that lanes may read, for nothing
 constexpr int kMaxTiles = 8;  // of a strip
 
 // The first of the 4 columns, within a tile, of a lane's unit in a step.
@@ -117,39 +119,53 @@ struct TiledGroup {
   }
 };
 
-// A lane's unit, as the two registers that mma reads: the values that follow each other at `address` in shared memory,
-// at the positions whose bits are set in the lowest 4 of `bits`, zeros between them. From both ends, so that no load
-// waits for more than one other address.
-__device__ __forceinline__ void expand_unit(uint32_t bits, uint32_t address, uint32_t& low, uint32_t& high) {
-  const uint32_t last = address + 2 * __popc(bits & 7u);
-  asm volatile(
-      "{\n"
-      " .reg .pred p0, p1, p2, p3;\n"
-      " .reg .b32 t, b, h0, h1, h2, h3;\n"
-      " and.b32 b, %2, 1;\n setp.ne.b32 p0, b, 0;\n"
-      " and.b32 b, %2, 2;\n setp.ne.b32 p1, b, 0;\n"
-      " and.b32 b, %2, 4;\n setp.ne.b32 p2, b, 0;\n"
-      " and.b32 b, %2, 8;\n setp.ne.b32 p3, b, 0;\n"
-      " mov.b32 h0, 0;\n mov.b32 h1, 0;\n mov.b32 h2, 0;\n mov.b32 h3, 0;\n mov.b32 t, %3;\n"
-      " @p0 ld.shared.u16 h0, [t];\n @p0 add.u32 t, t, 2;\n @p1 ld.shared.u16 h1, [t];\n"
-      " @p3 ld.shared.u16 h3, [%4];\n @p2 ld.shared.u16 h2, [%4 + -2];\n"
-      " prmt.b32 %0, h0, h1, 0x5410;\n prmt.b32 %1, h2, h3, 0x5410;\n"
-      "}"
-      : "=r"(low), "=r"(high)
-      : "r"(bits), "r"(address), "r"(last));
-}
-
-// What a lane needs to find its units: `bits >> shift` are its own, `bits & below` those of the lanes before it.
+// What a lane needs to find its units in their words: where its bits begin, and those of the lanes before it.
 struct LaneOfWord {
   int word;
   uint32_t shift, below;
 
   __device__ __forceinline__ LaneOfWord()
-      : word(lane_index() / kUnitsOfWord), shift(kUnit * (lane_index() % kUnitsOfWord)), below((1u << shift) - 1u) {
+      : word(lane_index() / kUnitsOfWord),
+        shift(lane_index() % kUnitsOfWord),
+        below(((1u << shift) - 1u) * kEveryPosition) {
     // Through shuffles, or compilers work them out anew where they are used.
     word = __shfl_sync(kAllLanes, word, lane_index());
     shift = __shfl_sync(kAllLanes, shift, lane_index());
     below = __shfl_sync(kAllLanes, below, lane_index());
+  }
+};
+
+// A lane's unit on its way from shared memory to the two registers that mma reads. Two values are loaded for each two
+// positions, those that their bits choose from: so nothing depends on a branch, and no load on another.
+struct TileUnit {
+  uint32_t bits;       // a byte a position
+  uint32_t values[4];  // behind each other from the first position's on, and from the third's; the upper halves are zero
+
+  // `address`: of the values of the word with this mask.
+  __device__ __forceinline__ void load(uint32_t mask, uint32_t address, const LaneOfWord& own) {
+    bits = mask >> own.shift & kEveryPosition;
+    const uint32_t first = address + 2 * __popc(mask & own.below);
+    const uint32_t third = __dp4a(bits, 0x0202u, first);  // 2 bytes on for each bit of the first two
+    asm volatile(
+        "ld.shared.u16 %0, [%4];\n ld.shared.u16 %1, [%4 + 2];\n"
+        "ld.shared.u16 %2, [%5];\n ld.shared.u16 %3, [%5 + 2];"
+        : "=r"(values[0]), "=r"(values[1]), "=r"(values[2]), "=r"(values[3])
+        : "r"(first), "r"(third));
+  }
+
+  __device__ __forceinline__ void expand(uint32_t& low, uint32_t& high) const {
+    low = choose(values[0], values[1], bits);
+    high = choose(values[2], values[3], bits >> 16);
+  }
+
+ private:
+  // Two positions: of neither bit's 0x3232 takes bytes that are zero; the first's alone makes 0x7610 of it, the
+  // second's alone 0x1032, and both 0x5410, where the second position has the second value. Not __byte_perm, which
+  // compilers move behind wgmma.fence.
+  static __device__ __forceinline__ uint32_t choose(uint32_t first, uint32_t second, uint32_t bits) {
+    uint32_t both;
+    asm volatile("prmt.b32 %0, %1, %2, %3;" : "=r"(both) : "r"(first), "r"(second), "r"(bits * 0x43deu + 0x3232u));
+    return both;
   }
 };
 
@@ -188,8 +204,9 @@ struct HalfHead {
   // The lane's unit of a tile in the half's first or second step; `values` is where the record's values begin.
   __device__ __forceinline__ void expand(int tile, int step, uint32_t values, const LaneOfWord& lane, uint32_t& low,
                                          uint32_t& high) const {
-    const uint32_t mask = masks[tile][step], offset = step ? offsets[tile] >> 16 : offsets[tile] & 0xffffu;
-    expand_unit(mask >> lane.shift, values + offset + 2 * __popc(mask & lane.below), low, high);
+    TileUnit unit;
+    unit.load(masks[tile][step], values + (step ? offsets[tile] >> 16 : offsets[tile] & 0xffffu), lane);
+    unit.expand(low, high);
   }
 };
 

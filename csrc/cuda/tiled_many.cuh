@@ -187,32 +187,6 @@ struct PanelHeads {
   }
 };
 
-// What expand_unit loads, before it is put together: for all units of a panel at once, so that loads wait for each
-// other once. Together they have the bandwidth of shared memory that tensor cores leave.
-__device__ __forceinline__ void load_unit(uint32_t bits, uint32_t address, uint32_t (&values)[4]) {
-  const uint32_t last = address + 2 * __popc(bits & 7u);
-  asm volatile(
-      "{\n"
-      " .reg .pred p0, p1, p2, p3;\n"
-      " .reg .b32 t, b;\n"
-      " and.b32 b, %4, 1;\n setp.ne.b32 p0, b, 0;\n"
-      " and.b32 b, %4, 2;\n setp.ne.b32 p1, b, 0;\n"
-      " and.b32 b, %4, 4;\n setp.ne.b32 p2, b, 0;\n"
-      " and.b32 b, %4, 8;\n setp.ne.b32 p3, b, 0;\n"
-      " mov.b32 %0, 0;\n mov.b32 %1, 0;\n mov.b32 %2, 0;\n mov.b32 %3, 0;\n mov.b32 t, %5;\n"
-      " @p0 ld.shared.u16 %0, [t];\n @p0 add.u32 t, t, 2;\n @p1 ld.shared.u16 %1, [t];\n"
-      " @p3 ld.shared.u16 %3, [%6];\n @p2 ld.shared.u16 %2, [%6 + -2];\n"
-      "}"
-      : "=&r"(values[0]), "=&r"(values[1]), "=&r"(values[2]), "=&r"(values[3])
-      : "r"(bits), "r"(address), "r"(last));
-}
-// Not __byte_perm, which compilers move behind wgmma.fence.
-__device__ __forceinline__ uint32_t join_halves(uint32_t low, uint32_t high) {
-  uint32_t word;
-  asm volatile("prmt.b32 %0, %1, %2, 0x5410;" : "=r"(word) : "r"(low), "r"(high));
-  return word;
-}
-
 // Sums of others, which are there when a flag says so.
 __device__ __forceinline__ void raise_flag(uint32_t* flag) {
   asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(flag) : "memory");
@@ -319,33 +293,38 @@ __global__ void __launch_bounds__(Config::Threads, 1)
           {rows, min(first, rows.last_tile), static_cast<uint32_t>(group.record_bytes), own.word},
           {rows, min(first + 1, rows.last_tile), static_cast<uint32_t>(group.record_bytes), own.word}};
       float sums[Config::Tokens / 2] = {};
-      uint32_t a[2][kSteps][4];  // of this panel and of that before
-      uint32_t before = 0;       // barrier of the panel before
+      uint32_t a[kSteps][4];  // expanded tiles
+      uint32_t before = 0;    // barrier of the panel of x before
+      uint32_t read = 0;      // that of the records whose values are on their way
       PanelHeads heads;
+      TileUnit units[2][2][2];
+      const int count = piece.end - piece.begin;
       records.wait_until_full();
       heads.load(records.at(), tiles);
-      const auto turn = [&](uint32_t (&units)[kSteps][4], bool more) {
-        uint32_t values[2][2][2][4];
+      // All values of a panel at once, so that loads wait for each other once, then the heads of the next. While they
+      // come, tensor cores are at the panel before.
+      const auto load = [&](bool more) {
 #pragma unroll
         for (int i = 0; i < 8; i++) {
           const int half = i / 4, step = i / 2 % 2, tile = i % 2;
-          const uint32_t mask = heads.masks[tile][half][step];
-          load_unit(mask >> own.shift,
-                    records.at() + tiles[tile].values + heads.offset(tile, half, step) + 2 * __popc(mask & own.below),
-                    values[tile][half][step]);
+          units[tile][half][step].load(heads.masks[tile][half][step],
+                                       records.at() + tiles[tile].values + heads.offset(tile, half, step), own);
         }
-        const uint32_t read = records.empty_barrier();
+        read = records.empty_barrier();
         records.advance();
         if (more) {
           records.wait_until_full();
           heads.load(records.at(), tiles);
         }
+      };
+      load(count > 1);
+      const auto multiply = [&] {
+        asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+        if (before && lane == 0) arrive_at(before);
 #pragma unroll
         for (int i = 0; i < 8; i++) {
           const int half = i / 4, step = i / 2 % 2, tile = i % 2;
-          const uint32_t (&four)[4] = values[tile][half][step];
-          units[2 * half + step][tile] = join_halves(four[0], four[1]);
-          units[2 * half + step][2 + tile] = join_halves(four[2], four[3]);
+          units[tile][half][step].expand(a[2 * half + step][tile], a[2 * half + step][2 + tile]);
         }
         const uint64_t panel = kDescription | (panels.at() & 0x3ffffu) >> 4;
         panels.wait_until_full();
@@ -353,24 +332,21 @@ __global__ void __launch_bounds__(Config::Threads, 1)
 #pragma unroll
         for (int step = 0; step < kSteps; step++) {
           constexpr int kStepBytes = 2 * Config::EightBytes;
-          multiply_group<T, Config::Tokens>(sums, units[step],
+          multiply_group<T, Config::Tokens>(sums, a[step],
                                             panel + (step / 2 * Config::HalfBytes + step % 2 * kStepBytes) / 16);
         }
         asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
         // Not before: only now have the loads of all lanes come, not just been asked for.
         if (lane == 0) arrive_at(read);
-        asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
-        if (before && lane == 0) arrive_at(before);
         before = panels.empty_barrier();
         panels.advance();
       };
-      const int count = piece.end - piece.begin;
 #pragma unroll 1
-      for (int done = 0; done + 1 < count; done += 2) {
-        turn(a[0], true);
-        turn(a[1], done + 2 < count);
+      for (int done = 0; done + 1 < count; done++) {
+        multiply();
+        load(done + 2 < count);
       }
-      if (count % 2 != 0) turn(a[0], false);
+      multiply();
       asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
       if (lane == 0) arrive_at(before);
 

@@ -58,7 +58,9 @@ __global__ void __launch_bounds__(kBlockThreads)
     const uint32_t bits = unit_bits(weight, matrix.rows, matrix.cols, row, column);
     const int up_to = warp_sum_up_to(__popc(bits));
     int at = written + up_to - __popc(bits);
-    uint32_t mask = bits << kUnit * (lane % kUnitsOfWord);
+    uint32_t mask = 0;
+#pragma unroll
+    for (int i = 0; i < kUnit; i++) mask |= (bits >> i & 1) << (kUnitsOfWord * i + lane % kUnitsOfWord);
 #pragma unroll
     for (int distance = 1; distance < kUnitsOfWord; distance *= 2) mask |= __shfl_xor_sync(kAllLanes, mask, distance);
     if (lane % kUnitsOfWord == 0) {

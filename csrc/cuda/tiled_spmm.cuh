@@ -178,7 +178,7 @@ struct SpmmConfig {
   // Rings, then the sums in their place.
   static constexpr int64_t shared_bytes(int64_t record_bytes) {
     const int64_t columns = Shared ? int64_t{Parts} * Slots * Eights * 2 * kWarpSize * 16 : 0;
-    const int64_t rings = Warps * Slots * record_bytes + columns, sums = int64_t{Warps} * Rows * Tokens * 4;
+    const int64_t rings = Warps * Slots * record_bytes + (Shared ? columns : kBehindRecords), sums = int64_t{Warps} * Rows * Tokens * 4;
     return rings > sums ? rings : sums;
   }
 };

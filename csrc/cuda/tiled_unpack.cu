@@ -72,7 +72,7 @@ macko_status macko_cuda_tiled_unpack(const macko_tiled* matrix, uint16_t* weight
   return launch_on(device, [&] {
     const int64_t records = int64_t{matrix->strips} * panels_of(matrix->cols);
     unpack_records<<<static_cast<unsigned>((records + kUnpackWarps - 1) / kUnpackWarps), kUnpackWarps * kWarpSize,
-                     kUnpackWarps * matrix->record_bytes, static_cast<cudaStream_t>(stream)>>>(
+                     kUnpackWarps * matrix->record_bytes + kBehindRecords, static_cast<cudaStream_t>(stream)>>>(
         *matrix, StripCuts(matrix->rows, matrix->strips), weight);
   });
 }

@@ -57,19 +57,23 @@ template <typename T, typename Config>
 struct GroupColumns {
   static constexpr int kApart = Config::PanelTokens, kLoads = Config::Loads;
 
-  const T* rows[kLoads];
-  int column, last_column;
+  const T* x;
+  uint32_t at[kLoads];  // of the next columns, from x on, in bytes: 64 tokens of the most columns are 16 MiB
+  int left;             // columns from there on to the end
   int warp_token;  // the first of the warp's first load
   uint32_t target;
   uint4 next[kLoads];
 
   __device__ __forceinline__ GroupColumns(const T* x, int cols, int first_panel, int tokens, int warp, uint32_t shared)
-      : warp_token(warp * 4) {
+      : x(x), warp_token(warp * 4) {
     const int width = (cols + 7) / 8 * 8, token = warp_token + lane_index() / 8, eight = lane_index() % 8;
-    column = first_panel * kTileColumns + eight * 8;
-    last_column = width - 8;
+    const int column = first_panel * kTileColumns + eight * 8;
+    left = width - column;
 #pragma unroll
-    for (int i = 0; i < kLoads; i++) rows[i] = x + static_cast<int64_t>(min(token + i * kApart, tokens - 1)) * width;
+    for (int i = 0; i < kLoads; i++) {
+      at[i] = static_cast<uint32_t>(min(token + i * kApart, tokens - 1) * width + column) * sizeof(T);
+      at[i] = __shfl_sync(kAllLanes, at[i], lane_index());  // or compilers work it out anew for each panel
+    }
     target = shared + eight / 4 * Config::HalfBytes + token * 16 + eight % 4 * 4;
   }
 
@@ -77,9 +81,10 @@ struct GroupColumns {
 #pragma unroll
     for (int i = 0; i < kLoads; i++) {
       next[i] = make_uint4(0, 0, 0, 0);
-      if (column <= last_column) next[i] = *reinterpret_cast<const uint4*>(rows[i] + column);
+      if (left > 0) next[i] = *reinterpret_cast<const uint4*>(reinterpret_cast<const char*>(x) + at[i]);
+      at[i] += kTileColumns * sizeof(T);
     }
-    column += kTileColumns;
+    left -= kTileColumns;
   }
 
   // The words of 8 columns go to where tiles have them: of a step's first 8 columns those that lanes have first.
@@ -94,7 +99,6 @@ struct GroupColumns {
         asm volatile("st.shared.b32 [%0], %1;" ::"r"(at + word * Config::EightBytes), "r"(words[word]) : "memory");
       }
     }
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
   }
 };
 
@@ -167,6 +171,8 @@ __global__ void __cluster_dims__(Config::Ranks) __launch_bounds__(Config::Thread
   uint32_t round = 0;
 #pragma unroll 1
   for (int done = 0; done < count; done++) {
+    // wgmma shall see what was stored before the barrier; so late, stores are no longer waited for.
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     asm volatile("bar.sync %0, %1;" ::"r"(part + 1), "n"(Config::PartWarps * kWarpSize) : "memory");
     if (done > 0) ring.fetch(slot == 0 ? kRing - 1 : slot - 1);
     const uint64_t panel = kDescription | ((columns_at + panel_slot * Config::PanelBytes) & 0x3ffffu) >> 4;
