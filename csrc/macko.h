@@ -302,7 +302,7 @@ MACKO_API macko_status macko_cuda_tiled_spmm(const macko_tiled* matrices,
 // The workspace with which the product of these matrices and so many tokens is fastest: none for up to
 // MACKO_TILED_FEW_TOKENS, and where there is no code for sm_90a. With a smaller one the product is right, but takes a
 // few tokens at a time.
-#define MACKO_TILED_FEW_TOKENS 64
+#define MACKO_TILED_FEW_TOKENS 16
 MACKO_API macko_status macko_cuda_tiled_workspace(const macko_tiled* matrices, int32_t members, int64_t tokens,
                                                   int32_t device,
                                                   int64_t* bytes);  // out

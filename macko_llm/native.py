@@ -73,7 +73,7 @@ CPU_VARIABLE = "MACKO_CPU"
 """The environment variable that holds the CPU to a lesser set of instructions than it has, for measurements."""
 INSTRUCTIONS = ("portable", "neon") if platform.machine() in ("aarch64", "arm64") else ("portable", "avx2", "avx512")
 """Those sets that this architecture may have, by their macko_instructions."""
-TILED_FEW_TOKENS = 64
+TILED_FEW_TOKENS = 16
 """MACKO_TILED_FEW_TOKENS: with more, the product on tiles may want a workspace."""
 TILED_MEMBERS = 4
 """MACKO_TILED_MEMBERS: tiled matrices that one product takes at most."""

@@ -45,12 +45,14 @@ cudaError_t launch_spmm_bf16(const SpmmCall& call, int64_t tokens);
 cudaError_t ask_workspace_fp16(const SpmmCall& call, int64_t tokens, int64_t* bytes);
 cudaError_t ask_workspace_bf16(const SpmmCall& call, int64_t tokens, int64_t* bytes);
 
-// The same by warpgroups, for 17 tokens and more, up to 64 at a time, on a GPU with so many multiprocessors, each with
-// so much shared memory; there where MACKO_SM90A is.
+// The same by warpgroups, for 17 tokens and more, up to kGroupTokens at a time, on a GPU with so many multiprocessors,
+// each with so much shared memory; there where MACKO_SM90A is. As fast as the next up to that many tokens and strips a
+// multiprocessor.
+constexpr int kGroupTokens = 64, kGroupStrips = 3;
 cudaError_t launch_groups_fp16(const SpmmCall& call, int multiprocessors, int shared_bytes, int64_t tokens);
 cudaError_t launch_groups_bf16(const SpmmCall& call, int multiprocessors, int shared_bytes, int64_t tokens);
 
-// The same for 65 tokens and more, all at once, in a workspace. A plan without a workspace is none.
+// The same for 17 tokens and more, all at once, in a workspace. A plan without a workspace is none.
 cudaError_t plan_many_fp16(const SpmmCall& call, int multiprocessors, int tokens, ManyPlan* plan);
 cudaError_t plan_many_bf16(const SpmmCall& call, int multiprocessors, int tokens, ManyPlan* plan);
 cudaError_t launch_many_fp16(const SpmmCall& call, const ManyPlan& plan, int tokens);

@@ -498,12 +498,20 @@ template <typename T>
 cudaError_t plan_many(const SpmmCall& call, int multiprocessors, int tokens, ManyPlan* plan) {
   *plan = {};
   plan->time = FLT_MAX;
-  cudaError_t error = improve_plan<T, ManyConfig<2, 256>>(call, multiprocessors, tokens, kPanelTime256, plan);
-  if (error == cudaSuccess) {
-    error = improve_plan<T, ManyConfig<2, 192>>(call, multiprocessors, tokens, kPanelTime192, plan);
-  }
-  if (error == cudaSuccess) {
-    error = improve_plan<T, ManyConfig<3, 128>>(call, multiprocessors, tokens, kPanelTime128, plan);
+  cudaError_t error = cudaSuccess;
+  const auto consider = [&](auto config, float panel_time) {
+    if (error == cudaSuccess) {
+      error = improve_plan<T, decltype(config)>(call, multiprocessors, tokens, panel_time, plan);
+    }
+  };
+  if (tokens <= 32) {
+    consider(ManyConfig<3, 32>(), kPanelTime32);
+  } else if (tokens <= 64) {
+    consider(ManyConfig<3, 64>(), kPanelTime64);
+  } else {
+    consider(ManyConfig<2, 256>(), kPanelTime256);
+    consider(ManyConfig<2, 192>(), kPanelTime192);
+    consider(ManyConfig<3, 128>(), kPanelTime128);
   }
   return error;
 }
@@ -512,7 +520,9 @@ template <typename T>
 cudaError_t launch_many(const SpmmCall& call, const ManyPlan& plan, int tokens) {
   if (plan.shape.tokens == 256) return launch_many_plan<T, ManyConfig<2, 256>>(call, plan, tokens);
   if (plan.shape.tokens == 192) return launch_many_plan<T, ManyConfig<2, 192>>(call, plan, tokens);
-  return launch_many_plan<T, ManyConfig<3, 128>>(call, plan, tokens);
+  if (plan.shape.tokens == 128) return launch_many_plan<T, ManyConfig<3, 128>>(call, plan, tokens);
+  if (plan.shape.tokens == 64) return launch_many_plan<T, ManyConfig<3, 64>>(call, plan, tokens);
+  return launch_many_plan<T, ManyConfig<3, 32>>(call, plan, tokens);
 }
 
 }  // namespace macko

@@ -76,7 +76,8 @@ struct Shares {
 
 // How long things take on an H200 at 50 %, us (docs/design.md): a panel by shape, and what else a kernel takes that has
 // whole products, shares them in clusters, or in ranges.
-constexpr float kPanelTime256 = 0.76f, kPanelTime192 = 0.66f, kPanelTime128 = 0.84f;
+constexpr float kPanelTime256 = 0.76f, kPanelTime192 = 0.66f, kPanelTime128 = 0.84f, kPanelTime64 = 0.62f,
+                kPanelTime32 = 0.55f;
 constexpr float kProductTime = 8.0f, kClusterTime = 10.0f, kRangeTime = 15.0f;
 
 // Of a block, on sm_90, besides its barriers.

@@ -371,66 +371,55 @@ cudaError_t launch_spmm_some(const SpmmCall& call, const SpmmGpu& gpu, int token
     constexpr int kDeclared = 512;  // at most: barriers and rows of strips
     return tiles <= Config::Tiles && Config::shared_bytes(group.record_bytes) + kDeclared <= gpu.block_shared_bytes;
   };
-  // Whether all strips that a multiprocessor could have at a time fit it.
-  const auto all_fit = [&](auto config) {
-    using Config = decltype(config);
-    constexpr int kReserved = 1024;  // of a block, by CUDA
-    const int64_t bytes = Config::shared_bytes(group.record_bytes) + kReserved;
-    return fits(config) && std::min(of_each, Config::Blocks) * bytes <= gpu.shared_bytes;
-  };
-  const bool one = of_each == 1, two = of_each == 2;
+  // Strips have at most 4 tiles, or one for each multiprocessor more (tiled_plan.py), unless somebody cuts them otherwise.
+  const bool one = of_each == 1, two = of_each == 2, threes = of_each % 3 == 0;
   if constexpr (Eights == 1) {
-    using Wide = SpmmConfig<1, 24, 4, 1, 2, 1, false>;
+    using Long = SpmmConfig<1, 24, 4, 1, 2, 1, false>;
     using Few = SpmmConfig<1, 16, 4, 1, 2, 2, false>;
-    using One = SpmmConfig<1, 24, 6, 1, 2, 1, false>;
-    using Low = SpmmConfig<1, 8, 4, 1, 2, 3, false>;
-    using Middle = SpmmConfig<1, 8, 6, 1, 2, 3, false>;
-    using High = SpmmConfig<1, 8, 8, 1, 2, 3, false>;
-    using Lean = SpmmConfig<1, 6, 8, 1, 2, 3, false>;
-    if (one && panels >= 96 && fits(Wide())) return launch(Wide());
+    using LongHigh = SpmmConfig<1, 24, 6, 1, 2, 1, false>;
+    using High = SpmmConfig<1, 12, 6, 1, 2, 2, false>;
+    using Three = SpmmConfig<1, 8, 4, 1, 2, 3, false>;
+    using Four = SpmmConfig<1, 8, 4, 1, 2, 4, false>;
+    const bool is_long = panels >= 96;
+    if (one && is_long && fits(Long())) return launch(Long());
     if ((one || two) && fits(Few())) return launch(Few());
-    if (one && fits(One())) return launch(One());
-    if (fits(Low())) return launch(Low());
-    const bool crowded = tiles <= Middle::Tiles ? !all_fit(Middle()) : !all_fit(High());
-    if (crowded && all_fit(Lean())) return launch(Lean());  // few zeros, long records
-    if (fits(Middle())) return launch(Middle());
-    if (fits(High())) return launch(High());
+    if (one && is_long && fits(LongHigh())) return launch(LongHigh());
+    if (one && fits(High())) return launch(High());
+    if (!threes && fits(Four())) return launch(Four());
+    if (fits(Three())) return launch(Three());
   } else if constexpr (Eights == 2) {
     using One = SpmmConfig<1, 16, 4, 2, 2, 1, false>;
     using OneHigh = SpmmConfig<1, 20, 6, 2, 2, 1, false>;
     using Two = SpmmConfig<1, 12, 4, 2, 2, 2, false>;
-    using Low = SpmmConfig<1, 8, 4, 2, 2, 3, false>;
-    using Middle = SpmmConfig<3, 8, 6, 2, 2, 1, true>;
-    using High = SpmmConfig<3, 5, 8, 2, 2, 1, true>;
+    using Three = SpmmConfig<1, 8, 4, 2, 2, 3, false>;
+    using Four = SpmmConfig<1, 6, 4, 2, 2, 4, false>;
     if (one && fits(One())) return launch(One());
     if (one && fits(OneHigh())) return launch(OneHigh());
     if (two && fits(Two())) return launch(Two());
-    if (fits(Low())) return launch(Low());
-    if (fits(Middle())) return launch(Middle());
-    if (fits(High())) return launch(High());
+    if (!threes && fits(Four())) return launch(Four());
+    if (fits(Three())) return launch(Three());
   } else {
     using One = SpmmConfig<1, 16, 4, 4, 2, 1, false>;
     using OneHigh = SpmmConfig<1, 16, 6, 4, 2, 1, false>;
     using Two = SpmmConfig<2, 10, 4, 4, 2, 1, true>;
-    using Low = SpmmConfig<3, 8, 4, 4, 2, 1, true>;
-    using High = SpmmConfig<3, 5, 8, 4, 2, 1, true>;
+    using Three = SpmmConfig<3, 8, 4, 4, 2, 1, true>;
     if (one && fits(One())) return launch(One());
     if (one && fits(OneHigh())) return launch(OneHigh());
     if (two && fits(Two())) return launch(Two());
-    if (fits(Low())) return launch(Low());
-    if (fits(High())) return launch(High());
+    if (fits(Three())) return launch(Three());
   }
   return launch(SpmmConfig<1, 4, 8, Eights, 2, 1, false>());
 }
 
 #ifdef MACKO_SM90A
-// How all tokens are multiplied at once in a workspace; none for few tokens, for more than a grid has blocks for, and
-// where that kernel cannot run.
+// How all tokens are multiplied at once in a workspace; none where others are faster, for more tokens than a grid has
+// blocks for, and where that kernel cannot run.
 template <typename T>
 cudaError_t plan_spmm(const SpmmCall& call, const SpmmGpu& gpu, int64_t tokens, ManyPlan* plan) {
   *plan = {};
   constexpr int64_t kMost = int64_t{65535} * 8 / 768 * 768;  // write_panels takes 8 a row of its grid
   if (gpu.major != 9 || tokens <= MACKO_TILED_FEW_TOKENS || tokens > kMost) return cudaSuccess;
+  if (tokens <= kGroupTokens && call.group->strips <= kGroupStrips * gpu.multiprocessors) return cudaSuccess;
   const auto make = std::is_same_v<T, __half> ? plan_many_fp16 : plan_many_bf16;
   return make(call, gpu.multiprocessors, static_cast<int>(tokens), plan);
 }

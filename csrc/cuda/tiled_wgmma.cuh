@@ -301,7 +301,7 @@ cudaError_t launch_groups_some(const SpmmCall& call, int multiprocessors, int sh
 // All tokens, as many at a time as a block takes.
 template <typename T>
 cudaError_t launch_groups(const SpmmCall& all, int multiprocessors, int shared_bytes, int64_t tokens) {
-  return for_some_tokens(all, tokens, 64, [&](const SpmmCall& call, int now) {
+  return for_some_tokens(all, tokens, kGroupTokens, [&](const SpmmCall& call, int now) {
     return now > 32 ? launch_groups_some<T, 64>(call, multiprocessors, shared_bytes, now)
                     : launch_groups_some<T, 32>(call, multiprocessors, shared_bytes, now);
   });

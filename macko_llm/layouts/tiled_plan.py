@@ -15,8 +15,8 @@ UNIT_BYTES = 16
 _SLOT_ALIGNMENT = 128
 _ALIGNMENT = 256
 
-_ALONE_TILES, _PAIR_TILES = 6, 8  # of a multiprocessor that are one strip, and that are two
-_ROUND = 3  # strips of a multiprocessor that has more
+_ALONE_TILES = 5  # of a strip, at most, where each multiprocessor has one
+_STRIP_TILES = 4  # where it has more
 
 
 def _divide_up(dividend: int, divisor: int) -> int:
@@ -26,32 +26,30 @@ def _divide_up(dividend: int, divisor: int) -> int:
 def choose_strips(member_rows: Sequence[int], multiprocessors: int) -> list[int]:
     """Into how many strips to cut each of the matrices that one kernel multiplies on a GPU.
 
-    All together have as many for each multiprocessor, as measured on an H200 (docs/design.md). Few high strips read x less
-    often and have less to begin and to end; but a strip's warps must share its columns, and more than a few tiles leave no
-    registers for many tokens. The matrices get theirs so that the highest of all is as low as it can be, and then so that
-    the strips of the one are as high as those of the others.
+    All together have as many for each multiprocessor, as measured on an H200 (docs/design.md). Few strips read x less
+    often and have less to begin and to end; but more than a few tiles leave no registers for as many warps. The matrices
+    get theirs so that the highest of all is as low as it can be, and then so that the strips of the one are as high as
+    those of the others.
 
     Args:
         member_rows: of each matrix, at least 1.
         multiprocessors: of the GPU.
     """
     tiles = [_divide_up(rows, TILE_ROWS) for rows in member_rows]
-    least = sum(_divide_up(of_member, MAX_TILES) for of_member in tiles)
-    if sum(tiles) <= _ALONE_TILES * multiprocessors and least <= multiprocessors:
-        each = 1
-    elif sum(tiles) <= _PAIR_TILES * multiprocessors and least <= 2 * multiprocessors:
-        each = 2
-    else:
-        each = _ROUND * _divide_up(least, _ROUND * multiprocessors)
+    each = 1
+    if _count_strips(tiles, _ALONE_TILES) > multiprocessors:
+        each = _divide_up(_count_strips(tiles, _STRIP_TILES), multiprocessors)
     total = min(each * multiprocessors, sum(tiles))
-    for highest in range(1, MAX_TILES + 1):
-        strips = [_divide_up(of_member, highest) for of_member in tiles]
-        if sum(strips) <= total:
-            break
+    highest = next(height for height in range(1, MAX_TILES + 1) if _count_strips(tiles, height) <= total)
+    strips = [_divide_up(of_member, highest) for of_member in tiles]
     for _ in range(total - sum(strips)):
         index = max(range(len(tiles)), key=lambda member: tiles[member] / strips[member])
         strips[index] += 1
     return strips
+
+
+def _count_strips(tiles: Sequence[int], height: int) -> int:
+    return sum(_divide_up(of_member, height) for of_member in tiles)
 
 
 def count_records(cols: int, strips: int) -> int:

@@ -235,6 +235,9 @@ def test_large_products_are_as_exact_as_dense_ones(shape: tuple[int, int], dtype
         (17000, 72, 300),  # whole products and ranges
         (9000, 1000, 1024),
         (11008, 640, 192),
+        (26000, 136, 17),  # few tokens of many strips
+        (26000, 136, 32),
+        (33000, 72, 64),
     ],
 )
 def test_products_of_many_tokens_are_shared_in_every_way(rows: int, cols: int, tokens: int) -> None:
@@ -248,12 +251,12 @@ def test_products_of_many_tokens_are_shared_in_every_way(rows: int, cols: int, t
         assert torch.equal(spmm(x, matrix, None), y)
 
 
-@pytest.mark.parametrize("tokens", [65, 300])
+@pytest.mark.parametrize("tokens", [17, 65, 300])
 def test_many_tokens_without_a_workspace_are_multiplied_a_few_at_a_time(
     tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(native, "_tiled_workspace", lambda *_: None)
-    for rows, cols in ((1000, 640), (172, 172)):
+    for rows, cols in ((1000, 640), (172, 172), (26000, 72)):
         weight = random_matrix(rows, cols, 0.5, torch.float16)
         assert_products(tile(weight), weight, tokens)
 
