@@ -419,9 +419,11 @@ cudaError_t plan_spmm(const SpmmCall& call, const SpmmGpu& gpu, int64_t tokens, 
   *plan = {};
   constexpr int64_t kMost = int64_t{65535} * 8 / 768 * 768;  // write_panels takes 8 a row of its grid
   if (gpu.major != 9 || tokens <= MACKO_TILED_FEW_TOKENS || tokens > kMost) return cudaSuccess;
-  if (tokens <= kGroupTokens && call.group->strips <= kGroupStrips * gpu.multiprocessors) return cudaSuccess;
   const auto make = std::is_same_v<T, __half> ? plan_many_fp16 : plan_many_bf16;
-  return make(call, gpu.multiprocessors, static_cast<int>(tokens), plan);
+  const int all = static_cast<int>(tokens);
+  const cudaError_t error = make(call, gpu.multiprocessors, all, plan);
+  if (all <= kGroupTokens && groups_time(*call.group, gpu.multiprocessors, all) < plan->time) *plan = {};
+  return error;
 }
 #endif
 
