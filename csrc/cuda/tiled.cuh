@@ -28,13 +28,13 @@ constexpr int kSteps = 4;        // of a tile
 constexpr int kUnit = 4;         // positions of a lane in a step
 constexpr int kUnitsOfWord = 8;  // lanes that share a mask word
 constexpr int kWordsOfStep = kWarpSize / kUnitsOfWord;
-constexpr uint32_t kEveryPosition = 0x01010101u;  // of the first lane of a word: its bits there, a byte a position
-constexpr int kMaskBytes = kSteps * kWordsOfStep * 4;    // of a tile's mask words
+constexpr uint32_t kEveryPosition = 0x01010101u;       // of the first lane of a word: its bits there, a byte a position
+constexpr int kMaskBytes = kSteps * kWordsOfStep * 4;  // of a tile's mask words
 constexpr int kOffsetBytes = kSteps * kWordsOfStep * 2;  // of its offsets: uint16, in bytes behind the first value
 constexpr int kHeadBytes = kMaskBytes + kOffsetBytes;
 constexpr int kRecordAlignment = 16;
 constexpr int kBehindRecords = 16;  // bytes of shared memory behind records that lanes may read, for nothing
-constexpr int kMaxTiles = 8;  // of a strip
+constexpr int kMaxTiles = 8;        // of a strip
 
 // The first of the 4 columns, within a tile, of a lane's unit in a step.
 __device__ __forceinline__ int column_of(int step, int lane) { return step / 2 * 32 + lane % 4 * 8 + step % 2 * kUnit; }
@@ -138,8 +138,9 @@ struct LaneOfWord {
 // A lane's unit on its way from shared memory to the two registers that mma reads. Two values are loaded for each two
 // positions, those that their bits choose from: so nothing depends on a branch, and no load on another.
 struct TileUnit {
-  uint32_t bits;       // a byte a position
-  uint32_t values[4];  // behind each other from the first position's on, and from the third's; the upper halves are zero
+  uint32_t bits;  // a byte a position
+  // Two that follow each other from the first position's on, and two from the third's; their upper halves are zero.
+  uint32_t values[4];
 
   // `address`: of the values of the word with this mask.
   __device__ __forceinline__ void load(uint32_t mask, uint32_t address, const LaneOfWord& own) {

@@ -105,7 +105,8 @@ struct ManyPlan {
     for (const auto& [of_panels, of_records] : {std::pair(3, 4), std::pair(3, 3), std::pair(2, 3), std::pair(2, 2)}) {
       panel_slots = of_panels;
       record_slots = of_records;
-      const int64_t rings = int64_t{panel_slots} * shape.panel_bytes() + int64_t{record_slots} * record_slot_bytes + kBehindRecords;
+      const int64_t rings =
+          int64_t{panel_slots} * shape.panel_bytes() + int64_t{record_slots} * record_slot_bytes + kBehindRecords;
       shared_bytes = shape.groups * kOutBytes + std::max<int64_t>(rings, ranks > 1 ? shape.sum_bytes() : 0);
       if (shared_bytes <= kBlockSharedBytes) break;
     }

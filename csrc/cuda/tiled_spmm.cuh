@@ -178,7 +178,8 @@ struct SpmmConfig {
   // Rings, then the sums in their place.
   static constexpr int64_t shared_bytes(int64_t record_bytes) {
     const int64_t columns = Shared ? int64_t{Parts} * Slots * Eights * 2 * kWarpSize * 16 : 0;
-    const int64_t rings = Warps * Slots * record_bytes + (Shared ? columns : kBehindRecords), sums = int64_t{Warps} * Rows * Tokens * 4;
+    const int64_t rings = Warps * Slots * record_bytes + (Shared ? columns : kBehindRecords),
+                  sums = int64_t{Warps} * Rows * Tokens * 4;
     return rings > sums ? rings : sums;
   }
 };
@@ -371,7 +372,8 @@ cudaError_t launch_spmm_some(const SpmmCall& call, const SpmmGpu& gpu, int token
     constexpr int kDeclared = 512;  // at most: barriers and rows of strips
     return tiles <= Config::Tiles && Config::shared_bytes(group.record_bytes) + kDeclared <= gpu.block_shared_bytes;
   };
-  // Strips have at most 4 tiles, or one for each multiprocessor more (tiled_plan.py), unless somebody cuts them otherwise.
+  // Strips have at most 4 tiles, or one for each multiprocessor more (tiled_plan.py), unless somebody cuts them
+  // otherwise.
   const bool one = of_each == 1, two = of_each == 2, threes = of_each % 3 == 0;
   if constexpr (Eights == 1) {
     using Long = SpmmConfig<1, 24, 4, 1, 2, 1, false>;

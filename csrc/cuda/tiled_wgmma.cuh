@@ -60,7 +60,7 @@ struct GroupColumns {
   const T* x;
   uint32_t at[kLoads];  // of the next columns, from x on, in bytes: 64 tokens of the most columns are 16 MiB
   int left;             // columns from there on to the end
-  int warp_token;  // the first of the warp's first load
+  int warp_token;       // the first of the warp's first load
   uint32_t target;
   uint4 next[kLoads];
 
