@@ -300,8 +300,8 @@ MACKO_API macko_status macko_cuda_tiled_spmm(const macko_tiled* matrices,
                                              int32_t device, void* stream);
 
 // The workspace with which the product of these matrices and so many tokens is fastest: none for up to
-// MACKO_TILED_FEW_TOKENS, and where there is no code for sm_90a. With a smaller one the product is right, but takes a
-// few tokens at a time.
+// MACKO_TILED_FEW_TOKENS, where kernels without one are faster, and where there is no code for sm_90a. With a smaller
+// one the product is right, but takes a few tokens at a time.
 #define MACKO_TILED_FEW_TOKENS 16
 MACKO_API macko_status macko_cuda_tiled_workspace(const macko_tiled* matrices, int32_t members, int64_t tokens,
                                                   int32_t device,

@@ -1,6 +1,6 @@
-// y = x W^T + bias + residual for more tokens than a warp's registers have sums for, from the tiled layout, on Hopper's
-// warpgroups (sm_90a). A block expands its tiles once for all of its tokens, up to 256; what bounds it then is shared
-// memory (docs/design.md).
+// y = x W^T + bias + residual for more tokens than a warp's registers have sums for, or fewer tokens of many rows, from
+// the tiled layout, on Hopper's warpgroups (sm_90a). A block expands its tiles once for all of its tokens, up to 256;
+// what bounds it then is shared memory and the GPU's power (docs/design.md).
 //
 // One warp of a block brings records to shared memory, and one x, some panels ahead; the warpgroups multiply 64 rows
 // each: they expand a panel's tiles into registers while tensor cores are at the panel before. Rows are taken as they
