@@ -97,6 +97,7 @@ def test_strips_of_several_matrices_suit_all_together(member_rows: list[int], mu
     assert all(-(-of_all // MAX_TILES) <= own <= of_all for of_all, own in zip(tiles, strips, strict=True))
     assert sum(strips) % multiprocessors == 0 or strips == tiles
     highest = max(-(-of_all // own) for of_all, own in zip(tiles, strips, strict=True))
+    assert highest <= 4 or (highest == 5 and sum(strips) <= multiprocessors)
     if highest > 1:  # lower ones would be too many
         assert sum(-(-of_all // (highest - 1)) for of_all in tiles) > sum(strips)
     averages = [of_all / own for of_all, own in zip(tiles, strips, strict=True)]
@@ -135,6 +136,7 @@ def test_constants_are_those_of_the_library() -> None:
     header, layout = (SOURCES / "macko.h").read_text(), (SOURCES / "cuda" / "tiled.cuh").read_text()
     assert re.search(r"#define MACKO_TILED_MAX_COLS (\d+)", header).group(1) == str(MAX_COLS)
     assert re.search(r"#define MACKO_TILED_MEMBERS (\d+)", header).group(1) == str(native.TILED_MEMBERS)
+    assert re.search(r"#define MACKO_TILED_FEW_TOKENS (\d+)", header).group(1) == str(native.TILED_FEW_TOKENS)
     assert f"kTileRows = {TILE_ROWS}, kTileColumns = {TILE_COLUMNS};" in layout
     assert f"kRecordAlignment = {UNIT_BYTES};" in layout
     assert f"kMaxTiles = {MAX_TILES};" in layout

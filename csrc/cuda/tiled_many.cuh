@@ -3,7 +3,7 @@
 // what bounds it then is shared memory and the GPU's power (docs/design.md).
 //
 // One warp of a block brings records to shared memory, and one x, some panels ahead; the warpgroups multiply 64 rows
-// each: they expand a panel's tiles into registers while tensor cores are at the panel before. Rows are taken as they
+// each: they load a panel's values into registers while tensor cores are at the panel before. Rows are taken as they
 // come, whatever strips they are of. wgmma reads x from shared memory in the order in which tiles have their columns,
 // which no copy engine can bring about; so a kernel before this one writes x in that order.
 //

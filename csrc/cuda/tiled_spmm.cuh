@@ -372,7 +372,7 @@ cudaError_t launch_spmm_some(const SpmmCall& call, const SpmmGpu& gpu, int token
     constexpr int kDeclared = 512;  // at most: barriers and rows of strips
     return tiles <= Config::Tiles && Config::shared_bytes(group.record_bytes) + kDeclared <= gpu.block_shared_bytes;
   };
-  // Strips have at most 4 tiles, or one for each multiprocessor more (tiled_plan.py), unless somebody cuts them
+  // Strips have at most 4 tiles, or 5 where each multiprocessor has one (tiled_plan.py), unless somebody cuts them
   // otherwise.
   const bool one = of_each == 1, two = of_each == 2, threes = of_each % 3 == 0;
   if constexpr (Eights == 1) {
