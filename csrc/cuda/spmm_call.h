@@ -47,19 +47,8 @@ cudaError_t ask_workspace_bf16(const SpmmCall& call, int64_t tokens, int64_t* by
 
 // The same by warpgroups, for 17 tokens and more, up to kGroupTokens at a time, on a GPU with so many multiprocessors,
 // each with so much shared memory; there where MACKO_SM90A is.
-constexpr int kGroupTokens = 64;
 cudaError_t launch_groups_fp16(const SpmmCall& call, int multiprocessors, int shared_bytes, int64_t tokens);
 cudaError_t launch_groups_bf16(const SpmmCall& call, int multiprocessors, int shared_bytes, int64_t tokens);
-
-// How long that is expected to take for up to kGroupTokens tokens, us, as measured on an H200 at 50 % (docs/design.md):
-// for each tile of the strips that blocks have room for, and besides.
-inline float groups_time(const TiledGroup& group, int multiprocessors, int tokens) {
-  constexpr float kTileTime32 = 0.026f, kTileTime64 = 0.033f, kBesides = 3.0f;
-  int of_each = (group.strips + multiprocessors - 1) / multiprocessors;
-  if (of_each > 3) of_each = (of_each + 2) / 3 * 3;
-  const int most = group.most_tiles(), room = most <= 4 ? 4 : most <= 6 ? 6 : 8;
-  return of_each * room * panels_of(group.cols) * (tokens > 32 ? kTileTime64 : kTileTime32) + kBesides;
-}
 
 // The same for 17 tokens and more, all at once, in a workspace. A plan without a workspace is none.
 cudaError_t plan_many_fp16(const SpmmCall& call, int multiprocessors, int tokens, ManyPlan* plan);

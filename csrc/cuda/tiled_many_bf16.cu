@@ -1,5 +1,5 @@
 // SpMM of 17 tokens and more in a workspace on bfloat16, on Hopper. A file a dtype, so that they compile side by side.
-#include "cuda/tiled_many.cuh"
+#include "cuda/tiled_many_launch.cuh"
 
 namespace macko {
 cudaError_t plan_many_bf16(const SpmmCall& call, int multiprocessors, int tokens, ManyPlan* plan) {

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cfloat>
 #include <utility>
 
 #include "cuda/tiled.cuh"
@@ -79,6 +78,17 @@ struct Shares {
 constexpr float kPanelTime256 = 0.76f, kPanelTime192 = 0.66f, kPanelTime128 = 0.84f, kPanelTime64 = 0.62f,
                 kPanelTime32 = 0.55f;
 constexpr float kProductTime = 8.0f, kClusterTime = 10.0f, kRangeTime = 15.0f;
+
+// How long the kernel for fewer tokens (csrc/cuda/tiled_wgmma.cuh), which takes up to kGroupTokens at a time, is
+// expected to need instead, us, as measured there: for each tile of the strips that blocks have room for, and besides.
+constexpr int kGroupTokens = 64;
+inline float groups_time(const TiledGroup& group, int multiprocessors, int tokens) {
+  constexpr float kTileTime32 = 0.026f, kTileTime64 = 0.033f, kBesides = 3.0f;
+  int of_each = (group.strips + multiprocessors - 1) / multiprocessors;
+  if (of_each > 3) of_each = (of_each + 2) / 3 * 3;
+  const int most = group.most_tiles(), room = most <= 4 ? 4 : most <= 6 ? 6 : 8;
+  return of_each * room * panels_of(group.cols) * (tokens > 32 ? kTileTime64 : kTileTime32) + kBesides;
+}
 
 // Of a block, on sm_90, besides its barriers.
 constexpr int kBlockSharedBytes = 227 * 1024 - 4 * kMaxSlots * 8;
