@@ -13,6 +13,13 @@ namespace macko {
 
 __device__ __forceinline__ float silu(float value) { return value / (1.0f + __expf(-value)); }
 
+// silu(gate) * up of two elements.
+template <typename T>
+__device__ __forceinline__ uint32_t gated_pair(uint32_t gates, uint32_t ups) {
+  const float2 gate = pair_to_float<T>(gates), up = pair_to_float<T>(ups);
+  return pack_pair<T>(rounded<T>(silu(gate.x)) * up.x, rounded<T>(silu(gate.y)) * up.y);
+}
+
 // Sum over the threads of a block whose warps fill a power of 2 or not; every thread gets it. `scratch` holds a float a
 // warp and may be written again after the next __syncthreads().
 __device__ __forceinline__ float block_sum(float value, float* scratch, int warps) {
@@ -75,10 +82,7 @@ __device__ __forceinline__ void fill_input(T* shared, T* other, const T* x, cons
   uint32_t* const pairs = reinterpret_cast<uint32_t*>(shared);
   const uint32_t* const others = reinterpret_cast<const uint32_t*>(other);
   if (input.transform == MACKO_SILU_GATE) {
-    for_own_pairs(cols, threads, [&](int k) {
-      const float2 gate = pair_to_float<T>(pairs[k]), up = pair_to_float<T>(others[k]);
-      pairs[k] = pack_pair<T>(rounded<T>(silu(gate.x)) * up.x, rounded<T>(silu(gate.y)) * up.y);
-    });
+    for_own_pairs(cols, threads, [&](int k) { pairs[k] = gated_pair<T>(pairs[k], others[k]); });
     return;
   }
   float squares = 0.0f;
@@ -96,11 +100,6 @@ __device__ __forceinline__ void fill_input(T* shared, T* other, const T* x, cons
 // Elements of shared memory that a transform needs besides x.
 __host__ __device__ constexpr int64_t other_elements(const macko_input& input, int64_t cols) {
   return input.transform == MACKO_PLAIN ? 0 : cols;
-}
-
-// Elements of x that a transform reads for each token.
-constexpr int64_t input_cols(const macko_input& input, int64_t cols) {
-  return input.transform == MACKO_SILU_GATE ? 2 * cols : cols;
 }
 
 // Checks what fill_input relies on, for all but plain input of a product.
