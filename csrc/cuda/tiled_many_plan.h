@@ -85,8 +85,8 @@ constexpr int kGroupTokens = 64;
 inline float groups_time(const TiledGroup& group, int multiprocessors, int tokens) {
   constexpr float kTileTime32 = 0.026f, kTileTime64 = 0.033f, kBesides = 3.0f;
   int of_each = (group.strips + multiprocessors - 1) / multiprocessors;
-  if (of_each > 3) of_each = (of_each + 2) / 3 * 3;
-  const int most = group.most_tiles(), room = most <= 4 ? 4 : most <= 6 ? 6 : 8;
+  const int most = group.most_tiles(), room = most <= 4 ? 4 : of_each == 1 && most <= 6 ? 6 : 8;
+  if (of_each > 2 || (of_each == 2 && room > 4)) of_each = (of_each + 2) / 3 * 3;
   return of_each * room * panels_of(group.cols) * (tokens > 32 ? kTileTime64 : kTileTime32) + kBesides;
 }
 

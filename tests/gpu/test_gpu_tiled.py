@@ -207,7 +207,9 @@ def test_products_of_uneven_and_full_matrices(name: str, dtype: torch.dtype, tok
 
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("shape", [(4096, 4096), (11008, 1024), (1024, 4096)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(4096, 4096), (11008, 1024), (1024, 4096), (17000, 1024), (5200, 6400), (5200, 1024)], ids=str
+)
 def test_large_products_are_as_exact_as_dense_ones(shape: tuple[int, int], dtype: torch.dtype, tokens: int) -> None:
     weight = large_matrix(*shape, 0.5, dtype)
     assert_products(tiled_matrix(weight), weight, tokens)
