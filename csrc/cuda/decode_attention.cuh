@@ -275,7 +275,7 @@ template <typename T, typename Config>
 cudaError_t launch_attention_config(const macko_attention& a, int device, cudaStream_t stream) {
   const int tiles = (a.heads / a.kv_heads + Config::Group - 1) / Config::Group;
   const dim3 grid(a.splits, a.kv_heads * tiles, a.texts);
-  return launch_overlapping(decode_attention<T, Config>, grid, Config::Threads, 0, device, stream, a);
+  return launch_overlapping<decode_attention<T, Config>>(grid, Config::Threads, 0, device, stream, a);
 }
 
 template <typename T, int Lanes>

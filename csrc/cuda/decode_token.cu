@@ -1,6 +1,7 @@
 // What a decoded token needs besides products and attention: its embedding, the transforms of several tokens, and the
 // most probable next one.
 #include <algorithm>
+#include <type_traits>
 
 #include "cuda/dependent_launch.cuh"
 #include "cuda/input.cuh"
@@ -62,8 +63,8 @@ cudaError_t launch_gate(const void* x, void* y, int64_t tokens, int cols, int de
     const dim3 grid((cols + kColumns - 1) / kColumns,
                     static_cast<unsigned>(std::min<int64_t>(tokens - first, kMostTokens)));
     const cudaError_t error =
-        launch_overlapping(gate_rows<T>, grid, kThreads, 0, device, stream, static_cast<const T*>(x) + first * 2 * cols,
-                           static_cast<T*>(y) + first * cols, cols);
+        launch_overlapping<gate_rows<T>>(grid, kThreads, 0, device, stream, static_cast<const T*>(x) + first * 2 * cols,
+                                         static_cast<T*>(y) + first * cols, cols);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;
@@ -73,14 +74,14 @@ template <typename T>
 cudaError_t launch_transform(const macko_input& input, const void* x, void* y, int64_t tokens, int cols, int device,
                              cudaStream_t stream) {
   if (input.transform == MACKO_SILU_GATE) return launch_gate<T>(x, y, tokens, cols, device, stream);
-  const auto kernel = transform_row<T>;
+  constexpr auto kernel = transform_row<T>;
   const int64_t bytes = (cols + other_elements(input, cols)) * static_cast<int64_t>(sizeof(T));
   if (bytes > shared_bytes_for_x(device)) return cudaErrorInvalidValue;
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
   if (error != cudaSuccess) return error;
-  return launch_overlapping(kernel, static_cast<unsigned>(tokens), kTransformThreads, bytes, device, stream, input,
-                            static_cast<const T*>(x), static_cast<T*>(y), cols);
+  return launch_overlapping<kernel>(static_cast<unsigned>(tokens), kTransformThreads, bytes, device, stream, input,
+                                    static_cast<const T*>(x), static_cast<T*>(y), cols);
 }
 
 // A logit and its token as a number that is larger for larger logits, NaN above all, and for smaller tokens of equal
@@ -164,11 +165,11 @@ macko_status macko_cuda_argmax(const void* logits, int64_t* tokens, uint64_t* sc
   if (guard.status() != MACKO_OK) return guard.status();
   const int blocks = static_cast<int>(std::min<int64_t>(kArgmaxBlocks, (vocabulary + kThreads - 1) / kThreads));
   const dim3 grid(blocks, static_cast<unsigned>(texts));
-  const auto launch = [&](auto kernel, auto typed) {
-    return launch_overlapping(kernel, grid, kThreads, 0, device, static_cast<cudaStream_t>(stream), typed, tokens,
-                              reinterpret_cast<unsigned long long*>(scratch), static_cast<int>(texts),
-                              static_cast<int>(vocabulary));
+  const auto launch = [&](auto typed) {
+    return launch_overlapping<argmax<std::remove_const_t<std::remove_pointer_t<decltype(typed)>>>>(
+        grid, kThreads, 0, device, static_cast<cudaStream_t>(stream), typed, tokens,
+        reinterpret_cast<unsigned long long*>(scratch), static_cast<int>(texts), static_cast<int>(vocabulary));
   };
-  return status_of(dtype == MACKO_FLOAT16 ? launch(argmax<__half>, static_cast<const __half*>(logits))
-                                          : launch(argmax<__nv_bfloat16>, static_cast<const __nv_bfloat16*>(logits)));
+  return status_of(dtype == MACKO_FLOAT16 ? launch(static_cast<const __half*>(logits))
+                                          : launch(static_cast<const __nv_bfloat16*>(logits)));
 }

@@ -119,7 +119,7 @@ template <typename T, int Vectors>
 cudaError_t launch_vectors(const macko_dense& m, const macko_input& input, const void* x, const void* residual, void* y,
                            int rows, int device, cudaStream_t stream) {
   static int multiprocessors[kMaxGpus];  // 0 is not known yet
-  const auto kernel = gemv_rows<T, Vectors>;
+  constexpr auto kernel = gemv_rows<T, Vectors>;
   const int most = static_cast<int>(shared_bytes_for_x(device));
   int count = device < kMaxGpus ? multiprocessors[device] : 0;
   if (count == 0) {
@@ -141,8 +141,8 @@ cudaError_t launch_vectors(const macko_dense& m, const macko_input& input, const
   const int64_t bytes = (m.cols + other_elements(input, m.cols)) * sizeof(T) +
                         static_cast<int64_t>(rows_of_block) * (threads / kWarpSize) * sizeof(float);
   if (bytes > most) return cudaErrorInvalidValue;
-  return launch_overlapping(kernel, blocks, threads, bytes, device, stream, m, input, static_cast<const T*>(x),
-                            static_cast<const T*>(residual), static_cast<T*>(y), rows);
+  return launch_overlapping<kernel>(blocks, threads, bytes, device, stream, m, input, static_cast<const T*>(x),
+                                    static_cast<const T*>(residual), static_cast<T*>(y), rows);
 }
 
 template <typename T>

@@ -1,4 +1,5 @@
-// Kernels of a stream that overlap: programmatic dependent launch, on sm_90 and newer; elsewhere nothing happens.
+// Kernels of a stream that overlap: programmatic dependent launch, in code for sm_90 and newer; elsewhere nothing
+// happens.
 //
 // A kernel may start while the one before still runs, once every block of that one has called let_next_kernel_start().
 // wait_for_previous_kernel() returns when the one before is done, and so, by induction, all before it. What other
@@ -27,16 +28,20 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
 
 constexpr int kMaxGpus = 64;
 
-// Whether kernels of a GPU can overlap; asked of CUDA once a GPU.
-inline cudaError_t overlaps_launches(int device, bool* overlaps) {
-  static int majors[kMaxGpus];  // 0 is not known yet; every thread that finds nothing writes the same
-  int major = device < kMaxGpus ? majors[device] : 0;
-  if (major == 0) {
-    const cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+// Whether a kernel's code calls what is above: it is not a matter of the GPU, which also runs what was compiled for
+// older ones. Asked of CUDA once a kernel and GPU.
+template <auto Kernel>
+cudaError_t overlaps_launches(int device, bool* overlaps) {
+  static int versions[kMaxGpus];  // 0 is not known yet; every thread that finds nothing writes the same
+  int version = device < kMaxGpus ? versions[device] : 0;
+  if (version == 0) {
+    cudaFuncAttributes attributes;
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, Kernel);
     if (error != cudaSuccess) return error;
-    if (device < kMaxGpus) majors[device] = major;
+    version = attributes.ptxVersion;
+    if (device < kMaxGpus) versions[device] = version;
   }
-  *overlaps = major >= 9;
+  *overlaps = version >= 90;
   return cudaSuccess;
 }
 
@@ -70,12 +75,12 @@ class AllowedBytes {
   std::atomic<int64_t> allowed_[kMaxGpus] = {};
 };
 
-// Queues a kernel that calls wait_for_previous_kernel(), early if the GPU can.
-template <typename... Parameters, typename... Arguments>
-cudaError_t launch_overlapping(void (*kernel)(Parameters...), dim3 grid, int threads, int64_t shared_bytes, int device,
-                               cudaStream_t stream, Arguments... arguments) {
+// Queues a kernel that calls wait_for_previous_kernel(), early if it can be.
+template <auto Kernel, typename... Arguments>
+cudaError_t launch_overlapping(dim3 grid, int threads, int64_t shared_bytes, int device, cudaStream_t stream,
+                               Arguments... arguments) {
   bool overlaps = false;
-  const cudaError_t error = overlaps_launches(device, &overlaps);
+  const cudaError_t error = overlaps_launches<Kernel>(device, &overlaps);
   if (error != cudaSuccess) return error;
   cudaLaunchAttribute overlap;
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -87,7 +92,7 @@ cudaError_t launch_overlapping(void (*kernel)(Parameters...), dim3 grid, int thr
   config.stream = stream;
   config.attrs = &overlap;
   config.numAttrs = overlaps ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, arguments...);
+  return cudaLaunchKernelEx(&config, Kernel, arguments...);
 }
 
 // The same in clusters of so many blocks, on sm_90 or newer.

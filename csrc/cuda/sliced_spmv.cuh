@@ -309,7 +309,7 @@ struct Spmv {
 template <typename T, typename X, typename Config>
 cudaError_t launch_spmv_config(const Spmv<T, X>& p, int tokens) {
   static LaunchFacts facts[kMaxGpus];  // written with the same values by every thread that finds nothing
-  const auto kernel = spmv_slice<T, X, Config>;
+  constexpr auto kernel = spmv_slice<T, X, Config>;
   LaunchFacts fact = p.device < kMaxGpus ? facts[p.device] : LaunchFacts{};
   if (!fact.known) {
     const int most = static_cast<int>(shared_bytes_for_x(p.device));
@@ -324,8 +324,8 @@ cudaError_t launch_spmv_config(const Spmv<T, X>& p, int tokens) {
   const int64_t bytes =
       spmv_shared_bytes<X>(p.matrix.cols, Config::Tokens) + other_elements(p.input, p.matrix.cols) * sizeof(X);
   if (bytes > fact.most_shared_bytes) return cudaErrorInvalidValue;
-  return launch_overlapping(kernel, p.matrix.slices, Config::Threads, std::max<int64_t>(bytes, fact.least_shared_bytes),
-                            p.device, p.stream, p.matrix, p.input, p.x, p.bias, p.residual, p.y, tokens);
+  return launch_overlapping<kernel>(p.matrix.slices, Config::Threads, std::max<int64_t>(bytes, fact.least_shared_bytes),
+                                    p.device, p.stream, p.matrix, p.input, p.x, p.bias, p.residual, p.y, tokens);
 }
 
 template <int DeltaBits, int Tokens, typename T, typename X>

@@ -48,10 +48,9 @@ cudaError_t launch_many_plan(const SpmmCall& call, const ManyPlan& plan, int tok
   float4* const partial = reinterpret_cast<float4*>(x + plan.panels_bytes);
   uint32_t* const flags = reinterpret_cast<uint32_t*>(x + plan.panels_bytes + plan.partial_bytes);
   const dim3 grid((panels + kBlockWarps - 1) / kBlockWarps, token_blocks * (Config::Tokens / 8));
-  const cudaError_t error =
-      launch_overlapping(write_panels<Config::Tokens>, grid, kBlockThreads, 0, call.device, call.stream,
-                         static_cast<const uint16_t*>(call.x), (group.cols + 7) / 8 * 8, tokens, panels, x, flags,
-                         plan.partial_bytes ? plan.blocks * Config::Groups : 0);
+  const cudaError_t error = launch_overlapping<write_panels<Config::Tokens>>(
+      grid, kBlockThreads, 0, call.device, call.stream, static_cast<const uint16_t*>(call.x), (group.cols + 7) / 8 * 8,
+      tokens, panels, x, flags, plan.partial_bytes ? plan.blocks * Config::Groups : 0);
   if (error != cudaSuccess) return error;
   return launch_overlapping_clusters(
       kernel, plan.blocks, plan.ranks, Config::Threads, plan.shared_bytes, call.stream, group, row_blocks, shares,

@@ -226,7 +226,10 @@ __global__ void __launch_bounds__(Config::Threads, Config::Blocks)
     for (int slot = 0; slot < Config::Slots; slot++, done++) {
       if (slot > 0 && done >= count) break;
       columns.advance(slot, done + 1 < count);
-      if (Config::Strips > 1 && !has_strip) continue;
+      if (Config::Strips > 1 && !has_strip) {
+        ring.fetch(slot);  // nothing; but waiting for x counts groups of copies, of which this is one
+        continue;
+      }
       const uint32_t record = ring.wait(slot, round), values = record + strip.count * kHeadBytes;
       const auto multiply_half = [&](const uint4(&eights)[Config::Eights], int pair, int half, auto tiles) {
         constexpr int kTiles = decltype(tiles)::value;

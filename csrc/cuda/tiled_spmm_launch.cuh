@@ -49,13 +49,13 @@ cudaError_t launch_spmm_config(const SpmmCall& call, const SpmmGpu& gpu, int tok
   static AllowedBytes allowed;
   const TiledGroup& group = *call.group;
   const int64_t bytes = Config::shared_bytes(group.record_bytes);
-  const auto kernel = spmm_strips<T, Config>;
+  constexpr auto kernel = spmm_strips<T, Config>;
   const cudaError_t error = allowed.at_least(kernel, bytes, Config::Blocks, gpu.shared_bytes, call.device);
   if (error != cudaSuccess) return error;
-  return launch_overlapping(kernel, (group.strips + Config::Strips - 1) / Config::Strips, Config::Threads, bytes,
-                            call.device, call.stream, group, static_cast<const T*>(call.x),
-                            static_cast<const T*>(call.bias), static_cast<const T*>(call.residual),
-                            static_cast<T*>(call.y), tokens);
+  return launch_overlapping<kernel>((group.strips + Config::Strips - 1) / Config::Strips, Config::Threads, bytes,
+                                    call.device, call.stream, group, static_cast<const T*>(call.x),
+                                    static_cast<const T*>(call.bias), static_cast<const T*>(call.residual),
+                                    static_cast<T*>(call.y), tokens);
 }
 
 // At most 8 * Eights tokens, in the fastest block of those measured (docs/design.md) that fits the GPU.
@@ -129,7 +129,7 @@ cudaError_t plan_spmm(const SpmmCall& call, const SpmmGpu& gpu, int64_t tokens, 
 
 // Bytes of the workspace in which so many tokens are multiplied fastest.
 template <typename T>
-cudaError_t ask_workspace(const SpmmCall& call, int64_t tokens, int64_t* bytes) {
+cudaError_t ask_workspace([[maybe_unused]] const SpmmCall& call, [[maybe_unused]] int64_t tokens, int64_t* bytes) {
   *bytes = 0;
 #ifdef MACKO_SM90A
   SpmmGpu gpu;

@@ -270,13 +270,13 @@ cudaError_t launch_groups_config(const SpmmCall& call, int shared_bytes, int tok
   static AllowedBytes allowed;
   const TiledGroup& group = *call.group;
   const int64_t bytes = Config::shared_bytes(group.record_bytes);
-  const auto kernel = spmm_groups<T, Config>;
+  constexpr auto kernel = spmm_groups<T, Config>;
   const cudaError_t error = allowed.at_least(kernel, bytes, 1, shared_bytes, call.device);
   if (error != cudaSuccess) return error;
   const int clusters = (group.strips + Config::Strips - 1) / Config::Strips;
-  return launch_overlapping(kernel, clusters * Config::Ranks, Config::Threads, bytes, call.device, call.stream, group,
-                            static_cast<const T*>(call.x), static_cast<const T*>(call.bias),
-                            static_cast<const T*>(call.residual), static_cast<T*>(call.y), tokens);
+  return launch_overlapping<kernel>(clusters * Config::Ranks, Config::Threads, bytes, call.device, call.stream, group,
+                                    static_cast<const T*>(call.x), static_cast<const T*>(call.bias),
+                                    static_cast<const T*>(call.residual), static_cast<T*>(call.y), tokens);
 }
 
 // At most this many tokens, in the fastest block of those measured (docs/design.md). All of them fit a GPU of sm_90.
