@@ -287,7 +287,8 @@ cudaError_t launch_groups_some(const SpmmCall& call, int multiprocessors, int sh
   const int of_each = (group.strips + multiprocessors - 1) / multiprocessors;  // strips of a multiprocessor
   if (of_each == 1) {
     if (tiles <= 4) return launch_groups_config<T, GroupConfig<2, 2, 4, 4, Tokens, 2>>(call, shared_bytes, tokens);
-    if (tiles <= 6) return launch_groups_config<T, GroupConfig<2, 2, 3, 6, Tokens, 2>>(call, shared_bytes, tokens);
+    constexpr int kParts = Tokens <= 32 ? 4 : 3;  // registers for as many warps
+    if (tiles <= 6) return launch_groups_config<T, GroupConfig<2, 2, kParts, 6, Tokens, 2>>(call, shared_bytes, tokens);
   }
   if (of_each == 2 && tiles <= 4) {
     return launch_groups_config<T, GroupConfig<4, 2, 2, 4, Tokens, 2>>(call, shared_bytes, tokens);
