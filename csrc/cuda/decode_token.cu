@@ -41,8 +41,7 @@ __global__ void __launch_bounds__(kTransformThreads)
                   [&](int i) { *reinterpret_cast<uint4*>(to + i) = *reinterpret_cast<const uint4*>(shared + i); });
 }
 
-// silu(gate) * up of a token's [2, cols]. Each thread takes a vector: of one block a token, GPUs would wait for 5 us
-// more.
+// silu(gate) * up of a token's [2, cols]. Each thread takes a vector, since a block a token would take 5 us more.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) gate_rows(const T* x, T* y, int cols) {
   const int column = (blockIdx.x * kThreads + threadIdx.x) * 8;
