@@ -157,7 +157,7 @@ cudaError_t launch_spmm(const SpmmCall& all, int64_t tokens) {
     const auto launch = std::is_same_v<T, __half> ? launch_many_fp16 : launch_many_bf16;
     return launch(all, plan, static_cast<int>(tokens));
   }
-  if (gpu.major == 9 && tokens > 16) {
+  if (gpu.major == 9 && tokens > MACKO_TILED_FEW_TOKENS) {
     const auto launch = std::is_same_v<T, __half> ? launch_groups_fp16 : launch_groups_bf16;
     return launch(all, gpu.multiprocessors, gpu.shared_bytes, tokens);
   }

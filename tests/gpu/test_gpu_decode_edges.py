@@ -251,10 +251,8 @@ def test_silu_of_what_is_large_small_or_no_number(cuda: torch.device, dtype: tor
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize(("tokens", "cols"), [(1, 8), (3, 2048), (7, 2056), (64, 11008), (70_000, 8)])
 def test_silu_of_any_number_of_tokens(random: torch.Generator, dtype: torch.dtype, tokens: int, cols: int) -> None:
-    x, y = (
-        normal(random, tokens, 2 * cols, dtype=dtype),
-        torch.full((tokens + 1, cols), 7, dtype=dtype, device=random.device),
-    )
+    x = normal(random, tokens, 2 * cols, dtype=dtype)
+    y = torch.full((tokens + 1, cols), 7, dtype=dtype, device=random.device)
     native_decode.apply_transform(Input.silu_gate(), x, y[:tokens])
     assert_close_units(y[:tokens], transformed("silu_gate", x, x), 2)
     assert (y[tokens] == 7).all()
